@@ -1,0 +1,72 @@
+"""Segmentation metrics from one confusion matrix over the whole data set: add counts, divide once at the end.
+
+Absent classes (neither true nor predicted) are NaN and left out of means. Beside each score: the majority baseline.
+"""
+import torch
+
+from .io import IGNORE
+
+
+def confusion(pred: torch.Tensor, true: torch.Tensor, k: int) -> torch.Tensor:
+    """pred, true: class ids of any one shape, true with IGNORE -> (k, k) int64, rows true, columns predicted."""
+    # counts all 256 x 256 pairs in one pass: no slow selection of valid pixels, and no id >= k can pass for another
+    pairs = torch.bincount((true.int() * 256 + pred.int()).flatten(), minlength=1 << 16).view(256, 256)
+    if pairs[k:IGNORE].any() or pairs[:k, k:].any():
+        raise ValueError(f"id {int(pairs[:IGNORE].nonzero().max())} in a mask or prediction of {k} classes")
+    return pairs[:k, :k].contiguous()
+
+
+def iou(cm: torch.Tensor) -> torch.Tensor:
+    """(k,) float64 intersection over union per class."""
+    tp = cm.double().diag()
+    return tp / (cm.sum(0) + cm.sum(1) - tp)
+
+
+def f1(cm: torch.Tensor) -> torch.Tensor:
+    """(k,) float64 F1 = Dice per class."""
+    tp = cm.double().diag()
+    return 2 * tp / (cm.sum(0) + cm.sum(1))
+
+
+def precision(cm: torch.Tensor) -> torch.Tensor:
+    """(k,) float64; NaN for a class never predicted."""
+    return cm.double().diag() / cm.sum(0)
+
+
+def recall(cm: torch.Tensor) -> torch.Tensor:
+    """(k,) float64; NaN for a class never true."""
+    return cm.double().diag() / cm.sum(1)
+
+
+def oa(cm: torch.Tensor) -> float:
+    """Overall accuracy = single-label micro F1."""
+    return (cm.double().diag().sum() / cm.sum()).item()
+
+
+def majority(cm: torch.Tensor) -> torch.Tensor:
+    """The matrix of a predictor that always says the most frequent true class: what any score must beat."""
+    out = torch.zeros_like(cm)
+    out[:, cm.sum(1).argmax()] = cm.sum(1)
+    return out
+
+
+def report(cm: torch.Tensor, names: list[str], without: dict[str, list[str]] = {}) -> dict:
+    """Plain dict for results.json; NaN as None, since JSON has no NaN.
+
+    `without`: {"5_without_clutter": ["clutter"]} adds miou_5_without_clutter and mf1_5_without_clutter, the means over
+    the other rows of the same matrix: what is wrongly called clutter, or wrongly not, still counts there.
+    """
+    def by_class(values):
+        return {n: None if v != v else round(v, 6) for n, v in zip(names, values.tolist())}
+
+    cm = cm.cpu()
+    base, more = majority(cm), {}
+    for name, left_out in without.items():
+        keep = torch.tensor([n not in left_out for n in names])
+        more |= {f"miou_{name}": iou(cm)[keep].nanmean().item(), f"mf1_{name}": f1(cm)[keep].nanmean().item()}
+    return dict(
+        miou=iou(cm).nanmean().item(), oa=oa(cm), mf1=f1(cm).nanmean().item(), **more,
+        classes_in_mean=int((~iou(cm).isnan()).sum()), absent=[n for n, v in zip(names, iou(cm)) if v.isnan()],
+        majority_class=names[int(cm.sum(1).argmax())], majority_miou=iou(base).nanmean().item(), majority_oa=oa(base),
+        iou=by_class(iou(cm)), f1=by_class(f1(cm)), precision=by_class(precision(cm)), recall=by_class(recall(cm)),
+        pixels=dict(zip(names, cm.sum(1).tolist())), confusion=cm.tolist())

@@ -1,0 +1,209 @@
+"""Score a trained model, or anybody's masks, on one split: one confusion matrix, every metric, the protocol beside it.
+
+    python eval.py runs/demo                                    the reported split, windows and precision as in training
+    python eval.py runs/demo --split val --overlap 0.5
+    python eval.py runs/demo --masks predictions --mask-ids train   masks from predict.py or any other program
+    torchrun --standalone --nproc_per_node=8 eval.py runs/demo  images are shared out, the numbers stay the same
+Writes eval.json and confusion.png into RUN/eval-SPLIT.
+Copy with: models/vit.py models/weights.py models/heads.py models/checkpoint.py data/io.py data/datasets.py
+    data/public.py data/metrics.py data/tiles.py data/plots.py
+"""
+import argparse
+import ctypes
+import hashlib
+import os
+import sys
+from pathlib import Path
+
+import torch
+import torch.distributed as dist
+from torch.utils.data import DataLoader
+
+from data import plots, public
+from data.datasets import SegDataset, find_pairs, load_splits, read_description
+from data.io import BadInput, Labels, write
+from data.metrics import confusion, f1, iou, precision, recall, report
+from data.tiles import blend_weight, windows
+from models.checkpoint import load_weights
+from models.heads import HEADS, Segmenter
+from models.vit import ViT
+from models.weights import BadWeights, fill, load_vit
+
+
+def parse_args(argv=None):
+    p = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    p.add_argument("run", help="run folder, or its best.safetensors")
+    p.add_argument("--split", help="(the one that training reported)")
+    p.add_argument("--root", help="data folder (as in training)")
+    p.add_argument("--variant", help="form of a public data set, where it has several: irrg,eroded (data/public.py)")
+    p.add_argument("--split-file", help="JSON {split: [names]} instead of the data set's own: a run's split.json")
+    p.add_argument("--masks", help="score the masks NAME.png in this folder instead of running the model")
+    p.add_argument("--mask-ids", choices=["train", "raw"], help="ids 0..K-1, or values as in the data set's own masks")
+    p.add_argument("--overlap", type=float, help="of windows, as a part of the crop (as in training)")
+    p.add_argument("--weights", help="backbone file of a run saved with --save head (where it was in training)")
+    p.add_argument("--amp", default="auto", choices=["auto", "bf16", "off"], help="auto: as trained, where fast")
+    p.add_argument("--batch-size", type=int, default=16, help="windows at once")
+    p.add_argument("--workers", type=int, default=min(4, os.cpu_count() - 1), help="reading processes")
+    p.add_argument("--out", help="folder for the results (RUN/eval-SPLIT)")
+    args = p.parse_args(argv)
+    if args.batch_size < 1 or args.workers < 0 or not 0 <= (args.overlap or 0) <= 0.9:
+        p.error("--batch-size from 1, --workers from 0, --overlap in 0..0.9")
+    return args
+
+
+# >>> same: build
+def build(m):  # the "model" entry of best.safetensors -> network, weights still random
+    vit = ViT(**m["backbone"])
+    head = HEADS[m["head"]](vit.dim, len(m["taps"]), m["classes"])
+    return Segmenter(vit, head, m["taps"], m["feat_norm"])
+# <<< same: build
+
+
+# >>> same: load
+def load_net(run, weights):  # best.safetensors or its run folder -> network in eval mode, its description
+    state, meta = load_weights(run)
+    if meta["saved"] == "head":
+        backbone, info = load_vit(weights or meta["weights"]["path"])[1:]
+        if info["sha256"] != meta["weights"]["sha256"]:
+            raise BadWeights(f"{info['path']}: not the backbone this head was trained on; pass --weights the file with "
+                             f"sha256 {meta['weights']['sha256'][:8]}...")
+        state |= {f"backbone.{name}": t for name, t in backbone.items()}
+    net = build(meta["model"])
+    fill(net, state, dict(path=run))
+    return net.eval(), meta
+# <<< same: load
+
+
+# >>> same: fast_bf16
+def fast_bf16(device):  # in hardware; older GPUs and CPUs only imitate it
+    if device.type == "cuda":
+        return torch.cuda.get_device_capability(device) >= (8, 0)
+    return getattr(torch.cpu, "_is_avx512_bf16_supported", bool)()  # private; bool() = False where it is missing
+# <<< same: fast_bf16
+
+
+# >>> same: logits_of
+def logits_of(net, x, crop, overlap, batch, amp):  # image (3, H, W) -> (K, H, W) fp32 on x's device, blended windows
+    H, W = x.shape[-2:]
+    boxes, device = windows(H, W, crop, overlap), next(net.parameters()).device
+    weight = blend_weight(*boxes[0][2:]).to(x.device)
+    total = torch.zeros(H, W, device=x.device)
+    for i in range(0, len(boxes), batch):
+        tiles = torch.stack([x[:, t:t + h, l:l + w] for t, l, h, w in boxes[i:i + batch]])
+        with torch.autocast(device.type, torch.bfloat16, enabled=amp):
+            logits = net(tiles.to(device)).to(x.device)
+        if len(boxes) == 1:
+            return logits[0]
+        if i == 0:
+            out = torch.zeros(logits.shape[1], H, W, device=x.device)
+        for (t, l, h, w), z in zip(boxes[i:i + batch], logits):
+            out[:, t:t + h, l:l + w] += z * weight
+            total[t:t + h, l:l + w] += weight
+    return out.div_(total)
+# <<< same: logits_of
+
+
+def main(args):
+    # >>> same: setup
+    rank, world, local = (int(os.environ.get(v, d)) for v, d in (("RANK", 0), ("WORLD_SIZE", 1), ("LOCAL_RANK", 0)))
+    device = torch.device("cuda", local) if torch.cuda.is_available() else torch.device("cpu")
+    if device.type == "cuda":
+        torch.cuda.set_device(device)
+    else:
+        torch.set_float32_matmul_precision("medium")  # on a CPU this means oneDNN: fp32 accuracy, twice the speed
+        if sys.platform == "linux" and hasattr(libc := ctypes.CDLL(None), "mallopt"):
+            libc.mallopt(-4, 0), libc.mallopt(-1, 2**31 - 1)  # keep freed blocks: no page faults at every step
+    if world > 1 and not dist.is_initialized():  # torchrun set the variables; plain `python` is rank 0 of 1
+        dist.init_process_group("nccl" if device.type == "cuda" else "gloo")
+    say = print if rank == 0 else lambda *a, **k: None
+    # <<< same: setup
+
+    # ---- model and data
+    meta = load_weights(args.run)[1]
+    labels = Labels(meta["classes"], meta["ignore"])
+    K = len(labels.names)
+    amp = args.amp == "bf16" or args.amp == "auto" and meta["amp"] == "bf16" and fast_bf16(device)
+    overlap = meta["overlap"] if args.overlap is None else args.overlap
+    args.split = args.split or meta["reported"]
+    run = Path(args.run) if Path(args.run).is_dir() else Path(args.run).parent
+    root = Path(args.root or meta["root"])
+    variant, other = args.variant or meta["variant"], args.root or args.variant  # other: not the files of training
+    official = meta["source"] in public.SETS
+    description = public.describe(meta["source"], root, variant) if official else read_description(root)
+    pairs = find_pairs(root, description)
+    split_file = args.split_file or (run / "split.json" if (run / "split.json").exists() and not other else None)
+    splits = load_splits(root, description, pairs, split_file, need=(), final=True)
+    if args.split in description.get("unlabelled", ()) and args.split not in splits:
+        raise BadInput(f"{root}: no masks for {args.split}; predict it: python predict.py {args.run} IMAGES, with "
+                       "--label-out train or raw as the grader wants")
+    if not splits.get(args.split):
+        raise BadInput(f"{root}: no split {args.split!r}; type --split with one of: {', '.join(splits)}")
+    names = splits[args.split]
+    files = hashlib.sha256("\n".join(names).encode()).hexdigest()[:16]
+    seen = [s for s in ("train", meta["chosen_on"]) if files == meta["splits"].get(s)]
+    used = [f"; WARNING: the model's own {s} images" for s in seen]
+    say(f"{len(names)} {args.split} images of {root}", *used)
+
+    if args.masks and not args.mask_ids:
+        raise BadInput("--masks without --mask-ids; type train for ids 0..K-1, which predict.py writes, or raw for "
+                       "values as in the data set's own masks")
+    if not args.masks:
+        net = load_net(args.run, args.weights)[0].to(device)
+    folder, ids = Path(args.masks or ""), [dict(name=n, id=i) for i, n in enumerate(labels.names)]
+    table = labels if args.mask_ids == "raw" else Labels(ids)
+
+    # ---- one matrix
+    data = SegDataset({n: pairs[n] for n in names}, labels, meta["norm"], **meta["reading"])
+    cm = torch.zeros(K, K, dtype=torch.int64, device=device)
+    mine = range(rank, len(data), world)
+    with torch.inference_mode():
+        for x, y, name in DataLoader(data, batch_size=None, sampler=mine, num_workers=args.workers):
+            if args.masks:
+                places = [folder / f"{name}.png", folder / f"{Path(name).name}.png"]
+                file = next((f for f in places if f.exists()), None)
+                if file is None:
+                    raise BadInput(f"{places[0]}: no such mask; expected one for every image of the split")
+                pred = torch.from_numpy(table.load(file)).long()
+                if pred.shape != y.shape or (pred >= K).any():
+                    raise BadInput(f"{file}: {tuple(pred.shape)} (H, W), ids up to {pred.max()}; expected "
+                                   f"{tuple(y.shape)} with a class everywhere")
+            else:
+                pred = logits_of(net, x.to(device), meta["crop"], overlap, args.batch_size, amp).max(0).indices
+            cm += confusion(pred.to(device), y.to(device), K)
+    if world > 1:
+        dist.all_reduce(cm)
+        dist.destroy_process_group()
+    if not cm.any():
+        raise BadInput(f"{root}: every pixel of {args.split} is ignored; check \"ignore\" in dataset.json")
+
+    # ---- report
+    if rank == 0:
+        cm = cm.cpu()
+        r = report(cm, labels.names, meta["report"])
+        width = max(map(len, labels.names))
+        print(f"{'class':{width}}    IoU     F1   prec. recall   share")
+        for row in zip(labels.names, iou(cm), f1(cm), precision(cm), recall(cm), cm.sum(1) / cm.sum()):
+            print(f"{row[0]:{width}} " + " ".join(f"{v:6.3f}" for v in row[1:5]) + f" {row[5]:7.2%}")
+        absent = f" (absent: {', '.join(r['absent'])})" if r["absent"] else ""
+        print(f"mIoU {r['miou']:.4f} over {r['classes_in_mean']} of {K} classes{absent}, mean F1 {r['mf1']:.4f}, "
+              f"OA {r['oa']:.4f}")
+        for key in meta["report"]:
+            print(f"     {key.replace('_', ' ')}: mIoU {r[f'miou_{key}']:.4f}, mean F1 {r[f'mf1_{key}']:.4f}")
+        print(f"always {r['majority_class']!r}: mIoU {r['majority_miou']:.4f}, OA {r['majority_oa']:.4f}")
+        out = Path(args.out or run / f"eval-{args.split}")
+        protocol = dict(run=str(args.run), masks=args.masks, root=str(root), files=files, images=len(names),
+                        variant=variant, **meta["reading"],
+                        crop=meta["crop"], overlap=overlap, amp="bf16" if amp else "off", tta="none")
+        write(out / "eval.json", dict(split=args.split, **r, protocol=protocol))
+        write(out / "confusion.png", plots.confusion(cm.numpy(), labels.names, f"{meta['dataset']} {args.split}"))
+        print(f"wrote {out}/eval.json and confusion.png")
+
+
+# >>> same: main
+if __name__ == "__main__":
+    try:
+        main(parse_args())
+    except (BadInput, BadWeights) as e:  # its last line: a reading process puts a traceback before the message
+        print(f"error: {str(e).splitlines()[-1].split('BadInput: ')[-1]}", file=sys.stderr)
+        sys.exit(2)
+# <<< same: main

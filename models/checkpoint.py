@@ -1,0 +1,54 @@
+"""The two files of a run: best.safetensors (weights, and what is needed to use them), last.pt (to go on training)."""
+import json
+import os
+import pickle
+from pathlib import Path
+
+import torch
+from safetensors import SafetensorError, safe_open
+from safetensors.torch import save_file
+
+from .weights import BadWeights
+
+FORMAT = 1
+
+
+def save_weights(path: str | Path, tensors: dict[str, torch.Tensor], meta: dict) -> None:
+    """Tensors and `meta` (plain JSON types) into one .safetensors file, whole or not at all."""
+    tensors = {k: v.detach().cpu().contiguous() for k, v in tensors.items()}
+    save_file(tensors, f"{path}.tmp", {"nanors": json.dumps({"format": FORMAT, **meta})})
+    os.replace(f"{path}.tmp", path)
+
+
+def load_weights(path: str | Path) -> tuple[dict[str, torch.Tensor], dict]:
+    """best.safetensors, or the run folder that holds it -> tensors, meta."""
+    path = Path(path) / "best.safetensors" if Path(path).is_dir() else Path(path)
+    if not path.exists():
+        raise BadWeights(f"{path}: no such file; train first, or name a run folder or its best.safetensors")
+    try:
+        with safe_open(path, "pt") as f:
+            meta, tensors = (f.metadata() or {}).get("nanors"), {k: f.get_tensor(k) for k in f.keys()}
+    except (SafetensorError, OSError) as e:
+        raise BadWeights(f"{path}: not readable ({str(e)[:100]}); expected the best.safetensors of a run") from None
+    if meta is None:
+        raise BadWeights(f"{path}: weights that no run here wrote; a backbone goes to train_seg.py --weights")
+    meta = json.loads(meta)
+    if meta.get("format") != FORMAT:
+        raise BadWeights(f"{path}: format {meta.get('format')}, expected {FORMAT}; use the code that trained it")
+    return tensors, meta
+
+
+def save_state(path: str | Path, **state) -> None:
+    """Tensors and plain Python values only, whole or not at all: a killed job leaves the previous file."""
+    torch.save(state, f"{path}.tmp")
+    os.replace(f"{path}.tmp", path)
+
+
+def load_state(path: str | Path) -> dict:
+    """What save_state was given, on the CPU."""
+    if not Path(path).exists():
+        raise BadWeights(f"{path}: no such file, so there is nothing to resume; start without --resume")
+    try:
+        return torch.load(path, map_location="cpu", weights_only=True)
+    except (RuntimeError, EOFError, OSError, ValueError, LookupError, pickle.UnpicklingError) as e:
+        raise BadWeights(f"{path}: no last.pt of a run, or truncated ({type(e).__name__}); start a new run") from None

@@ -1,0 +1,184 @@
+"""Classify every pixel of images of any size: id mask, colour mask and overlay per image.
+
+    python predict.py runs/demo IMAGE_OR_FOLDER_OR_GLOB ... --out predictions
+    python predict.py runs/demo D --out predictions --label-out raw    ids or colours as in the training masks
+Writes OUT/NAME.png (ids in a palette PNG: opens in colour, reads back as ids), NAME_color.png, NAME_overlay.jpg and
+classes.json; sub-folders of an input folder are kept. A file that cannot be read is named and left out; exit code 2.
+Copy with: models/vit.py models/weights.py models/heads.py models/checkpoint.py data/io.py data/datasets.py
+    data/tiles.py data/plots.py
+"""
+import argparse
+import ctypes
+import glob
+import os
+import sys
+import time
+from pathlib import Path
+
+import numpy as np
+import torch
+import torch.distributed as dist
+from PIL import Image
+
+from data import plots
+from data.datasets import normalise
+from data.io import BadInput, Labels, id_image, read_image, write
+from data.tiles import blend_weight, windows
+from models.checkpoint import load_weights
+from models.heads import HEADS, Segmenter
+from models.vit import ViT
+from models.weights import BadWeights, fill, load_vit
+
+SUFFIXES = {".png", ".jpg", ".jpeg", ".tif", ".tiff", ".bmp", ".webp"}
+
+
+def parse_args(argv=None):
+    p = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    p.add_argument("run", help="run folder, or its best.safetensors")
+    p.add_argument("inputs", nargs="+", help="images, folders (with sub-folders) or patterns")
+    p.add_argument("--out", default="predictions", help="folder for the results")
+    p.add_argument("--label-out", default="train", choices=["train", "raw"], help="ids 0..K-1, or those of the masks")
+    p.add_argument("--overlap", type=float, help="of windows, as a part of the crop (as in training)")
+    p.add_argument("--weights", help="backbone file of a run saved with --save head (where it was in training)")
+    p.add_argument("--amp", default="auto", choices=["auto", "bf16", "off"], help="auto: as trained, where fast")
+    p.add_argument("--batch-size", type=int, default=16, help="windows at once")
+    args = p.parse_args(argv)
+    if args.batch_size < 1 or not 0 <= (args.overlap or 0) <= 0.9:
+        p.error("--batch-size from 1, --overlap in 0..0.9")
+    return args
+
+
+def find_images(inputs):  # -> {name below --out: file}
+    found = {}
+    for text in inputs:
+        path = Path(text)
+        files = path.rglob("*") if path.is_dir() else [path] if path.exists() else map(Path, glob.glob(text))
+        files = sorted(f for f in files if f.is_file() and (f.suffix.lower() in SUFFIXES or f == path))
+        if not files:
+            raise BadInput(f"{text}: no image there; expected a file, folder or pattern ({' '.join(sorted(SUFFIXES))})")
+        for f in files:
+            name = (f.relative_to(path) if path.is_dir() else Path(f.name)).with_suffix("").as_posix()
+            if found.setdefault(name, f) != f:
+                raise BadInput(f"{f} and {found[name]}: both would become {name}.png; predict them into two folders")
+    return found
+
+
+# >>> same: build
+def build(m):  # the "model" entry of best.safetensors -> network, weights still random
+    vit = ViT(**m["backbone"])
+    head = HEADS[m["head"]](vit.dim, len(m["taps"]), m["classes"])
+    return Segmenter(vit, head, m["taps"], m["feat_norm"])
+# <<< same: build
+
+
+# >>> same: load
+def load_net(run, weights):  # best.safetensors or its run folder -> network in eval mode, its description
+    state, meta = load_weights(run)
+    if meta["saved"] == "head":
+        backbone, info = load_vit(weights or meta["weights"]["path"])[1:]
+        if info["sha256"] != meta["weights"]["sha256"]:
+            raise BadWeights(f"{info['path']}: not the backbone this head was trained on; pass --weights the file with "
+                             f"sha256 {meta['weights']['sha256'][:8]}...")
+        state |= {f"backbone.{name}": t for name, t in backbone.items()}
+    net = build(meta["model"])
+    fill(net, state, dict(path=run))
+    return net.eval(), meta
+# <<< same: load
+
+
+# >>> same: fast_bf16
+def fast_bf16(device):  # in hardware; older GPUs and CPUs only imitate it
+    if device.type == "cuda":
+        return torch.cuda.get_device_capability(device) >= (8, 0)
+    return getattr(torch.cpu, "_is_avx512_bf16_supported", bool)()  # private; bool() = False where it is missing
+# <<< same: fast_bf16
+
+
+# >>> same: logits_of
+def logits_of(net, x, crop, overlap, batch, amp):  # image (3, H, W) -> (K, H, W) fp32 on x's device, blended windows
+    H, W = x.shape[-2:]
+    boxes, device = windows(H, W, crop, overlap), next(net.parameters()).device
+    weight = blend_weight(*boxes[0][2:]).to(x.device)
+    total = torch.zeros(H, W, device=x.device)
+    for i in range(0, len(boxes), batch):
+        tiles = torch.stack([x[:, t:t + h, l:l + w] for t, l, h, w in boxes[i:i + batch]])
+        with torch.autocast(device.type, torch.bfloat16, enabled=amp):
+            logits = net(tiles.to(device)).to(x.device)
+        if len(boxes) == 1:
+            return logits[0]
+        if i == 0:
+            out = torch.zeros(logits.shape[1], H, W, device=x.device)
+        for (t, l, h, w), z in zip(boxes[i:i + batch], logits):
+            out[:, t:t + h, l:l + w] += z * weight
+            total[t:t + h, l:l + w] += weight
+    return out.div_(total)
+# <<< same: logits_of
+
+
+def main(args):
+    # >>> same: setup
+    rank, world, local = (int(os.environ.get(v, d)) for v, d in (("RANK", 0), ("WORLD_SIZE", 1), ("LOCAL_RANK", 0)))
+    device = torch.device("cuda", local) if torch.cuda.is_available() else torch.device("cpu")
+    if device.type == "cuda":
+        torch.cuda.set_device(device)
+    else:
+        torch.set_float32_matmul_precision("medium")  # on a CPU this means oneDNN: fp32 accuracy, twice the speed
+        if sys.platform == "linux" and hasattr(libc := ctypes.CDLL(None), "mallopt"):
+            libc.mallopt(-4, 0), libc.mallopt(-1, 2**31 - 1)  # keep freed blocks: no page faults at every step
+    if world > 1 and not dist.is_initialized():  # torchrun set the variables; plain `python` is rank 0 of 1
+        dist.init_process_group("nccl" if device.type == "cuda" else "gloo")
+    say = print if rank == 0 else lambda *a, **k: None
+    # <<< same: setup
+
+    net, meta = load_net(args.run, args.weights)
+    net.to(device)
+    labels, out = Labels(meta["classes"], meta["ignore"]), Path(args.out)
+    amp = args.amp == "bf16" or args.amp == "auto" and meta["amp"] == "bf16" and fast_bf16(device)
+    overlap = meta["overlap"] if args.overlap is None else args.overlap
+    images = find_images(args.inputs)
+    outputs = [(out / f"{name}{end}").resolve() for name in images for end in (".png", "_color.png", "_overlay.jpg")]
+    clash = {f.resolve() for f in images.values()} & set(outputs)
+    if clash or len(set(outputs)) < len(outputs):
+        raise BadInput(f"{out}: results would overwrite {min(clash, default='each other')}; name another --out")
+    if rank == 0:
+        write(out / "classes.json", [{"train_id": i, **c} for i, c in enumerate(labels.classes)])
+    mine, began, bad = list(images.items())[rank::world], time.time(), []
+    for i, (name, file) in enumerate(mine):
+        try:
+            image = read_image(file, **meta["reading"])
+        except BadInput as e:
+            print(f"left out: {e}", file=sys.stderr)
+            bad.append(file)
+            continue
+        with torch.inference_mode():  # the image and its logits stay on the CPU, windows travel
+            logits = logits_of(net, normalise(image, meta["norm"]), meta["crop"], overlap, args.batch_size, amp)
+        ids = logits.max(0).indices.byte().numpy()
+        if args.label_out == "train":
+            mask = id_image(ids, labels.colors)
+        elif labels.by_color:
+            mask = Image.fromarray(labels.decode(ids))
+        else:
+            colors = np.zeros((256, 3), np.uint8)
+            colors[[c["id"] for c in labels.classes]] = labels.colors
+            mask = id_image(labels.decode(ids), colors)
+        write(out / f"{name}.png", mask)
+        write(out / f"{name}_color.png", Image.fromarray(plots.colorize(ids, labels.colors)))
+        write(out / f"{name}_overlay.jpg", Image.fromarray(plots.overlay(image, ids, labels.colors)), quality=90)
+        rest = (time.time() - began) / (i + 1) * (len(mine) - i - 1)
+        say(f"{i + 1} of {len(mine)}  {name}  {image.shape[0]} x {image.shape[1]}  "
+            f"ETA {rest // 60:.0f}:{rest % 60:02.0f}", flush=True)
+    say(f"wrote the masks of {len(mine) - len(bad)} images to {out}/: NAME.png, NAME_color.png, NAME_overlay.jpg")
+    if world > 1:
+        dist.destroy_process_group()
+    if bad:
+        sys.exit(2)
+
+
+# >>> same: main
+if __name__ == "__main__":
+    try:
+        main(parse_args())
+    except (BadInput, BadWeights) as e:  # its last line: a reading process puts a traceback before the message
+        print(f"error: {str(e).splitlines()[-1].split('BadInput: ')[-1]}", file=sys.stderr)
+        sys.exit(2)
+# <<< same: main

@@ -1,0 +1,11 @@
+import os
+import sys
+import tempfile
+from pathlib import Path
+
+import torch
+
+sys.path.insert(0, str(Path(__file__).parents[1]))  # tests import the scripts and modules from a clone, not installed
+cache = tempfile.TemporaryDirectory()
+os.environ["NANORS_CACHE"] = cache.name  # also for the scripts that tests start: nothing goes to the home folder
+torch.set_num_threads(1)  # two threads that wait for each other on a busy machine take ten times as long

@@ -1,0 +1,226 @@
+"""data/cache.py: the same arrays as without it, decoded once, whatever is changed, killed, full or read-only."""
+import errno
+import io
+import multiprocessing
+import os
+import signal
+import time
+
+import numpy as np
+import pytest
+from PIL import Image
+
+from data import cache as module
+from data.cache import HEADER, Cache
+from data.io import BadInput, Labels, read_image
+
+SIZE = HEADER + 60 * 40 * 4  # bytes of an entry
+
+
+class Decode:
+    """Reads an image and its mask, and counts how often."""
+
+    def __init__(self, classes="ab"):
+        self.calls, self.labels = 0, Labels([{"name": c, "id": "ab".index(c)} for c in classes])
+
+    def __call__(self, image, mask):
+        self.calls += 1
+        return read_image(image), self.labels.load(mask)
+
+
+def save(folder, seed, H=60):
+    pixels = np.random.default_rng(seed).integers(0, 256, (H, 40, 3), np.uint8)
+    paths = folder / f"{seed}.png", folder / f"{seed}_mask.png"
+    for path, array in zip(paths, (pixels, pixels[..., 0] % 2)):
+        Image.fromarray(array).save(path)
+    return paths
+
+
+@pytest.fixture
+def pair(tmp_path):
+    return save(tmp_path, 0)
+
+
+def same(got, paths):  # Pillow alone is the oracle
+    return len(got) == 2 and all(type(a) is np.ndarray and not a.flags.writeable and a.dtype == np.uint8 and
+                                 np.array_equal(a, Image.open(p)) for a, p in zip(got, paths))
+
+
+def files(cache):
+    return sorted(cache.folder.glob("nanors-*"))
+
+
+def test_the_same_arrays_and_decoded_once(pair, tmp_path):
+    folder, decode = tmp_path / "a" / "cache", Decode()
+    for cache in (Cache(folder), Cache(folder)):
+        for _ in range(3):
+            assert same(cache(pair, decode), pair)
+            module.open_map.cache_clear()  # the file is what remembers
+    assert decode.calls == 1 and [f.suffix for f in files(cache)] == [".raw"]
+
+
+def test_any_kind_of_array(pair, tmp_path):
+    rng, cache = np.random.default_rng(0), Cache(tmp_path)
+    arrays = [rng.random((5, 7)), rng.integers(0, 9, (3, 3, 3), np.uint8), np.float16(rng.random(9)).reshape(3, 3).T]
+    for _ in range(2):
+        got = cache(pair[:1], lambda path: tuple(a.copy() for a in arrays))
+        assert all(a.dtype == b.dtype and np.array_equal(a, b) for a, b in zip(got, arrays, strict=True))
+
+
+def test_what_another_version_of_the_reader_has_decoded_is_not_taken(pair, tmp_path, monkeypatch):
+    cache, decode = Cache(tmp_path), Decode()
+    cache(pair, decode)
+    monkeypatch.setattr(module, "READER", "of tomorrow")
+    assert same(cache(pair, decode), pair) and decode.calls == 2
+
+
+def test_two_label_tables_are_two_entries(pair, tmp_path):
+    cache, decodes = Cache(tmp_path), [Decode("ab"), Decode("ba")]
+    for _ in range(2):
+        masks = [cache(pair, decode, str(decode.labels.classes))[1] for decode in decodes]
+    np.testing.assert_array_equal(masks[0], 1 - masks[1])
+    assert [d.calls for d in decodes] == [1, 1] and len(files(cache)) == 2
+
+
+@pytest.mark.parametrize("which", [0, 1])
+def test_a_changed_file_is_decoded_again(pair, tmp_path, which):
+    cache, decode = Cache(tmp_path), Decode()
+    before, kept = cache(pair, decode), [a.copy() for a in cache(pair, decode)]
+    stat, pixels = pair[which].stat(), np.array(Image.open(pair[which]))
+    pixels[3:9] = 0
+    for new, later in ((pixels, 1), (pixels[:50], 0)):  # written in place; replaced by one of the same time
+        Image.fromarray(new).save(pair[which])
+        os.utime(pair[which], ns=(stat.st_atime_ns, stat.st_mtime_ns + later))
+        assert same(cache(pair, decode), pair)
+    assert decode.calls == 3 and all(np.array_equal(a, b) for a, b in zip(before, kept))
+
+
+def test_bad_input_is_said_each_time_and_not_kept(pair, tmp_path):
+    cache, (image, mask) = Cache(tmp_path / "cache"), pair
+    image.write_bytes(image.read_bytes()[:-60])
+    for path, said in ((image, "damaged"), (image, "damaged"), (tmp_path / "none.png", "no such file")):
+        with pytest.raises(BadInput, match=said):
+            cache((path, mask), Decode())
+    assert not files(cache)
+    with pytest.raises(BadInput, match="name another folder"):
+        Cache(image / "cache")
+
+
+def read_when_both_are_ready(cache, pair, barrier, out):
+    def decode(*paths):
+        barrier.wait()  # neither has found anything in the folder
+        return Decode()(*paths)
+    out.put(same(cache(pair, decode), pair))
+
+
+@pytest.mark.parametrize("method", ["fork", "spawn"])
+def test_two_processes_at_once(pair, tmp_path, method):
+    context = multiprocessing.get_context(method)
+    cache, barrier, out = Cache(tmp_path / "cache"), context.Barrier(2, timeout=60), context.Queue()
+    both = [context.Process(target=read_when_both_are_ready, args=(cache, pair, barrier, out)) for _ in range(2)]
+    for process in both:
+        process.start()
+    assert [out.get(timeout=60) for _ in both] == [True, True]
+    for process in both:
+        process.join()
+    decode = Decode()
+    assert same(cache(pair, decode), pair) and decode.calls == 0 and len(files(cache)) == 1
+
+
+class Dying(io.FileIO):  # the process is killed when half of a file is written
+    def write(self, data):
+        super().write(bytes(data)[:1000])
+        if self.tell() > HEADER:
+            os.kill(os.getpid(), signal.SIGKILL)
+
+
+def test_killed_half_way(pair, tmp_path):
+    cache, decode = Cache(tmp_path / "cache"), Decode()
+    pid = os.fork()
+    if pid == 0:
+        module.os.fdopen = Dying
+        cache(pair, decode)
+    assert os.waitstatus_to_exitcode(os.waitpid(pid, 0)[1]) == -signal.SIGKILL
+    left, = files(cache)
+    assert left.suffix == ".tmp" and left.stat().st_size == HEADER + 1000
+    assert same(cache(pair, decode), pair) and decode.calls == 1
+    Cache(cache.folder).make_room(1)
+    assert left.exists()  # somebody might be writing it
+    os.utime(left, (0, time.time() - 2 * module.ABANDONED))
+    Cache(cache.folder).make_room(1)
+    assert [f.suffix for f in files(cache)] == [".raw"]
+
+
+def test_a_file_cut_short_is_written_anew(pair, tmp_path):
+    cache, decode = Cache(tmp_path / "cache"), Decode()
+    for length in (SIZE - 1, HEADER, 50, 0):  # what a power failure leaves
+        assert same(cache(pair, decode), pair)
+        module.open_map.cache_clear()
+        os.truncate(*files(cache), length)
+        assert same(cache(pair, decode), pair)
+    assert decode.calls == 5
+
+
+def test_the_oldest_make_room_but_none_of_this_run(tmp_path):
+    pairs, folder, decode = [save(tmp_path, seed) for seed in range(6)], tmp_path / "cache", Decode()
+    folder.mkdir()
+    (folder / "mine.raw").write_bytes(b"0" * 10**6)
+    old = Cache(folder, 3.5 * SIZE / 2**30)  # room for three
+    for i in (0, 1, 2):
+        entries = files(old)
+        old(pairs[i], decode)
+        entry, = set(files(old)) - set(entries)
+        os.utime(entry, (0, old.since - 100 + i))
+    module.open_map.cache_clear()
+    new = Cache(folder, 3.5 * SIZE / 2**30)
+    new(pairs[0], decode)  # the oldest is now the newest
+    assert decode.calls == 3
+    for i in (3, 4, 5):
+        assert same(new(pairs[i], decode), pairs[i])
+    assert decode.calls == 6 and len(files(new)) == 3
+    for i in (0, 3, 4, 5, 5):
+        assert same(new(pairs[i], decode), pairs[i])
+    assert decode.calls == 8  # 5 found no place; 0, 3 and 4 stay, or every epoch would decode all of them
+    new.clear()
+    assert [f.name for f in folder.iterdir()] == ["mine.raw"]
+    new(pairs[5], decode), new(pairs[5], decode)
+    assert decode.calls == 9
+
+
+class Full(io.FileIO):
+    def write(self, data):
+        raise OSError(errno.ENOSPC, "No space left on device")
+
+
+def test_a_full_disk_slows_down_but_stops_nothing(pair, tmp_path, monkeypatch):
+    cache, decode = Cache(tmp_path / "cache"), Decode()
+    with monkeypatch.context() as m:
+        m.setattr(module.os, "fdopen", Full)
+        assert same(cache(pair, decode), pair) and same(cache(pair, decode), pair)
+    assert decode.calls == 2 and not files(cache)
+    monkeypatch.setattr(module, "KEEP_FREE", 2**60)
+    assert same(Cache(cache.folder)(pair, decode), pair) and not files(cache)
+
+
+def test_a_folder_removed_during_a_run_comes_back(pair, tmp_path):
+    cache, decode = Cache(tmp_path / "cache"), Decode()
+    before = cache(pair, decode)
+    files(cache)[0].unlink()
+    cache.folder.rmdir()
+    assert same(cache(pair, decode), pair) and same(before, pair) and decode.calls == 1  # still mapped
+    module.open_map.cache_clear()
+    assert same(cache(pair, decode), pair) and decode.calls == 2 and len(files(cache)) == 1
+
+
+def test_nothing_is_written_beside_the_images(tmp_path, monkeypatch):
+    (tmp_path / "images").mkdir()
+    pair = save(tmp_path / "images", 0)
+    pair[0].parent.chmod(0o500)  # stops everybody but root, for whom the listing below tells
+    monkeypatch.setenv("HOME", str(tmp_path / "home"))
+    monkeypatch.delenv("NANORS_CACHE", raising=False)
+    assert same(Cache()(pair, Decode()), pair)
+    monkeypatch.setenv("NANORS_CACHE", str(tmp_path / "env"))
+    assert same(Cache()(pair, Decode()), pair)
+    pair[0].parent.chmod(0o700)
+    assert sorted(pair[0].parent.iterdir()) == sorted(pair)
+    assert all(len(list(d.glob("nanors-*.raw"))) == 1 for d in (tmp_path / "home/.cache/nanors", tmp_path / "env"))

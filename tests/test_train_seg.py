@@ -1,0 +1,209 @@
+"""The main job as a user types it: train, resume, kill, ranks, evaluate, predict, and what bad input says."""
+import contextlib
+import json
+import os
+import random
+import shutil
+import signal
+import time
+
+import numpy as np
+import pytest
+import torch
+from forks import Forks
+from PIL import Image
+
+from data.demo import make
+from data.io import BadInput, Labels, write
+from models.checkpoint import load_state, load_weights
+
+TINY = ["--steps", 8, "--eval-every", 2, "--log-every", 1, "--batch-size", 4, "--crop", 64, "--warmup", 2,
+        "--arch", "nano16", "--dataset", "folder", "--workers", 0]
+
+
+@pytest.fixture(scope="module")
+def forks():
+    forks = Forks()
+    yield forks
+    forks.close()
+
+
+@pytest.fixture(scope="module")
+def demo(tmp_path_factory):
+    return make(tmp_path_factory.mktemp("data") / "demo", scenes=(8, 4, 5), size=128)
+
+
+@pytest.fixture(scope="module")
+def run(demo, forks, tmp_path_factory):
+    out = tmp_path_factory.mktemp("run") / "a"
+    forks.run("train_seg", "--root", demo, "--out", out, *TINY)
+    return out
+
+
+def same_bytes(a, b):  # best.safetensors byte by byte; last.pt holds times and paths too, so its tensors one by one
+    x, y = (load_state(f / "last.pt") for f in (a, b))
+    assert (a / "best.safetensors").read_bytes() == (b / "best.safetensors").read_bytes()
+    assert x["net"].keys() == y["net"].keys() and all(torch.equal(x["net"][k], y["net"][k]) for k in x["net"])
+    assert x["step"] == y["step"] and x["best"] == y["best"]
+    assert (a / "log.jsonl").read_text() == (b / "log.jsonl").read_text()
+    assert matrix(a / "results.json") == matrix(b / "results.json")
+
+
+def matrix(path):
+    return json.loads(path.read_text())["confusion"]
+
+
+def column(run, key):  # of log.jsonl: {step: value}
+    rows = map(json.loads, (run / "log.jsonl").read_text().splitlines())
+    return {row["step"]: row[key] for row in rows if key in row}
+
+
+def test_the_run_folder_holds_what_the_design_promises(run):
+    assert sorted(p.name for p in run.iterdir()) == [
+        "best.safetensors", "confusion.png", "curves.png", "last.pt", "log.jsonl", "protocol.json", "results.json",
+        "samples.png", "split.json"]
+    r = json.loads((run / "results.json").read_text())
+    assert {"miou", "oa", "iou", "majority_miou", "split", "steps", "seconds", "command"} <= set(r)
+    assert r["split"] == "test" and r["steps"] == 8 and set(r["iou"]) == set(r["pixels"])
+    assert load_weights(run)[1]["classes"][0]["name"] == "field"
+
+
+def test_same_command_same_bytes_whatever_the_workers(demo, run, forks, tmp_path):
+    forks.run("train_seg", "--root", demo, "--out", tmp_path / "b", *TINY[:-1], 2)
+    same_bytes(run, tmp_path / "b")
+
+
+def test_killed_at_ten_random_moments(demo, forks, tmp_path):
+    flags = ["--root", demo, *TINY, "--steps", 16, "--ema", 0.9, "--cutmix", 0.5, "--mixup", 0.5, "--focus", 0.5]
+    began = time.time()
+    forks.run("train_seg", *flags, "--out", tmp_path / "whole")
+    length, kills, clock = time.time() - began, 0, random.Random(0)
+    while kills < 10:
+        out = tmp_path / f"killed-{kills}"
+        while True:
+            again = ["--resume", out] if (out / "last.pt").exists() else [*flags, "--out", out]
+            pid = forks.start("train_seg", *again)
+            time.sleep(clock.uniform(0, length * 0.7))
+            if kills < 10:
+                with contextlib.suppress(ProcessLookupError):  # it was faster
+                    os.kill(pid, signal.SIGKILL)
+            code, text = forks.finish()
+            assert code in (0, -signal.SIGKILL), text
+            kills += code != 0
+            if code == 0:
+                break
+        same_bytes(tmp_path / "whole", out)
+
+
+@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT])
+def test_a_signal_saves_and_says_how_to_go_on(demo, run, forks, tmp_path, number):
+    pid = forks.start("train_seg", "--root", demo, "--out", tmp_path / "c", *TINY)
+    while not (tmp_path / "c/last.pt").exists():
+        time.sleep(0.01)
+    os.kill(pid, number)
+    code, text = forks.finish()
+    assert code == 128 + number and f"--resume {tmp_path / 'c'}" in text
+    forks.run("train_seg", "--resume", tmp_path / "c")
+    same_bytes(run, tmp_path / "c")
+
+
+def test_resume_refuses_what_would_make_it_a_lie(run, forks):
+    text = forks.run("train_seg", "--resume", run, "--batch-size", 8, ok=2)
+    assert "batch_size = 4, not 8" in text and text.count("\n") == 1
+    assert "nothing to resume" in forks.run("train_seg", "--resume", run.parent / "none", ok=2)
+
+
+def test_an_existing_run_is_not_overwritten(demo, run, forks):
+    assert f"--resume {run}" in forks.run("train_seg", "--root", demo, "--out", run, *TINY, ok=2)
+
+
+def test_ranks_train_alike_and_evaluate_exactly_alike(demo, run, forks, tmp_path):
+    losses, matrices = {}, {}
+    for ranks in (1, 2, 3):
+        out = tmp_path / f"r{ranks}"
+        flags = [*TINY, "--batch-size", 6 // ranks, "--steps", 3, "--loss", "ce+0.5*dice+lovasz+boundary+focal"]
+        forks.run("train_seg", "--root", demo, "--out", out, *flags, ranks=ranks)
+        losses[ranks] = list(column(out, "loss").values())
+        forks.run("eval", run, "--out", out / "e", "--workers", 0, ranks=ranks)
+        matrices[ranks] = matrix(out / "e/eval.json")
+    np.testing.assert_allclose(losses[2], losses[1], rtol=1e-4)
+    np.testing.assert_allclose(losses[3], losses[1], rtol=1e-4)
+    assert matrices[1] == matrices[2] == matrices[3] == matrix(run / "results.json")
+
+
+def test_accumulation_is_the_large_batch(demo, forks, tmp_path):
+    flags = ["--root", demo, *TINY, "--loss", "ce+focal+lovasz", "--steps", 4]
+    forks.run("train_seg", *flags, "--out", tmp_path / "a")
+    forks.run("train_seg", *flags, "--out", tmp_path / "b", "--batch-size", 1, "--accum", 4)
+    a, b = (list(column(tmp_path / out, "loss").values()) for out in "ab")
+    np.testing.assert_allclose(a, b, rtol=1e-4)
+
+
+def test_eval_and_predict_agree(demo, run, forks, tmp_path):
+    text = forks.run("predict", run, demo / "test/images", "--out", tmp_path / "p")
+    names = [p.stem for p in sorted((demo / "test/images").iterdir())]
+    assert f"masks of {len(names)} images" in text
+    assert {p.name for p in (tmp_path / "p").iterdir()} == {"classes.json"} | {
+        n + end for n in names for end in (".png", "_color.png", "_overlay.jpg")}
+    assert "type train" in forks.run("eval", run, "--masks", tmp_path / "p", ok=2)  # never a guess
+    flags = ["--mask-ids", "train", "--out", tmp_path / "e", "--workers", 0]
+    forks.run("eval", run, "--masks", tmp_path / "p", *flags)
+    assert matrix(tmp_path / "e/eval.json") == matrix(run / "results.json")
+    (tmp_path / "p" / f"{names[1]}.png").unlink()
+    assert f"{names[1]}.png: no such mask" in forks.run("eval", run, "--masks", tmp_path / "p", *flags, ok=2)
+
+
+def test_eval_says_when_the_images_chose_the_weights(run, forks, tmp_path):
+    text = forks.run("eval", run, "--split", "val", "--out", tmp_path, "--workers", 0)
+    assert "WARNING: the model's own val images" in text
+
+
+def test_predict_any_size_raw_colours_and_a_bad_file(demo, forks, tmp_path):
+    root = tmp_path / "colour"
+    shutil.copytree(demo, root)
+    d = json.loads((root / "dataset.json").read_text())
+    labels = Labels(d["classes"])
+    for mask in root.glob("*/masks/*.png"):  # the same set with RGB masks
+        Image.fromarray(labels.colors[np.array(Image.open(mask))]).save(mask)
+    write(root / "dataset.json", d | {"classes": [{"name": c["name"], "color": c["color"]} for c in d["classes"]]})
+    forks.run("train_seg", "--dataset", "folder", "--root", root, "--out", tmp_path / "run", *TINY, "--steps", 2)
+    images = tmp_path / "in/sub"
+    images.mkdir(parents=True)
+    for h, w in ((1, 1), (40, 300), (65, 64)):
+        Image.fromarray(np.full((h, w, 3), 90, np.uint8)).save(images / f"{h}x{w}.png")
+    (images / "broken.png").write_bytes((images / "40x300.png").read_bytes()[:60])
+    (images / "notes.txt").write_text("not an image")
+    out = tmp_path / "out"
+    text = forks.run("predict", tmp_path / "run", tmp_path / "in", "--out", out, "--label-out", "raw", ok=2)
+    assert "broken.png" in text and "masks of 3 images" in text
+    for h, w in ((1, 1), (40, 300), (65, 64)):
+        raw = np.array(Image.open(out / f"sub/{h}x{w}.png"))
+        assert raw.shape == (h, w, 3) and (raw == Image.open(out / f"sub/{h}x{w}_color.png")).all()
+    assert not (out / "sub/broken.png").exists()
+
+
+def poisoned(monkeypatch, steps):  # the loss of these calls is NaN
+    import train_seg
+    calls, compute = iter(range(10**6)), train_seg.compute
+
+    def nan(*args):
+        loss, parts = compute(*args)
+        return (loss * float("nan") if next(calls) in steps else loss), parts
+
+    monkeypatch.setattr(train_seg, "compute", nan)
+    monkeypatch.setattr(train_seg.signal, "signal", lambda *args: None)  # pytest keeps its own Ctrl-C
+    return lambda *argv: train_seg.main(train_seg.parse_args([str(a) for a in argv]))
+
+
+def test_a_non_finite_step_is_skipped(demo, tmp_path, monkeypatch, capsys):
+    poisoned(monkeypatch, {3, 4})("--root", demo, "--out", tmp_path / "a", *TINY)
+    assert all(t.isfinite().all() for t in load_state(tmp_path / "a/last.pt")["net"].values())
+    assert "rate halved" not in capsys.readouterr().out
+
+
+def test_five_non_finite_steps_go_back_once_then_stop_and_name_files(demo, tmp_path, monkeypatch, capsys):
+    poisoned(monkeypatch, set(range(2, 7)))("--root", demo, "--out", tmp_path / "a", *TINY, "--steps", 10)
+    assert "weights of step 6 again, rate halved" in capsys.readouterr().out
+    assert load_state(tmp_path / "a/last.pt")["rate"] == 0.5
+    with pytest.raises(BadInput, match=r"gradients in a row at step 12.*train/images/scene_\d+.*--lr below"):
+        poisoned(monkeypatch, set(range(2, 40)))("--root", demo, "--out", tmp_path / "b", *TINY, "--steps", 20)
