@@ -5,7 +5,7 @@
     python eval.py runs/demo --masks predictions --mask-ids train   masks from predict.py or any other program
     python eval.py --summary runs/*                             one table of what these runs reported
     torchrun --standalone --nproc_per_node=8 eval.py runs/demo  images are shared out, the numbers stay the same
-Writes eval.json and confusion.png into RUN/eval-SPLIT.
+Writes eval.json and confusion.png into RUN/eval-SPLIT, of --masks into RUN/eval-SPLIT-masks.
 Copy with: models/vit.py models/weights.py models/heads.py models/deeplab.py models/unetformer.py
     models/efficientnet_unet.py models/checkpoint.py data/io.py data/datasets.py
     data/public.py data/cache.py data/metrics.py data/tiles.py data/plots.py
@@ -16,6 +16,7 @@ import hashlib
 import json
 import os
 import sys
+from datetime import timedelta
 from pathlib import Path
 
 os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")  # read when torch loads: spinning threads cost 6x on a shared CPU
@@ -28,7 +29,7 @@ from data import plots, public
 from data.cache import Cache
 from data.datasets import SegDataset, find_pairs, load_splits, read_description
 from data.io import IGNORE, BadInput, Labels, write
-from data.metrics import confusion, f1, iou, precision, recall, report
+from data.metrics import confusion, f1, headline, iou, precision, recall, report
 from data.tiles import blend_weight, windows
 from models import deeplab, efficientnet_unet, unetformer
 from models.checkpoint import load_weights
@@ -53,12 +54,16 @@ def parse_args(argv=None):
     p.add_argument("--batch-size", type=int, default=16, help="windows at once")
     p.add_argument("--cache", help="folder for decoded images, at most 64 GB (~/.cache/nanors); off = none")
     p.add_argument("--workers", type=int, default=min(4, os.cpu_count() - 1), help="reading processes")
-    p.add_argument("--out", help="folder for the results (RUN/eval-SPLIT)")
+    p.add_argument("--out", help="folder for the results (RUN/eval-SPLIT, with --masks RUN/eval-SPLIT-masks)")
     args = p.parse_args(argv)
+    if args.mask_ids and not args.masks:
+        p.error("--mask-ids goes with --masks; leave it out")
+    if empty := [k for k, v in vars(args).items() if v == ""]:
+        p.error(f"--{empty[0].replace('_', '-')} is empty; is the shell variable set?")
     if bool(args.run) == bool(args.summary):
         p.error("name one run folder, or several after --summary")
-    if args.batch_size < 1 or args.workers < 0 or not 0 <= (args.overlap or 0) <= 0.9:
-        p.error("--batch-size from 1, --workers from 0, --overlap in 0..0.9")
+    if args.batch_size < 1 or not 0 <= args.workers <= 64 or not 0 <= (args.overlap or 0) <= 0.9:
+        p.error("--batch-size from 1, --workers in 0..64, --overlap in 0..0.9")
     return args
 
 
@@ -121,15 +126,20 @@ def logits_of(net, x, crop, overlap, batch, amp):  # image (3, H, W) -> (K, H, W
 
 
 def summary(runs):  # Markdown; runs that differ in no more than seed and place become one row, mean +/- sd
-    groups, unfinished = {}, []
-    for run in map(Path, runs):
-        if not (run / "results.json").exists():
-            unfinished += [run] if (run / "protocol.json").exists() else []  # the rest are no runs, such as runs/data
-            continue
-        result, protocol = (json.loads((run / f"{name}.json").read_text()) for name in ("results", "protocol"))
-        place = ("seed", "out", "resume", "workers", "cache")
-        same = {k: v for k, v in protocol["flags"].items() if k not in place} | {"data": protocol["dataset"]}
-        groups.setdefault(json.dumps(same, sort_keys=True), []).append((run, result, protocol))
+    groups, left_out = {}, []
+    for run in (r for r in map(Path, runs) if (r / "protocol.json").exists()):  # runs/data is none
+        try:
+            result, protocol = (json.loads((run / f"{name}.json").read_text()) for name in ("results", "protocol"))
+            place = ("seed", "out", "resume", "workers", "cache", "root")
+            same = {k: v for k, v in protocol["flags"].items() if k not in place}
+            same |= {k: protocol[k] for k in ("dataset", "variant", "world", "amp", "report")}
+            same |= {k: sorted(result[k]) for k in ("iou",)} | {"split": result["split"]}
+        except FileNotFoundError:
+            left_out.append(f"{run}: not finished; go on with --resume {run}")
+        except (ValueError, LookupError, TypeError) as e:
+            left_out.append(f"{run}: its results cannot be read ({e!r})")
+        else:
+            groups.setdefault(json.dumps(same, sort_keys=True), []).append((run, result, protocol))
     if not groups:
         raise BadInput(f"{runs[0]}: no results.json in these folders; name finished runs, such as runs/*")
     lines = ["| run | data | split | classes | seeds | mIoU | mean F1 | OA | majority mIoU | also reported |",
@@ -145,7 +155,7 @@ def summary(runs):  # Markdown; runs that differ in no more than seed and place 
                  f"{result['classes_in_mean']} of {len(result['iou'])}", ", ".join(str(r["seed"]) for _, r, _ in group),
                  score("miou"), score("mf1"), score("oa"), score("majority_miou"), further]
         lines.append("| " + " | ".join(cells) + " |")
-    return "\n".join([*lines, *(f"{run}: not finished; train_seg.py --resume {run}" for run in unfinished)])
+    return "\n".join([*lines, *left_out])
 
 
 def main(args):
@@ -157,11 +167,13 @@ def main(args):
     if device.type == "cuda":
         torch.cuda.set_device(device)
     else:
-        torch.set_float32_matmul_precision("medium")  # on a CPU this means oneDNN: fp32 accuracy, twice the speed
+        if not getattr(torch.cpu, "_is_amx_tile_supported", bool)():  # which would round to bf16
+            torch.set_float32_matmul_precision("medium")  # on a CPU this means oneDNN: fp32 accuracy, twice the speed
         if sys.platform == "linux" and hasattr(libc := ctypes.CDLL(None), "mallopt"):
             libc.mallopt(-4, 0), libc.mallopt(-1, 2**31 - 1)  # keep freed blocks: no page faults at every step
     if world > 1 and not dist.is_initialized():  # torchrun set the variables; plain `python` is rank 0 of 1
-        dist.init_process_group("nccl" if device.type == "cuda" else "gloo")
+        dist.init_process_group("nccl" if device.type == "cuda" else "gloo", timeout=timedelta(days=1),  # torchrun ends
+                                device_id=device if device.type == "cuda" else None)  # all ranks when one has died
     say = print if rank == 0 else lambda *a, **k: None
     # <<< same: setup
 
@@ -178,13 +190,18 @@ def main(args):
     official = meta["source"] in public.SETS
     description = public.describe(meta["source"], root, variant) if official else read_description(root)
     pairs = find_pairs(root, description)
+    here = {c["name"]: c for c in description["classes"]}
+    if set(here) != set(labels.names):
+        raise BadInput(f"{root}: the classes {', '.join(here)}; the model knows {', '.join(labels.names)}")
+    labels = Labels([here[n] for n in labels.names], description["ignore"])  # of these masks, in the model's order
     split_file = args.split_file or (run / "split.json" if (run / "split.json").exists() and not other else None)
     splits = load_splits(root, description, pairs, split_file, need=(), final=True)
     if args.split in description.get("unlabelled", ()) and args.split not in splits:
         raise BadInput(f"{root}: no masks for {args.split}; predict it: python predict.py {args.run} IMAGES, with "
                        "--label-out train or raw as the grader wants")
     if not splits.get(args.split):
-        raise BadInput(f"{root}: no split {args.split!r}; type --split with one of: {', '.join(splits)}")
+        raise BadInput(f"{root}: no split {args.split!r}; type --split with one of: {', '.join(splits)}" + (
+            f", or --split-file {run}/split.json for that of training" if other else ""))
     names = splits[args.split]
     files = hashlib.sha256("\n".join(names).encode()).hexdigest()[:16]
     seen = [s for s in ("train", meta["chosen_on"]) if files == meta["splits"].get(s)]
@@ -196,8 +213,18 @@ def main(args):
                        "values as in the data set's own masks")
     if not args.masks:
         net = load_net(args.run, args.weights)[0].to(device)
-    folder, ids = Path(args.masks or ""), [dict(name=n, id=i) for i, n in enumerate(labels.names)]
-    table = labels if args.mask_ids == "raw" else Labels(ids)
+    folder, found, ids = Path(args.masks or ""), {}, [dict(name=n, id=i) for i, n in enumerate(labels.names)]
+    table = labels if args.mask_ids == "raw" else Labels(ids, [IGNORE])
+
+    for name in names if args.masks else ():  # predict.py names them below the folder it was given
+        parts = name.split("/")
+        places = [folder / f"{'/'.join(parts[i:])}.png" for i in range(len(parts))]
+        found[name] = next((f for f in places if f.exists()), None)
+        if found[name] is None:
+            raise BadInput(f"{places[0]}: no such mask, nor {places[-1]}; expected one for every image of the split")
+    if len(set(found.values())) < len(found):
+        raise BadInput(f"{folder}: images of one name in several folders, and only one mask for them; name the masks "
+                       f"like {next(iter(found))}.png")
 
     # ---- one matrix
     kept = {} if args.cache == "off" else {"cache": Cache(args.cache)}
@@ -205,12 +232,10 @@ def main(args):
     cm = torch.zeros(K, K, dtype=torch.int64, device=device)
     mine = range(rank, len(data), world)
     with torch.inference_mode():
-        for x, y, name in DataLoader(data, batch_size=None, sampler=mine, num_workers=args.workers):
+        for x, y, name in DataLoader(data, batch_size=None, sampler=mine, num_workers=args.workers,
+                                     prefetch_factor=1 if args.workers else None):
             if args.masks:
-                places = [folder / f"{name}.png", folder / f"{Path(name).name}.png"]
-                file = next((f for f in places if f.exists()), None)
-                if file is None:
-                    raise BadInput(f"{places[0]}: no such mask; expected one for every image of the split")
+                file = found[name]
                 pred = torch.from_numpy(table.load(file)).long()
                 if pred.shape == y.shape:
                     pred[y == IGNORE] = 0  # is not counted: predict.py leaves transparent pixels without a class
@@ -228,22 +253,17 @@ def main(args):
     # ---- report
     if rank == 0:
         cm = cm.cpu()
-        r = report(cm, labels.names, meta["report"])
+        r = dict(split=args.split, **report(cm, labels.names, meta["report"]))
         width = max(map(len, labels.names))
         print(f"{'class':{width}}    IoU     F1   prec. recall   share")
         for row in zip(labels.names, iou(cm), f1(cm), precision(cm), recall(cm), cm.sum(1) / cm.sum()):
             print(f"{row[0]:{width}} " + " ".join(f"{v:6.3f}" for v in row[1:5]) + f" {row[5]:7.2%}")
-        absent = f" (absent: {', '.join(r['absent'])})" if r["absent"] else ""
-        print(f"mIoU {r['miou']:.4f} over {r['classes_in_mean']} of {K} classes{absent}, mean F1 {r['mf1']:.4f}, "
-              f"OA {r['oa']:.4f}")
-        for key in meta["report"]:
-            print(f"     {key.replace('_', ' ')}: mIoU {r[f'miou_{key}']:.4f}, mean F1 {r[f'mf1_{key}']:.4f}")
-        print(f"always {r['majority_class']!r}: mIoU {r['majority_miou']:.4f}, OA {r['majority_oa']:.4f}")
-        out = Path(args.out or run / f"eval-{args.split}")
+        print(headline(r, meta["report"]))
+        out = Path(args.out or run / f"eval-{args.split}{'-masks' if args.masks else ''}")
         protocol = dict(run=str(args.run), masks=args.masks, root=str(root), files=files, images=len(names),
                         variant=variant, **meta["reading"],
                         crop=meta["crop"], overlap=overlap, amp="bf16" if amp else "off", tta="none")
-        write(out / "eval.json", dict(split=args.split, **r, protocol=protocol))
+        write(out / "eval.json", dict(r, protocol=protocol))
         write(out / "confusion.png", plots.confusion(cm.numpy(), labels.names, f"{meta['dataset']} {args.split}"))
         print(f"wrote {out}/eval.json and confusion.png")
     # >>> same: leave
@@ -257,7 +277,7 @@ def main(args):
 if __name__ == "__main__":
     try:
         main(parse_args())
-    except (BadInput, BadWeights) as e:  # its last line: a reading process puts a traceback before the message
+    except (BadInput, BadWeights, OSError) as e:  # its last line: a reading process puts a traceback before the message
         print(f"error: {str(e).splitlines()[-1].split('BadInput: ')[-1]}", file=sys.stderr)
         sys.exit(2)
 # <<< same: main

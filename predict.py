@@ -4,7 +4,7 @@
     python predict.py runs/demo D --out predictions --label-out raw    ids or colours as in the training masks
 Writes OUT/NAME.png (ids in a palette PNG: opens in colour, reads back as ids), NAME_color.png, NAME_overlay.jpg and
 classes.json; sub-folders of an input folder are kept. What is transparent in an image gets no class: 255. A file that
-cannot be read is named and left out; exit code 2.
+cannot be read is named and left out; exit code 2. Needs about 48 bytes of memory per pixel at 8 classes.
 Copy with: models/vit.py models/weights.py models/heads.py models/deeplab.py models/unetformer.py
     models/efficientnet_unet.py models/checkpoint.py data/io.py data/datasets.py
     data/tiles.py data/plots.py
@@ -15,6 +15,8 @@ import glob
 import os
 import sys
 import time
+from collections import Counter
+from datetime import timedelta
 from pathlib import Path
 
 os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")  # read when torch loads: spinning threads cost 6x on a shared CPU
@@ -48,6 +50,8 @@ def parse_args(argv=None):
     p.add_argument("--amp", default="auto", choices=["auto", "bf16", "off"], help="auto: as trained, where fast")
     p.add_argument("--batch-size", type=int, default=16, help="windows at once")
     args = p.parse_args(argv)
+    if empty := [k for k, v in vars(args).items() if v == ""]:
+        p.error(f"--{empty[0].replace('_', '-')} is empty; is the shell variable set?")
     if args.batch_size < 1 or not 0 <= (args.overlap or 0) <= 0.9:
         p.error("--batch-size from 1, --overlap in 0..0.9")
     return args
@@ -133,11 +137,13 @@ def main(args):
     if device.type == "cuda":
         torch.cuda.set_device(device)
     else:
-        torch.set_float32_matmul_precision("medium")  # on a CPU this means oneDNN: fp32 accuracy, twice the speed
+        if not getattr(torch.cpu, "_is_amx_tile_supported", bool)():  # which would round to bf16
+            torch.set_float32_matmul_precision("medium")  # on a CPU this means oneDNN: fp32 accuracy, twice the speed
         if sys.platform == "linux" and hasattr(libc := ctypes.CDLL(None), "mallopt"):
             libc.mallopt(-4, 0), libc.mallopt(-1, 2**31 - 1)  # keep freed blocks: no page faults at every step
     if world > 1 and not dist.is_initialized():  # torchrun set the variables; plain `python` is rank 0 of 1
-        dist.init_process_group("nccl" if device.type == "cuda" else "gloo")
+        dist.init_process_group("nccl" if device.type == "cuda" else "gloo", timeout=timedelta(days=1),  # torchrun ends
+                                device_id=device if device.type == "cuda" else None)  # all ranks when one has died
     say = print if rank == 0 else lambda *a, **k: None
     # <<< same: setup
 
@@ -150,13 +156,22 @@ def main(args):
     outputs = [(out / f"{name}{end}").resolve() for name in images for end in (".png", "_color.png", "_overlay.jpg")]
     clash = {f.resolve() for f in images.values()} & set(outputs)
     if clash or len(set(outputs)) < len(outputs):
-        raise BadInput(f"{out}: results would overwrite {min(clash, default='each other')}; name another --out")
+        twice = [f for f, n in Counter(outputs).items() if n > 1]
+        raise BadInput(f"{out}: results would overwrite {min(clash, default=None) or f'each other ({twice[0].name})'}; "
+                       "name another --out, or the images without earlier results")
+    if not (out / "classes.json").exists() and (there := [f for f in outputs if f.exists()]):
+        raise BadInput(f"{there[0]}: would be overwritten, and predict.py has not written it; name another --out")
     if rank == 0:
-        write(out / "classes.json", [{"train_id": i, **c} for i, c in enumerate(labels.classes)])
+        values = [dict(value=c.get("id", c.get("color")) if args.label_out == "raw" else i, train_id=i, **c)
+                  for i, c in enumerate(labels.classes)]
+        write(out / "classes.json", values)
     mine, began, bad = list(images.items())[rank::world], time.time(), []
     for i, (name, file) in enumerate(mine):
         try:
             image, valid = read_valid(file, **meta["reading"])
+            if valid is not None and not valid.all() and args.label_out == "raw" and not labels.ignore:
+                raise BadInput(f"{file}: transparent pixels, and no value of the masks means no class; type "
+                               "--label-out train, which writes 255 there")
         except BadInput as e:
             print(f"left out: {e}", file=sys.stderr)
             bad.append(file)
@@ -177,10 +192,13 @@ def main(args):
         write(out / f"{name}.png", mask)
         write(out / f"{name}_color.png", Image.fromarray(plots.colorize(ids, labels.colors)))
         write(out / f"{name}_overlay.jpg", Image.fromarray(plots.overlay(image, ids, labels.colors)), quality=90)
-        rest = (time.time() - began) / (i + 1) * (len(mine) - i - 1)
+        rest = round((time.time() - began) / (i + 1) * (len(mine) - i - 1))
         say(f"{i + 1} of {len(mine)}  {name}  {image.shape[0]} x {image.shape[1]}  "
-            f"ETA {rest // 60:.0f}:{rest % 60:02.0f}", flush=True)
-    say(f"wrote the masks of {len(mine) - len(bad)} images to {out}/: NAME.png, NAME_color.png, NAME_overlay.jpg")
+            f"ETA {rest // 60}:{rest % 60:02d}", flush=True)
+    count = torch.tensor(len(mine) - len(bad), device=device)
+    if world > 1:
+        dist.all_reduce(count)
+    say(f"wrote the masks of {count} images to {out}/: NAME.png, NAME_color.png, NAME_overlay.jpg")
     # >>> same: leave
     if world > 1:  # gloo's threads may still hold tensors of the last collective, and Python's end under them aborts
         dist.barrier()
@@ -194,7 +212,7 @@ def main(args):
 if __name__ == "__main__":
     try:
         main(parse_args())
-    except (BadInput, BadWeights) as e:  # its last line: a reading process puts a traceback before the message
+    except (BadInput, BadWeights, OSError) as e:  # its last line: a reading process puts a traceback before the message
         print(f"error: {str(e).splitlines()[-1].split('BadInput: ')[-1]}", file=sys.stderr)
         sys.exit(2)
 # <<< same: main

@@ -23,6 +23,7 @@ import signal
 import sys
 import time
 from contextlib import nullcontext
+from datetime import timedelta
 from functools import partial
 from pathlib import Path
 
@@ -37,9 +38,10 @@ from torch.utils.data import DataLoader
 from data import augment, demo, plots, public
 from data.cache import Cache
 from data.crops import random_crop
-from data.datasets import NORMS, SegDataset, check_sizes, class_counts, find_pairs, load_splits, read_description
+from data.datasets import (NORMS, SegDataset, check_sizes, class_counts, even_sample, find_pairs, load_splits,
+                           read_description)
 from data.io import IGNORE, BadInput, Labels, write
-from data.metrics import confusion, iou, oa, report
+from data.metrics import confusion, headline, iou, oa, report
 from data.samplers import StepSampler
 from data.tiles import blend_weight, windows
 from models import deeplab, efficientnet_unet, unetformer
@@ -48,6 +50,9 @@ from models.heads import HEADS, Segmenter
 from models.losses import class_weights, compute, parse_loss
 from models.vit import PRESETS, ViT, arch_name, spread_taps
 from models.weights import BadWeights, fill, load_vit
+
+
+MOVABLE = ("out", "resume", "workers", "cache", "root", "weights")  # what a resumed run may have at another place
 
 
 def parse_args(argv=None):
@@ -64,7 +69,7 @@ def parse_args(argv=None):
     data.add_argument("--val-frac", type=float, help="part of train to hold out for selection, where there is no val")
     data.add_argument("--group-regex", help="the scene in a name: --val-frac keeps a scene's images together")
     data.add_argument("--final", action="store_true", help="hold nothing out: all of train, and the last weights")
-    data.add_argument("--check-data", type=int, default=64, help="training masks to read before step 1, 0 = none")
+    data.add_argument("--check-data", type=int, default=64, help="training masks to read first; 0: if needed")
     data.add_argument("--crop", type=int, help="training crop and evaluation window (128; with --weights 512 or 518)")
     data.add_argument("--scale", type=float, nargs=2, default=[0.75, 1.5], help="range of the random scale")
     data.add_argument("--color", type=float, default=0.2, help="strength of the colour augmentation, 0 = off")
@@ -74,7 +79,7 @@ def parse_args(argv=None):
     data.add_argument("--cache", help="folder for decoded images, at most 64 GB (~/.cache/nanors); off = none")
     data.add_argument("--workers", type=int, default=min(4, os.cpu_count() - 1), help="reading processes")
     model = p.add_argument_group("model")
-    model.add_argument("--model", default="vit", choices=["vit", *NETS], help="vit with a --head, or a whole CNN")
+    model.add_argument("--model", default="vit", choices=["vit", *NETS], help="vit with a --head, or a whole network")
     model.add_argument("--weights", default="none", help="DINOv2/v3 (or CNN) file, folder or URL; none = from scratch")
     model.add_argument("--arch", default="nano8", choices=sorted(PRESETS), help="backbone without --weights")
     model.add_argument("--head", default="fpn", choices=sorted(HEADS))
@@ -97,11 +102,12 @@ def parse_args(argv=None):
     opt.add_argument("--schedule", default="cosine", choices=["cosine", "poly"])
     opt.add_argument("--clip", type=float, default=1.0, help="gradient norm limit, inf = off")
     opt.add_argument("--loss", default="ce+dice", help="ce, focal, dice, lovasz, boundary: ce+0.5*dice")
-    opt.add_argument("--class-weights", default="none", choices=["none", "inverse", "sqrt", "median", "effective"])
-    opt.add_argument("--label-smoothing", type=float, default=0.0)
+    opt.add_argument("--class-weights", default="none", choices=["none", "inverse", "sqrt", "median", "effective"],
+                     help="for ce and focal")
+    opt.add_argument("--label-smoothing", type=float, default=0.0, help="of ce")
     opt.add_argument("--ema", type=float, default=0.0, help="decay of averaged weights, evaluated and kept; 0 = off")
     opt.add_argument("--amp", default="auto", choices=["auto", "bf16", "off"])
-    opt.add_argument("--compile", action="store_true", help="torch.compile the training step")
+    opt.add_argument("--compile", action="store_true", help="torch.compile the network")
     run = p.add_argument_group("run")
     run.add_argument("--out", help="run folder (runs/<dataset>, numbered when taken)")
     run.add_argument("--resume", metavar="RUN", help="go on with the run in this folder, with its flags")
@@ -111,6 +117,19 @@ def parse_args(argv=None):
     run.add_argument("--overlap", type=float, default=0.25, help="of evaluation windows, as a part of --crop")
     run.add_argument("--log-every", type=int, default=50)
     args = p.parse_args(argv)
+    if empty := [k for k, v in vars(args).items() if v == ""]:
+        p.error(f"--{empty[0].replace('_', '-')} is empty; is the shell variable set?")
+    if args.resume:  # the stored flags become the defaults, so a flag that now differs was typed
+        stored = load_state(Path(args.resume) / "last.pt").get("args")
+        if stored is None:
+            raise BadInput(f"{args.resume}/last.pt: not written by this script; name a run folder")
+        p.set_defaults(**stored | {"resume": args.resume})
+        args = p.parse_args(argv)
+        args.out = args.resume
+        for k in (k for k, v in stored.items() if getattr(args, k) != v and k not in MOVABLE):
+            raise BadInput(f"{args.resume}: was trained with {k} = {stored[k]}, not {getattr(args, k)}; leave the flag "
+                           "out, or start a new run")
+        return args
     try:
         parse_loss(args.loss)
     except ValueError as e:
@@ -124,26 +143,18 @@ def parse_args(argv=None):
             p.error(f"--{flag.replace('_', '-')} {getattr(args, flag)}: expected {low} to {high}")
     if args.bands and (len(args.bands) != 3 or min(args.bands) < 1):
         p.error(f"--bands {args.bands}: expected three numbers from 1, such as 4,1,2")
-    if args.input_range and not args.input_range[0] < args.input_range[1]:
+    if args.input_range and not -math.inf < args.input_range[0] < args.input_range[1] < math.inf:
         p.error(f"--input-range {args.input_range}: expected the lower value first")
-    for_vit = dict(arch="nano8", head="fpn", taps=None, feat_norm="on", unfreeze=None, save="all", layer_decay=1.0)
-    for flag in [f for f, default in for_vit.items() if args.model != "vit" and getattr(args, f) != default]:
-        p.error(f"--{flag.replace('_', '-')} goes with --model vit, not {args.model}; leave it out")
-    if args.freeze_bn and args.model != "deeplabv3":
-        p.error(f"--freeze-bn goes with --model deeplabv3, not {args.model}; leave it out")
+    if args.final and args.val_frac:
+        p.error("--final holds nothing out, --val-frac does; leave one of them out")
+    owned = {"vit": "arch head taps feat_norm unfreeze save layer_decay", "deeplabv3": "freeze_bn output_stride"}
+    for flag, model in ((f, m) for m, flags in owned.items() if m != args.model for f in flags.split()):
+        if getattr(args, flag) != p.get_default(flag):
+            p.error(f"--{flag.replace('_', '-')} goes with --model {model}, not {args.model}; leave it out")
+    if args.model == "deeplabv3" and args.batch_size == 1 and not args.freeze_bn:
+        p.error("--batch-size 1: BatchNorm needs two images; type 2 or more, or add --freeze-bn")
     if not 0.05 <= args.scale[0] <= args.scale[1] <= 20:
         p.error(f"--scale {args.scale}: expected two rising numbers such as 0.75 1.5")
-    if args.resume:  # the stored flags become the defaults, so a flag that now differs was typed
-        stored = load_state(Path(args.resume) / "last.pt").get("args")
-        if stored is None:
-            raise BadInput(f"{args.resume}/last.pt: not written by this script; name a run folder")
-        p.set_defaults(**stored)
-        args, typed = p.parse_args(argv), args
-        args.out, args.resume = typed.resume, typed.resume
-        for k, v in stored.items():
-            if getattr(args, k) != v and k not in ("out", "resume", "workers", "cache", "root"):
-                raise BadInput(f"{args.resume}: was trained with {k} = {v}, not {getattr(args, k)}; leave the flag "
-                               "out, or start a new run")
     return args
 
 
@@ -212,10 +223,6 @@ def fast_bf16(device):  # in hardware; older GPUs and CPUs only imitate it
 # <<< same: fast_bf16
 
 
-def digest(names):
-    return hashlib.sha256("\n".join(names).encode()).hexdigest()[:16]
-
-
 # >>> same: logits_of
 def logits_of(net, x, crop, overlap, batch, amp):  # image (3, H, W) -> (K, H, W) fp32 on x's device, blended windows
     H, W = x.shape[-2:]
@@ -241,6 +248,8 @@ def logits_of(net, x, crop, overlap, batch, amp):  # image (3, H, W) -> (K, H, W
 def evaluate(net, data, args, device, amp, rank, world):  # -> (K, K) confusion matrix of the whole split, on every rank
     was_training = net.training
     net.eval()
+    for statistics in net.buffers() if world > 1 else ():  # BatchNorm's differ until DDP's next forward
+        dist.broadcast(statistics, 0)
     k = len(data.labels.names)
     cm = torch.zeros(k, k, dtype=torch.int64, device=device)
     for x, y, _ in DataLoader(data, batch_size=None, sampler=range(rank, len(data), world), num_workers=args.workers,
@@ -255,16 +264,6 @@ def evaluate(net, data, args, device, amp, rank, world):  # -> (K, K) confusion 
     return cm.cpu()
 
 
-@torch.inference_mode()
-def draw_samples(net, data, args, device, amp, n=6):  # contact sheet of images spread over the split
-    net.eval()
-    rows = []
-    for i in sorted({round(i) for i in np.linspace(0, len(data) - 1, n)}):
-        logits = logits_of(net, data[i][0].to(device), args.crop, args.overlap, args.batch_size, amp)
-        rows.append((*data.read(i), logits.max(0).indices.byte().cpu().numpy(), data.names[i]))
-    return plots.samples(rows, data.labels.names, data.labels.colors)
-
-
 def main(args):
     # >>> same: setup
     rank, world, local = (int(os.environ.get(v, d)) for v, d in (("RANK", 0), ("WORLD_SIZE", 1), ("LOCAL_RANK", 0)))
@@ -272,30 +271,34 @@ def main(args):
     if device.type == "cuda":
         torch.cuda.set_device(device)
     else:
-        torch.set_float32_matmul_precision("medium")  # on a CPU this means oneDNN: fp32 accuracy, twice the speed
+        if not getattr(torch.cpu, "_is_amx_tile_supported", bool)():  # which would round to bf16
+            torch.set_float32_matmul_precision("medium")  # on a CPU this means oneDNN: fp32 accuracy, twice the speed
         if sys.platform == "linux" and hasattr(libc := ctypes.CDLL(None), "mallopt"):
             libc.mallopt(-4, 0), libc.mallopt(-1, 2**31 - 1)  # keep freed blocks: no page faults at every step
     if world > 1 and not dist.is_initialized():  # torchrun set the variables; plain `python` is rank 0 of 1
-        dist.init_process_group("nccl" if device.type == "cuda" else "gloo")
+        dist.init_process_group("nccl" if device.type == "cuda" else "gloo", timeout=timedelta(days=1),  # torchrun ends
+                                device_id=device if device.type == "cuda" else None)  # all ranks when one has died
     say = print if rank == 0 else lambda *a, **k: None
     # <<< same: setup
     torch.manual_seed(args.seed)  # same on all ranks and before the model exists: same initial head
 
     # ---- data
     source = args.dataset or ("folder" if args.root else "demo")
-    if source == "demo":
-        root = demo.make(args.root or "runs/data/demo").resolve()
-    elif args.root:
-        root = Path(args.root).resolve()
-    else:
+    if source != "demo" and not args.root:
         raise BadInput("--root is missing; type the folder that holds images, masks and dataset.json, or a public set")
+    if args.variant and source not in public.SETS:
+        raise BadInput(f"--variant {args.variant} goes with a public --dataset, not {source}; leave it out")
+    root = (demo.make(args.root or "runs/data/demo") if source == "demo" else Path(args.root)).resolve()
     description = public.describe(source, root, args.variant) if source in public.SETS else read_description(root)
     out = Path(args.out or f"runs/{description['name']}")
     if not args.out:
         names = (out if i == 1 else Path(f"{out}-{i}") for i in itertools.count(1))
         out = next(folder for folder in names if not (folder / "last.pt").exists())
-    elif rank == 0 and not args.resume and (out / "last.pt").exists():
-        raise BadInput(f"{out}: holds a run; type --resume {out} to go on with it, or another --out")
+    elif rank == 0 and not args.resume and out.exists():
+        if (out / "last.pt").exists():
+            raise BadInput(f"{out}: holds a run; type --resume {out} to go on with it, or another --out")
+        if not out.is_dir() or any(out.iterdir()):
+            raise BadInput(f"{out}: there, and no run of this script; name another --out")
     if world > 1:  # rank 0 may be ahead and have made the folder
         dist.broadcast_object_list(name := [str(out)])
         out = Path(name[0])
@@ -314,7 +317,10 @@ def main(args):
     counts = None
     if args.check_data or args.focus or args.class_weights != "none":
         limit = (args.check_data or 64) if args.class_weights == "none" else None  # class weights need every mask
-        counts = class_counts({n: pairs[n] for n in splits["train"]}, labels, limit)
+        rows = class_counts({n: pairs[n] for n in splits["train"]}, labels, limit)  # (N, K+1) pixels
+        counts = rows.sum(0)
+        for split in splits.keys() - {"train"}:  # a bad mask there would stop the run only when it is scored
+            class_counts({n: pairs[n] for n in splits[split]}, labels, args.check_data or 1)
         say("        " + "  ".join(f"{n} {c:.2%}" for n, c in zip([*labels.names, "ignored"], counts / counts.sum())))
         if not counts[:K].any():
             raise BadInput(f"{root}: no labelled pixel in the training masks; correct \"ignore\" in dataset.json")
@@ -359,13 +365,7 @@ def main(args):
     if vit:
         if args.unfreeze != "all" and not args.unfreeze.isdigit():
             raise BadInput(f"--unfreeze {args.unfreeze}: expected a number of blocks, or all")
-        used = net.backbone.blocks[: taps[-1] + 1]  # DDP would wait for gradients of blocks behind the last tap
-        train_blocks = len(used) if args.unfreeze == "all" else min(int(args.unfreeze), len(used))
-        net.backbone.requires_grad_(args.unfreeze == "all")  # with "all", patch embedding, tokens and positions too
-        net.backbone.blocks.requires_grad_(False)
-        used[len(used) - train_blocks:].requires_grad_(True)
-        net.backbone.norm.requires_grad_(train_blocks > 0 and m["feat_norm"])
-        frozen = train_blocks == 0
+        frozen = net.unfreeze(None if args.unfreeze == "all" else int(args.unfreeze)) == 0
     elif args.freeze_bn:
         net.freeze_bn()
     elif world > 1 and device.type == "cuda":
@@ -386,7 +386,7 @@ def main(args):
     terms = parse_loss(args.loss)
     class_w = None
     if args.class_weights != "none":
-        class_w = class_weights(torch.tensor(counts[:K]), args.class_weights).to(device)
+        class_w = class_weights(torch.tensor(rows[:, :K]), args.class_weights).to(device)
         say("        class weights " + "  ".join(f"{n} {w:.2f}" for n, w in zip(labels.names, class_w.tolist())))
     ema = copy.deepcopy(net).requires_grad_(False) if args.ema else None
     if ema is not None and frozen:
@@ -402,12 +402,14 @@ def main(args):
     def restore(last):  # strict: exactly the tensors that changing() names
         for n, state in ((net, last["net"]), (ema, last["ema"])):
             if n is not None:
-                assert state.keys() == changing(n).keys()
+                if state.keys() != changing(n).keys():
+                    raise BadInput(f"{out}/last.pt: not of this network; start a new run")
                 n.load_state_dict(state, strict=False)
         opt.load_state_dict(last["opt"])
 
     # ---- resume
     start, best, stale, bad, rate, seconds, history = 0, -1.0, 0, 0, 1.0, 0.0, []
+    command = shlex.join(["python", *sys.argv])
     if args.resume:
         last = load_state(out / "last.pt")
         if last["weights"] != info["sha256"]:
@@ -417,7 +419,11 @@ def main(args):
                            f"--nproc_per_node={last['world']}, or plain python for 1")
         restore(last)
         start, best, stale, bad, rate, seconds = (last[k] for k in ("step", "best", "stale", "bad", "rate", "seconds"))
-        history = [row for row in map(json.loads, (out / "log.jsonl").read_text().splitlines()) if row["step"] <= start]
+        history, command = last["history"], last["command"]
+        if last["labels"] != [labels.classes, labels.ignore]:
+            raise BadInput(f"{root}: the classes or ignored values are no longer those this run was trained with "
+                           f"({', '.join(c['name'] for c in last['labels'][0])}); undo the change, or start a new run")
+        del last
         say(f"resume  {out} at step {start} of {args.steps}, best val mIoU {best:.4f}")
     meta = dict(
         model=m, classes=labels.classes, ignore=labels.ignore, norm=pixel_norm, crop=args.crop, overlap=args.overlap,
@@ -425,22 +431,15 @@ def main(args):
         weights=dict(path=info["path"] and str(Path(info["path"]).resolve()), sha256=info["sha256"]),
         dataset=description["name"], root=str(root), source=source, variant=description.get("variant"),
         chosen_on=choose, reported=score, reading=reading, report=further,
-        splits={s: digest(names) for s, names in splits.items()})
-    if rank == 0:
-        out.mkdir(parents=True, exist_ok=True)
-        write(out / "split.json", splits)
-        write(out / "protocol.json", meta | dict(
-            command=shlex.join(["python", *sys.argv]), flags=vars(args), tta="none",
-            selection=f"best {choose} mIoU" if choose else "last step",
-            absent_class="NaN, not in the mean", torch=torch.__version__, python=sys.version.split()[0], world=world,
-            device=torch.cuda.get_device_name() if device.type == "cuda" else f"{torch.get_num_threads()} CPU threads"))
+        splits={s: hashlib.sha256("\n".join(names).encode()).hexdigest()[:16] for s, names in splits.items()})
 
     def save_last(step):
         if rank == 0:
             write(out / "log.jsonl", "".join(json.dumps(row) + "\n" for row in history))
             save_state(out / "last.pt", net=changing(net), ema=ema and changing(ema), opt=opt.state_dict(), step=step,
                        best=best, stale=stale, bad=bad, rate=rate, seconds=seconds + time.time() - began, world=world,
-                       weights=info["sha256"], args=vars(args))
+                       weights=info["sha256"], command=command, history=history, labels=[labels.classes, labels.ignore],
+                       args=vars(args))
 
     def save_best(step, miou):
         if rank == 0:
@@ -458,6 +457,16 @@ def main(args):
         files = {n: pairs[n] for n in splits[split]}
         return SegDataset(files, labels, pixel_norm, *augmentation, **kept, **reading)
 
+    part("train").read(0)  # bands or depth that need a flag are told before anything is written
+    if rank == 0:
+        out.mkdir(parents=True, exist_ok=True)
+        write(out / "split.json", splits)
+        write(out / "protocol.json", meta | dict(
+            command=command, flags=vars(args), tta="none",
+            selection=f"best {choose} mIoU" if choose else "last step",
+            absent_class="NaN, not in the mean", torch=torch.__version__, python=sys.version.split()[0], world=world,
+            device=torch.cuda.get_device_name() if device.type == "cuda" else f"{torch.get_num_threads()} CPU threads"))
+
     # ---- loop
     pick = partial(transform, crop=args.crop, scales=args.scale, strength=args.color, rare=rare, focus=args.focus)
     train, val = part("train", pick, args.seed), choose and part(choose)
@@ -466,6 +475,7 @@ def main(args):
     say(f"loop    {args.steps} steps, {micro_steps * args.batch_size * world / len(train):.1f} crops per image")
     batches = iter(DataLoader(train, batch_sampler=draws, num_workers=args.workers, pin_memory=device.type == "cuda",
                               worker_init_fn=leave_signals_to_main))
+    statistics = [] if vit else [*net.buffers()]
     stopped = []  # a signal lets the step finish, then saves and leaves
     def stop(number, frame):
         stopped.append(number)
@@ -498,7 +508,7 @@ def main(args):
         for g in opt.param_groups:
             g["lr"] = g["scale"] * rate * lr_at(step, args)
         opt.zero_grad(set_to_none=True)
-        shown = 0.0
+        shown, before_step = 0.0, [t.clone() for t in statistics]
         for i, (x, targets) in enumerate(micro):
             wait = world > 1 and i + 1 < args.accum  # gradients cross ranks once, in the last micro-batch
             with model.no_sync() if wait else nullcontext():
@@ -515,6 +525,9 @@ def main(args):
                 (loss * world).backward()  # DDP takes the mean over ranks, models/losses.py the sum
         norm = torch.nn.utils.clip_grad_norm_(params, args.clip)  # after DDP's average: one number on all ranks ...
         bad = 0 if norm.isfinite() else bad + 1  # ... so they skip together, without one more collective
+        if bad:  # what it did to BatchNorm's statistics
+            for t, old in zip(statistics, before_step):
+                t.copy_(old)
         if bad == 0:
             opt.step()
             if ema is not None:  # young averages forget the initial weights faster
@@ -529,15 +542,16 @@ def main(args):
                                f"last images ({', '.join(names)}), or start a new run with --lr below {args.lr}")
             last, rate, bad = load_state(out / "last.pt"), 0.5, 0
             restore(last)
+            del last["net"], last["ema"], last["opt"]
             say(f"step {step + 1}: 5 non-finite gradients in a row; weights of step {last['step']} again, rate halved")
         done = step + 1
         if done % args.log_every == 0 or done == args.steps:
             shown = over_ranks(torch.as_tensor(shown, device=device)).item()
-            rest = (time.time() - began) / (done - start) * (args.steps - done)
+            rest = round((time.time() - began) / (done - start) * (args.steps - done))
             history.append(dict(step=done, loss=shown if math.isfinite(shown) else None, lr=rate * lr_at(step, args),
-                                grad_norm=norm.item() if bad == 0 else None))  # JSON has no NaN
+                                grad_norm=norm.item() if norm.isfinite() else None))  # JSON has no NaN
             say(f"step {done:5d} of {args.steps}  loss {shown:.4f}  |g| {norm.item():.3f}  "
-                f"lr {history[-1]['lr']:.2e}  ETA {rest // 60:.0f}:{rest % 60:02.0f}", flush=True)
+                f"lr {history[-1]['lr']:.2e}  ETA {rest // 60}:{rest % 60:02d}", flush=True)
         due = done % args.eval_every == 0 or done == args.steps
         if args.final and done == args.steps:  # nothing was held out to choose by
             save_best(done, None)
@@ -571,20 +585,22 @@ def main(args):
     test = part(score)
     cm = evaluate(net, test, args, device, amp, rank, world)
     if rank == 0:
-        r = report(cm, labels.names, further)
+        r = dict(split=score, **report(cm, labels.names, further))
         write(out / "results.json", dict(
-            split=score, **r, val_miou=None if args.final else best, steps=history[-1]["step"],
+            r, val_miou=None if args.final else best, steps=history[-1]["step"],
             seconds=round(seconds + time.time() - began, 1),
-            seed=args.seed, command=shlex.join(["python", *sys.argv])))
+            seed=args.seed, command=command))
         write(out / "confusion.png", plots.confusion(cm.numpy(), labels.names, f"{description['name']} {score}"))
-        write(out / "samples.png", draw_samples(net, test, args, device, amp))
+        shown = []
+        for i in even_sample(range(len(test)), 6):
+            with torch.inference_mode():
+                logits = logits_of(net.eval(), test[i][0].to(device), args.crop, args.overlap, args.batch_size, amp)
+            shown.append((*test.read(i), logits.max(0).indices.byte().cpu().numpy(), test.names[i]))
+        write(out / "samples.png", plots.samples(shown, labels.names, labels.colors))
         note = "  (no other split: the weights were learned or chosen on these very images)"
         note = note if score in ("train", choose) else ""
         print("  ".join(f"{n} {v:.3f}" for n, v in zip(labels.names, iou(cm).tolist())))
-        print(f"{score} mIoU {r['miou']:.4f} over {r['classes_in_mean']} of {K} classes, OA {r['oa']:.4f};  always "
-              f"{r['majority_class']!r}: mIoU {r['majority_miou']:.4f}, OA {r['majority_oa']:.4f}{note}")
-        for key in further:
-            print(f"{score} {key.replace('_', ' ')}: mIoU {r[f'miou_{key}']:.4f}, mean F1 {r[f'mf1_{key}']:.4f}")
+        print(headline(r, further) + note)
         print(f"look at {out}/samples.png, confusion.png, curves.png; then, on your own images:\n"
               f"  python predict.py {shlex.quote(str(out))} IMAGE_OR_FOLDER --out predictions")
     # >>> same: leave
@@ -598,7 +614,7 @@ def main(args):
 if __name__ == "__main__":
     try:
         main(parse_args())
-    except (BadInput, BadWeights) as e:  # its last line: a reading process puts a traceback before the message
+    except (BadInput, BadWeights, OSError) as e:  # its last line: a reading process puts a traceback before the message
         print(f"error: {str(e).splitlines()[-1].split('BadInput: ')[-1]}", file=sys.stderr)
         sys.exit(2)
 # <<< same: main

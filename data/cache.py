@@ -54,7 +54,7 @@ class Cache:
         try:
             self.folder.mkdir(parents=True, exist_ok=True)
         except OSError as e:
-            raise io.BadInput(f"{self.folder}: no place for a cache ({e.strerror}); name another folder") from None
+            raise io.BadInput(f"{self.folder}: no place for a cache ({e.strerror}); type --cache DIR or off") from None
 
     def __call__(self, paths: tuple, decode: Callable[..., tuple], tag: str = "") -> tuple[np.ndarray, ...]:
         try:  # a changed file has another name here

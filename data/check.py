@@ -41,10 +41,13 @@ def parse_args(argv=None):  # no flag says draft or check: whether dataset.json 
     p.add_argument("--bands", type=lambda text: [int(n) for n in text.split(",")], help="as in train_seg.py")
     p.add_argument("--input-range", type=float, nargs=2, metavar=("LOW", "HIGH"), help="as in train_seg.py")
     p.add_argument("--force", action="store_true", help="write a new draft over an existing dataset.json")
-    return p.parse_args(argv)
+    args = p.parse_args(argv)
+    if args.bands and (len(args.bands) != 3 or min(args.bands) < 1):
+        p.error(f"--bands {args.bands}: expected three numbers from 1, such as 4,1,2")
+    return args
 
 
-def show(complaints: Complaints, images: int, root: Path, good: str) -> int:
+def show(complaints: Complaints, images: int, again: str, good: str) -> int:
     """Print all, those of one kind cut short, and what to type next -> exit code."""
     count = Counter()
     for (level, _), lines in sorted(complaints.items(), key=lambda item: LEVELS.index(item[0][0])):
@@ -55,7 +58,7 @@ def show(complaints: Complaints, images: int, root: Path, good: str) -> int:
             print(f"{level}: ... and {len(lines) - SHOWN} more like these")
     errors = f", {count['error']} of them errors" if count["error"] else ""
     print(f"{images} images, {count['warning'] + count['error']} complaints{errors}")
-    print(f"Correct the errors, then type: python -m data.check {quote(str(root))}" if errors else good)
+    print(f"Correct the errors, then type: {again}" if errors else good)
     return 2 if errors else 0
 
 
@@ -119,7 +122,8 @@ def draft(root: Path, limit: int | None) -> int:
     text = re.sub(r"\n {3,}|\n  (?=[\]}])", " ", text)  # one class, one split a line
     write(root / "dataset.json", text + "\n")
     print(f"wrote {root / 'dataset.json'}")
-    return show(complaints, len(pairs), root, f"Name the classes in it, then: python -m data.check {quote(str(root))}")
+    again = f"python -m data.check {quote(str(root))}"
+    return show(complaints, len(pairs), again, f"Name the classes in it, then: {again}")
 
 
 # ---- with dataset.json, or a public data set
@@ -129,7 +133,7 @@ def inspect(image: Path, mask: Path | None, labels: Labels | None, reading: dict
     found = {"errors": {}, "mode": None, "hash": None, "counts": 0}
     try:
         x = read_image(image, **reading)
-        found["mode"] = open_image(image).mode
+        found["mode"] = open_image(image, deep=True).mode
         if (x != x[0, 0]).any():  # the empty margins of mosaics are all alike
             found["hash"] = x.shape, hashlib.blake2b(x.reshape(-1)).digest()
     except BadInput as e:
@@ -167,6 +171,9 @@ def check_splits(root: Path, description: dict, names: list[str], complaints: Co
                                      for n, several in homes.items() if len(several) > 1]
     if nowhere := [n for n in names if not homes[n]]:
         complaints["note", "nowhere"].append(f"{len(nowhere)} images are in no split, first {nowhere[0]}")
+    if "train" not in description["splits"]:
+        line = f"no train split, only {', '.join(description['splits'])}; the names are train, val and test"
+        complaints["error", "train"].append(line)
     if "val" not in description["splits"] and "select" not in description:
         complaints["warning", "val"].append(NO_VAL)
     return homes
@@ -186,7 +193,7 @@ def check_scenes(regex: str, homes: dict[str, list[str]], complaints: Complaints
 
 def footprint(path: Path) -> tuple | None:
     """(coordinate system, west, south, east, north) of a GeoTIFF, from its header alone; None without or if turned."""
-    image = open_image(path)
+    image = open_image(path, deep=True)
     tags, (w, h) = getattr(image, "tag_v2", {}), image.size
     matrix, scale, tie = (tags.get(number) for number in (34264, 33550, 33922))
     if scale and tie:  # pixel (tie[0], tie[1]) lies at (tie[3], tie[4])
@@ -262,16 +269,20 @@ def check_shares(counts: dict[str, np.ndarray], images: dict[str, int], labels: 
         if len(absent) == len(counts):
             line = f"class {name!r} is in no mask: correct its id or colour, or delete it"
         complaints["warning", "absent"] += [line] if absent else []
+    for split, (*c, ignored) in counts.items():
+        if ignored and not any(c):
+            line = f"every pixel of {split} is ignored; correct \"ignore\", or the masks"
+            complaints["error", "ignored"].append(line)
     *whole, ignored = sum(counts.values())
     if np.count_nonzero(whole) == 1 and ignored:  # such as binary masks whose 255 is ignored
         line = f"every labelled pixel is {labels.names[np.argmax(whole)]!r}; if {labels.ignore} holds a class, move it "
         complaints["warning", "single"].append(f'{line}from "ignore" to "classes"')
 
 
-def check(root: Path, description: dict, limit: int | None, reading: dict, train: str) -> int:
+def check(root: Path, description: dict, limit: int | None, reading: dict, flags: str) -> int:
     """Hold a description against all files, list every fault at once and show the shares of the classes -> exit code.
 
-    `reading`: bands and input_range; `train`: the command to type when all is well.
+    `reading`: bands and input_range; `flags`: of the training command to type when all is well.
     """
     complaints = defaultdict(list)
     pairs, orphans = match_pairs(root, description)
@@ -304,15 +315,17 @@ def check(root: Path, description: dict, limit: int | None, reading: dict, train
     check_images(found, defaultdict(list) if "tiles" in description else homes, complaints)
     if labels and "tiles" in description:  # a file belongs to several splits: its tiles are counted
         members = {split: {n: tiles[n] for n in tiles if split in homes[n]} for split in description["splits"]}
-        counts = attempt(lambda: {split: class_counts(part, labels, limit) for split, part in members.items()})
+        counts = attempt(lambda: {split: class_counts(part, labels, limit).sum(0) for split, part in members.items()})
     elif labels:
         members = {split: [found[n] for n in names if split in homes[n]] for split in description["splits"]}
         none = np.zeros(len(labels.names) + 1, np.int64)
         counts = {split: sum((f["counts"] for f in part), none) for split, part in members.items()}
     if labels and not isinstance(counts, BadInput):  # else inspect has found the fault
         check_shares(counts, {split: len(part) for split, part in members.items()}, labels, complaints)
-    flags = "" if "val" in description["splits"] or "select" in description else " --val-frac 0.2"
-    return show(complaints, len(pairs), root, train + flags)
+    hold_out = "" if "val" in description["splits"] or "select" in description else " --val-frac 0.2"
+    again = f"python -m data.check {quote(str(root))}" + flags.replace(f" --root {quote(str(root))}", "")
+    again = again.replace(" --dataset folder", "")
+    return show(complaints, len(pairs), again, f"python train_seg.py{flags}{hold_out}")
 
 
 def main(argv=None) -> int:  # the exit code: 2 if something must be corrected first
@@ -322,12 +335,12 @@ def main(argv=None) -> int:  # the exit code: 2 if something must be corrected f
         if folder and (args.force or not (args.root / "dataset.json").exists()):
             return draft(args.root, args.limit)
         description = read_description(args.root) if folder else describe(args.dataset, args.root, args.variant)
-        flags = ["--dataset", args.dataset, "--root", quote(str(args.root))]
+        flags = ["", "--dataset", args.dataset, "--root", quote(str(args.root))]
         flags += ["--variant", description["variant"]] if description.get("variant") else []
         flags += ["--bands", ",".join(map(str, args.bands))] if args.bands else []
         flags += ["--input-range", *map(str, args.input_range)] if args.input_range else []
         reading = dict(bands=args.bands, input_range=args.input_range)
-        return check(args.root, description, args.limit, reading, " ".join(["python train_seg.py", *flags]))
+        return check(args.root, description, args.limit, reading, " ".join(flags))
     except BadInput as e:
         print(f"error: {e}", file=sys.stderr)
         return 2

@@ -33,15 +33,32 @@ def read_description(root: str | Path) -> dict:
     if not path.exists():
         raise BadInput(f"{path}: no such file; draft it with: python -m data.check '{root}'")
     try:
-        d = json.loads(path.read_text())
-    except ValueError as e:
+        d = json.loads(path.read_text("utf-8-sig"))  # as Windows editors write it, too
+    except (ValueError, OSError) as e:
         raise BadInput(f"{path}: not valid JSON ({e})") from None
     for key, kind in {"images": (str, list), "masks": (str, list), "classes": list, "splits": dict}.items():
         if not isinstance(d, dict) or not d.get(key) or not isinstance(d[key], kind):
             raise BadInput(f'{path}: "{key}" is missing, empty or malformed; data/datasets.py begins with an example')
     if not all(isinstance(c, dict) and isinstance(c.get("name"), str) for c in d["classes"]):
         raise BadInput(f'{path}: an entry of "classes" has no "name"; data/datasets.py begins with an example')
-    return {"name": Path(root).resolve().name, "ignore": [], **d}
+    d = {"name": Path(root).resolve().name, "ignore": [], **d}
+    try:
+        names = Labels(d["classes"], d["ignore"]).names
+    except BadInput as e:
+        raise BadInput(f"{path}: {e}") from None
+    means = d.get("report", {})
+    checks = {  # of keys that stand for themselves
+        "name": isinstance(d["name"], str) and d["name"] and not set(d["name"]) & set("/\\"),
+        "splits": set(d["splits"]) <= {"train", "val", "test", "select"} or not d["splits"].get("train") is None,
+        "unlabelled": set(d.get("unlabelled", ())) <= set(d["splits"]),
+        "tiles": type(d.get("tiles", 1)) is int and d.get("tiles", 1) > 0,
+        "variant": isinstance(d.get("variant", ""), str),
+        "select": isinstance(d.get("select", 0.1), float) and 0 < d.get("select", 0.1) < 1,
+        "report": isinstance(means, dict) and all(isinstance(m, list) and set(m) <= set(names) for m in means.values())}
+    if wrong := [key for key, good in checks.items() if not good]:
+        raise BadInput(f'{path}: "{wrong[0]}" is {d[wrong[0]]!r}, which cannot be; data/datasets.py and data/public.py '
+                       "begin with what is expected")
+    return d
 
 
 def star_key(pattern: str, path: str) -> str | None:  # what the stars stand for: "T */*.png", "T 2/a.png" -> "2/a"
@@ -60,7 +77,7 @@ def match_files(root: str | Path, patterns: str | list[str]) -> dict[tuple[int, 
             files = sorted(Path(root).glob(pattern))
         except (ValueError, TypeError, NotImplementedError) as e:
             raise BadInput(f"{root}: {pattern!r} is no pattern ({e}); expected 'images/*.png' or the like") from None
-        for file in files:
+        for file in (f for f in files if f.name[0] != "."):  # such as the ._ files of macOS
             key = i, star_key(pattern, file.relative_to(root).as_posix())
             if key in found:
                 raise BadInput(f"{file} and {found[key]}: the pattern {pattern!r} cannot tell them apart; "
@@ -114,7 +131,7 @@ def cut(pairs: dict[str, tuple[Path, Path | None]], side: int) -> dict[str, tupl
     """{name_k: (image, mask, (top, left, h, w))}: the full square tiles of every image, k counting all of its grid."""
     tiles = {}
     for name, (image, mask) in pairs.items():
-        W, H = open_image(image).size
+        W, H = open_image(image, deep=True).size
         grid = [(top, left) for top in range(0, H, side) for left in range(0, W, side)]
         tiles |= {f"{name}_{k}": (image, mask, (top, left, side, side)) for k, (top, left) in enumerate(grid)
                   if top + side <= H and left + side <= W}  # LandCover.ai's split.py numbers the cut ones too
@@ -146,7 +163,11 @@ def read_list(path: Path, names: list[str]) -> list[str]:  # lines may be full n
     stems = Counter(n.rsplit("/", 1)[-1] for n in names)
     known = {n.rsplit("/", 1)[-1]: n for n in names if stems[n.rsplit("/", 1)[-1]] == 1} | {n: n for n in names}
     out = []
-    for line in filter(None, map(str.strip, path.read_text().splitlines())):
+    try:
+        text = path.read_text("utf-8-sig")
+    except UnicodeDecodeError:
+        raise BadInput(f"{path}: not UTF-8 text; save it so (PowerShell's > writes UTF-16)") from None
+    for line in filter(None, map(str.strip, text.splitlines())):
         line = re.sub(r"^\.?/", "", line)
         name = known.get(line) or known.get(re.sub(r"\.\w+$", "", line))
         if name is None:
@@ -206,9 +227,11 @@ def load_splits(root: str | Path, description: dict, pairs: dict[str, tuple], sp
             raise BadInput(f"{split_file}: {absent[0]!r} is no image of {root}; names look like {names[0]!r}")
     else:
         splits = split_names(root, description, names)
-        for split in description.get("unlabelled", ()):
-            if any(pairs[n][1] is None for n in splits[split]) or not splits[split]:
-                del splits[split]
+    for split in description.get("unlabelled", ()):
+        if split in splits and not (splits[split] and all(pairs[n][1] for n in splits[split])):
+            del splits[split]
+    if split_file and (bare := [n for chosen in splits.values() for n in chosen if pairs[n][1] is None]):
+        raise BadInput(f"{split_file}: {bare[0]!r} has no mask; take it out of the split")
     if val_frac and splits.get("val") and not select:
         raise BadInput("--val-frac for a data set that has a val split; leave the flag out, or take val out of splits")
     share = val_frac or (None if split_file or splits.get("val") and splits.get("test") else select)
@@ -226,7 +249,7 @@ def load_splits(root: str | Path, description: dict, pairs: dict[str, tuple], sp
 def check_sizes(pairs: dict) -> None:
     """Reads the headers of all images and masks: unreadable or unequal ones stop a run before its first step."""
     def compare(pair):
-        (w, h), (mask_w, mask_h) = open_image(pair[0]).size, open_image(pair[1]).size
+        (w, h), (mask_w, mask_h) = open_image(pair[0], deep=True).size, open_image(pair[1]).size
         if (h, w) != (mask_h, mask_w):
             raise BadInput(f"{pair[1]}: mask of {mask_h} x {mask_w} for an image of {h} x {w} (H x W); export it at "
                            "the image's size")
@@ -248,7 +271,10 @@ def count_ids(ids: np.ndarray, k: int) -> np.ndarray:
 
 
 def class_counts(pairs: dict, labels: Labels, limit: int | None = None) -> np.ndarray:
-    """count_ids over the masks of pairs {name: (image, mask)}, all or an even sample of `limit`; stops at a bad one."""
+    """count_ids of each mask of pairs {name: (image, mask)}, (N, K+1), all or an even sample of `limit` pairs.
+
+    A mask that cannot be read or holds an unknown value is a BadInput.
+    """
     k, boxes = len(labels.names), {}
     for _, mask, *box in even_sample(list(pairs.values()), limit):
         boxes.setdefault(mask, []).append(box)
@@ -258,7 +284,7 @@ def class_counts(pairs: dict, labels: Labels, limit: int | None = None) -> np.nd
         return sum(count_ids(window(ids, *box), k) for box in boxes[mask])
 
     with ThreadPoolExecutor(min(8, os.cpu_count())) as pool:  # Pillow decodes without holding the GIL
-        return sum(pool.map(count, boxes), np.zeros(k + 1, np.int64))
+        return np.array([*pool.map(count, boxes)], np.int64).reshape(-1, k + 1)
 
 
 def window(a: np.ndarray, box: tuple[int, int, int, int] | None = None) -> np.ndarray:

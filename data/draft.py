@@ -187,10 +187,11 @@ def values_table(root: Path, values: Values) -> list[str]:
 def draft_classes(values: Values, complaints: Complaints) -> tuple[list[dict], list[str]]:
     """"classes" by falling share, and "ignore"."""
     ranked = [v for v, _ in values.pixels.most_common()]
-    rare = [v for v in ranked if values.pixels[v] < STRAY * values.pixels.total()]
+    few = STRAY * values.pixels.total()
+    rare = [v for v in ranked if values.pixels[v] < few]
     by_color = isinstance(ranked[0], str)
     stray = rare if by_color else []  # a rare id is a rare class: nobody's brush mixes ids
-    kept = [v for v in ranked if v not in stray]
+    kept = [v for v in ranked if not by_color or values.pixels[v] >= few]
     if len(rare) > MAX_STRAYS or len(kept) > UNKNOWN:
         raise BadInput(f"{values.files[ranked[-1]][0]}: {len(ranked)} values in the masks, {len(rare)} of them rare: "
                        "blurred edges, or no masks at all; export them without anti-aliasing, resize them with nearest")

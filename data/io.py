@@ -1,4 +1,5 @@
 """Read images and masks without guessing, turn a mask's ids or colours into class ids 0..K-1 and back, write safely."""
+import contextlib
 import io
 import json
 import os
@@ -95,6 +96,8 @@ def read_valid(path: str | Path, bands: list[int] | None = None,
         raise BadInput(f"{path}: {a.shape[2]} bands ({image.mode}); expected 3: say which with --bands, such as 1,2,3")
     if input_range:
         low, high = input_range
+        if a.dtype == np.uint8 and high > 255:
+            raise BadInput(f"{path}: 8 bits, for which --input-range {low:g} {high:g} cannot be meant; leave it out")
         a = (np.clip((np.nan_to_num(a.astype(np.float32)) - low) / (high - low), 0, 1) * 255 + 0.5).astype(np.uint8)
     if a.dtype != np.uint8:
         raise BadInput(f"{path}: {a.dtype} pixels ({a.min()}..{a.max()}); expected 8 bit: how bright 255 is would be a "
@@ -193,10 +196,12 @@ class Labels:
 
     def decode(self, ids: np.ndarray) -> np.ndarray:
         """Class ids -> the file's own ids (H, W) or colours (H, W, 3), uint8; IGNORE -> the first ignored value."""
+        if not self.ignore and (ids == IGNORE).any():
+            raise BadInput("pixels without a class, and no value in the masks means that; --label-out train writes 255")
         if self.by_color:
             table = np.zeros((256, 3), np.uint8)
             table[: len(self.colors)] = self.colors
-            table[IGNORE] = parse_color(self.ignore[0]) if self.ignore else 0
+            table[IGNORE] = parse_color(self.ignore[0] if self.ignore else "#000000")
         else:
             table = np.full(256, IGNORE, np.uint8)
             table[: len(self.classes)] = [c["id"] for c in self.classes]
@@ -217,7 +222,6 @@ def default_color(i: int) -> str:  # golden-angle hues: neighbouring ids differ
 def write(path: str | Path, content: Image.Image | dict | str | bytes, **options) -> None:
     """Picture, JSON or text: to a temporary name first, then renamed, so that a killed job leaves no half file."""
     path = Path(path)
-    path.parent.mkdir(parents=True, exist_ok=True)
     if isinstance(content, Image.Image):
         buffer = io.BytesIO()
         content.save(buffer, format={".jpg": "JPEG", ".tif": "TIFF"}.get(path.suffix, "PNG"), **options)
@@ -225,8 +229,14 @@ def write(path: str | Path, content: Image.Image | dict | str | bytes, **options
     elif not isinstance(content, (str, bytes)):
         content = json.dumps(content, indent=1) + "\n"
     temporary = path.with_name(f"{path.name}.{os.getpid()}.tmp")
-    temporary.write_bytes(content.encode() if isinstance(content, str) else content)
-    os.replace(temporary, path)
+    try:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        temporary.write_bytes(content.encode() if isinstance(content, str) else content)
+        os.replace(temporary, path)
+    except OSError as e:
+        with contextlib.suppress(OSError):
+            temporary.unlink()
+        raise OSError(f"{path}: cannot be written ({e.strerror})") from None
 
 
 def id_image(ids: np.ndarray, colors: np.ndarray) -> Image.Image:

@@ -70,3 +70,13 @@ def report(cm: torch.Tensor, names: list[str], without: dict[str, list[str]] = {
         majority_class=names[int(cm.sum(1).argmax())], majority_miou=iou(base).nanmean().item(), majority_oa=oa(base),
         iou=by_class(iou(cm)), f1=by_class(f1(cm)), precision=by_class(precision(cm)), recall=by_class(recall(cm)),
         pixels=dict(zip(names, cm.sum(1).tolist())), confusion=cm.tolist())
+
+
+def headline(r: dict, without: dict[str, list[str]] = {}) -> str:
+    """report() in a few lines: the means, those of `without`, and the majority baseline."""
+    absent = f" (absent: {', '.join(r['absent'])})" if r["absent"] else ""
+    further = [f"    {k.replace('_', ' ')}: mIoU {r[f'miou_{k}']:.4f}, mean F1 {r[f'mf1_{k}']:.4f}" for k in without]
+    return "\n".join([
+        f"{r['split']} mIoU {r['miou']:.4f} over {r['classes_in_mean']} of {len(r['iou'])} classes{absent}, mean F1 "
+        f"{r['mf1']:.4f}, OA {r['oa']:.4f};  always {r['majority_class']!r}: mIoU {r['majority_miou']:.4f}, OA "
+        f"{r['majority_oa']:.4f}", *further])

@@ -9,7 +9,7 @@ Each entry of SETS is the description that data/datasets.py begins with, and the
     "tiles"       side of the square tiles that the split lists mean: NAME_k is the k-th of image NAME, row by row
     "report"      further means under their own names, without the classes listed: {"5_without_clutter": ["clutter"]}
     "warning"     what is known to be wrong with the data, said before every training
-A ninth data set is one more entry. EuroSAT is scene classification, folders of images without masks: see train_cls.py.
+An eighth is one more entry. EuroSAT is scene classification, folders of images without masks: see train_cls.py.
 """
 from pathlib import Path
 
@@ -117,19 +117,22 @@ def absent(root: Path, d: dict) -> list[str]:  # of files_of, what matches nothi
 
 def describe(name: str, root: str | Path, variant: str | None = None) -> dict:
     """The description of a set in the form found in root, with "variant": the forms taken, joined by commas."""
-    d, root, asked, taken = {"name": name, "ignore": [], **SETS[name]}, Path(root), (variant or "").split(","), []
+    d, root, taken, several = {"name": name, "ignore": [], **SETS[name]}, Path(root), [], []
+    asked = [word.strip().lower() for word in (variant or "").split(",") if word.strip()]
+    known = [f for forms in d.get("variants", []) for f in forms]
+    if unknown := set(asked) - set(known):
+        raise BadInput(f"--variant {min(unknown)}: {name} comes as {', '.join(known) or 'one form only'}")
     for forms in d.pop("variants", []):
         here = [f for f in forms if f in asked] or [f for f in forms if not absent(root, forms[f])]
         if not here:
             raise BadInput(f"{root}: no {name} in one of the forms {', '.join(forms)}; expected "
                            f"{' or '.join(files_of(f)[0] for f in forms.values())}: unpack it there, or correct --root")
-        if len(here) > 1:
-            raise BadInput(f"{root}: {name} in the forms {' and '.join(here)}; type --variant with one of them")
+        several += [here] if len(here) > 1 else []
         d |= forms[here[0]]
-        taken += here
-    if variant and set(asked) - set(taken):
-        known = [f for forms in SETS[name].get("variants", []) for f in forms]
-        raise BadInput(f"--variant {variant}: {name} comes as {', '.join(known) or 'one form only'}")
+        taken += here[:1]
+    if several:
+        told = "; ".join(f"{name} in the forms {' and '.join(here)}" for here in several)
+        raise BadInput(f"{root}: {told}; type --variant with one of each, such as {','.join(taken)}")
     if gone := absent(root, d):
         raise BadInput(f"{root}: no {gone[0]} there, which {name} has; unpack the official download, or correct --root "
                        "or --variant")

@@ -16,8 +16,18 @@ FORMAT = 1
 def save_weights(path: str | Path, tensors: dict[str, torch.Tensor], meta: dict) -> None:
     """Tensors and `meta` (plain JSON types) into one .safetensors file, whole or not at all."""
     tensors = {k: v.detach().cpu().contiguous() for k, v in tensors.items()}
-    save_file(tensors, f"{path}.tmp", {"nanors": json.dumps({"format": FORMAT, **meta})})
-    os.replace(f"{path}.tmp", path)
+    replace(path, lambda tmp: save_file(tensors, tmp, {"nanors": json.dumps({"format": FORMAT, **meta})}))
+
+
+def replace(path: str | Path, write) -> None:
+    """write(name) under a temporary name, then renamed; what goes wrong is an OSError, and leaves the old file."""
+    tmp = f"{path}.tmp"
+    try:
+        write(tmp)
+        os.replace(tmp, path)
+    except (OSError, RuntimeError, SafetensorError) as e:  # torch and safetensors have their own names for a full disk
+        Path(tmp).unlink(missing_ok=True)
+        raise OSError(f"{path}: cannot be written ({str(e)[:100]}); is the disk full or read-only?") from None
 
 
 def load_weights(path: str | Path) -> tuple[dict[str, torch.Tensor], dict]:
@@ -40,8 +50,7 @@ def load_weights(path: str | Path) -> tuple[dict[str, torch.Tensor], dict]:
 
 def save_state(path: str | Path, **state) -> None:
     """Tensors and plain Python values only, whole or not at all: a killed job leaves the previous file."""
-    torch.save(state, f"{path}.tmp")
-    os.replace(f"{path}.tmp", path)
+    replace(path, lambda tmp: torch.save(state, tmp))
 
 
 def load_state(path: str | Path) -> dict:
@@ -49,6 +58,7 @@ def load_state(path: str | Path) -> dict:
     if not Path(path).exists():
         raise BadWeights(f"{path}: no such file, so there is nothing to resume; start without --resume")
     try:
-        return torch.load(path, map_location="cpu", weights_only=True)
-    except (RuntimeError, EOFError, OSError, ValueError, LookupError, pickle.UnpicklingError) as e:
+        state = torch.load(path, map_location="cpu", weights_only=True)
+        return dict(state) if "step" in state else {}["step"]
+    except (RuntimeError, EOFError, OSError, ValueError, TypeError, LookupError, pickle.UnpicklingError) as e:
         raise BadWeights(f"{path}: no last.pt of a run, or truncated ({type(e).__name__}); start a new run") from None

@@ -67,6 +67,16 @@ class Segmenter(nn.Module):
         super().__init__()
         self.backbone, self.head, self.taps, self.feat_norm = backbone, head, taps, feat_norm
 
+    def unfreeze(self, blocks: int | None) -> int:
+        """Train the head and the last `blocks` of those up to the last tap; None: the whole backbone -> how many."""
+        used = self.backbone.blocks[: self.taps[-1] + 1]  # DDP would wait for gradients of those behind
+        n = len(used) if blocks is None else min(blocks, len(used))
+        self.backbone.requires_grad_(blocks is None)  # patch embedding, tokens and positions too
+        self.backbone.blocks.requires_grad_(False)
+        used[len(used) - n:].requires_grad_(True)
+        self.backbone.norm.requires_grad_(n > 0 and self.feat_norm)
+        return n
+
     def train(self, mode: bool = True):
         super().train(mode)
         if not any(p.requires_grad for p in self.backbone.parameters()):

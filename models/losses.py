@@ -140,6 +140,8 @@ def parse_loss(text: str) -> list[tuple[float, str]]:
         if not 0 <= weight < math.inf:
             raise ValueError(f"loss '{text}': the weight in '{part}' is not a number >= 0; e.g. ce+0.5*dice")
         terms.append((weight, name))
+    if not any(weight for weight, _ in terms):
+        raise ValueError(f"loss '{text}': every weight is 0, so nothing would be learned")
     return terms
 
 

@@ -334,7 +334,9 @@ def fill(net: torch.nn.Module, state: dict, info: dict) -> None:
         say = [f"tensor {missing[0]} is missing ({len(missing)} in all)"] if missing else []
         say += [f"unknown tensor {unknown[0]} ({len(unknown)} in all)"] if unknown else []
         say += [f"{origin.get(k, k)} is {tuple(state[k].shape)}, expected {tuple(want[k].shape)}" for k in wrong[:1]]
-        raise BadWeights(f"{info['path']}: {'; '.join(say)}: not the file it claims to be; download it again")
+        raise BadWeights(f"{info['path']}: {'; '.join(say)}: of another network, or altered; name the right file")
+    if bad := [k for k in want if state[k].is_floating_point() and not state[k].isfinite().all()]:
+        raise BadWeights(f"{info['path']}: {origin.get(bad[0], bad[0])} holds NaN or infinity; take an earlier file")
     net.load_state_dict(state)
 
 

@@ -102,7 +102,7 @@ def test_bad_input_is_said_each_time_and_not_kept(pair, tmp_path):
         with pytest.raises(BadInput, match=said):
             cache((path, mask), Decode())
     assert not files(cache)
-    with pytest.raises(BadInput, match="name another folder"):
+    with pytest.raises(BadInput, match="type --cache DIR or off"):
         Cache(image / "cache")
 
 

@@ -189,7 +189,7 @@ def test_split_file_and_no_silent_random_split(tmp_path):
         file.write_text(content)
         assert str(file) in refusal(load_splits, tmp_path, all_train, NAMES, file)
     file.write_text(json.dumps(splits := {"train": ["T 3/d"], "val": ["T 1/a"]}))
-    assert load_splits(tmp_path, all_train, NAMES, file) == splits
+    assert load_splits(tmp_path, all_train, dict.fromkeys(NAMES, ("image", "mask")), file) == splits
     drawn = load_splits(tmp_path, all_train, NAMES, None, 0.3, "T .")
     assert sorted(drawn["train"] + drawn["val"]) == NAMES and drawn["val"]
 

@@ -10,7 +10,7 @@ from PIL import Image
 
 from data import check
 from data.cache import Cache
-from data.datasets import SegDataset, class_counts, find_pairs, load_splits
+from data.datasets import SegDataset, check_sizes, class_counts, find_pairs, load_splits
 from data.io import IGNORE, BadInput, Labels, read_image, write
 from data.public import SETS, describe
 
@@ -188,7 +188,7 @@ def test_raw_orthophotos_and_split_tiles_are_the_same_pixels(tmp_path):
         np.testing.assert_array_equal(x, image[top:top + 512, left:left + 512])
         np.testing.assert_array_equal(y, mask[top:top + 512, left:left + 512])
     assert len(pairs) == 4 and len([*cache.folder.iterdir()]) == 1  # decoded once for its four tiles
-    assert class_counts(pairs, labels).tolist() == [*np.bincount(mask[:1024, :1024].ravel(), minlength=5), 0]
+    assert class_counts(pairs, labels).sum(0).tolist() == [*np.bincount(mask[:1024, :1024].ravel(), minlength=5), 0]
 
 
 @pytest.mark.parametrize("name, form, flags", [
@@ -391,6 +391,8 @@ def test_sixteen_bit_colour_keeps_all_its_bits(kind, tmp_path):
     with pytest.raises(BadInput, match="16 bits a band.*--input-range"):
         read_image(file)
     np.testing.assert_array_equal(read_image(file, None, [1000, 1255]), np.clip(a.astype(int) - 1000, 0, 255))
+    check_sizes({"a": (file, save(tmp_path / "m.png", np.zeros((6, 5), np.uint8)))})
+    assert check.inspect(file, None, None, dict(bands=None, input_range=[1000, 1255]))["errors"] == {}
 
 
 def test_what_is_transparent_or_not_finite_is_ignored(tmp_path):

@@ -155,6 +155,21 @@ def test_flags_of_another_model_are_refused(demo, forks):
     assert "--freeze-bn goes with --model deeplabv3" in forks.run("train_seg", "--freeze-bn", ok=2)
 
 
+def test_a_bad_step_leaves_batch_norm_alone(demo, tmp_path, monkeypatch):
+    import train_seg
+    monkeypatch.setattr(train_seg.signal, "signal", lambda *args: None)
+    forward_, steps = train_seg.unetformer.ResNet18.forward, iter(range(10**6))
+
+    def forward(self, x):  # the third step's images are infinite
+        return forward_(self, x * float("inf") if self.training and next(steps) == 2 else x)
+
+    monkeypatch.setattr(train_seg.unetformer.ResNet18, "forward", forward)
+    flags = ["--root", demo, *TINY[:-6], "--model", "unetformer", "--crop", 64, "--steps", 4, "--dataset", "folder",
+             "--workers", 0, "--out", tmp_path / "a"]
+    train_seg.main(train_seg.parse_args([str(f) for f in flags]))
+    assert all(t.isfinite().all() for t in load_weights(tmp_path / "a")[0].values())
+
+
 def test_a_cnn_starts_from_its_trunk_file(demo, forks, tmp_path):
     torch.save(torchvision.models.resnet18().state_dict(), tmp_path / "resnet18.pth")
     flags = ["--root", demo, *TINY[:-6], "--model", "unetformer", "--steps", 1, "--dataset", "folder", "--workers", 0]
@@ -221,6 +236,17 @@ def test_what_is_transparent_gets_no_class(run, demo, forks, tmp_path):
     forks.run("predict", run, tmp_path / "a.png", "--out", tmp_path / "p")
     ids = np.array(Image.open(tmp_path / "p/a.png"))
     assert (ids[:30, :50] == 255).all() and (ids == 255).sum() == 1500
+    names = [p.stem for p in sorted((demo / "test/images").iterdir())]
+    forks.run("predict", run, demo / "test/images", "--out", tmp_path / "p")
+    for name in names:  # the masks of predict.py go back into eval.py, transparent pixels and all
+        a = np.array(Image.open(tmp_path / f"p/{name}.png"))
+        a[0, 0] = 255
+        Image.fromarray(a).save(tmp_path / f"p/{name}.png")
+    flags = ["--masks", tmp_path / "p", "--mask-ids", "train", "--workers", 0]
+    text = forks.run("eval", run, *flags, "--out", tmp_path / "e", ok=2)
+    assert f"{names[0]}.png" in text and "expected" in text  # a labelled pixel without an answer
+    text = forks.run("predict", run, tmp_path / "a.png", "--out", tmp_path / "r", "--label-out", "raw", ok=2)
+    assert "--label-out train" in text and not (tmp_path / "r/a.png").exists()
 
 
 def test_summary_is_a_row_per_experiment(run, demo, forks, tmp_path):
