@@ -415,7 +415,7 @@ def test_flags_that_cannot_work_say_what_to_type(root, run, forks, tmp_path):
             (["--root", root, "--split-file", run / "log.jsonl"], "expected JSON"),
             (["--root", root, "--mode", "cnn", "--weights", run], "is missing")):
         text = forks.run("train_cls", *flags, "--epochs", 1, ok=2)
-        assert words in text and (text.count("\n") < 8), text
+        assert words in text and "Traceback" not in text, text
 
 
 def test_a_cnn_takes_torchvision_weights(root, forks, tmp_path):
