@@ -85,7 +85,7 @@ def parse_args(argv=None):
     model.add_argument("--lrs", type=float, nargs="+", default=[0.003, 0.01, 0.03, 0.1, 0.3, 1.0],
                        help="rates of the linear probe; val chooses")
     opt = p.add_argument_group("optimiser")
-    opt.add_argument("--epochs", type=int, help="(20; linear 100)")
+    opt.add_argument("--epochs", type=int, help="(15; linear 100)")
     opt.add_argument("--batch-size", type=int, default=64, help="per process")
     opt.add_argument("--lr", type=float, help="of the head (2e-3 from scratch, 1e-3 with --weights)")
     opt.add_argument("--backbone-lr", type=float, help="(--lr from scratch, 2e-5 with --weights)")
@@ -276,7 +276,7 @@ def main(args):
         say(f"        WARNING --norm {pixel_norm}, but these weights were trained with {info['norm']}")
     scratch, probe = state is None, args.mode in ("knn", "linear")
     size = size or pixels.shape[1]
-    defaults = dict(lr=2e-3 if scratch else 1e-3, unfreeze="all", epochs=100 if probe else 20,
+    defaults = dict(lr=2e-3 if scratch else 1e-3, unfreeze="all", epochs=100 if probe else 15,
                     backbone_lr=args.lr or 2e-3 if scratch else 2e-5)
     vars(args).update({k: v for k, v in defaults.items() if getattr(args, k) is None})
     if args.features == "mean" and not probe:
@@ -316,7 +316,7 @@ def main(args):
         raise BadInput("--save head needs a frozen backbone from --weights; leave --save out, or --mode linear or knn")
     net.to(device, memory_format=torch.channels_last).train()
     trainable = {n: p for n, p in net.named_parameters() if p.requires_grad}
-    amp = args.amp == "bf16" or args.amp == "auto" and fast_bf16(device) and (probe or device.type == "cuda")
+    amp = (args.amp == "bf16" or args.amp == "auto" and fast_bf16(device)) and m["name"] != "mean"
     say(f"        {args.mode}, {sum(p.numel() for p in trainable.values()) / 1e6:.2f} M of "
         f"{sum(p.numel() for p in net.parameters()) / 1e6:.2f} M parameters train, input {size} x {size}, "
         f"normalisation {pixel_norm}, {'bf16' if amp else 'fp32'} on {device}")
@@ -483,13 +483,14 @@ def main(args):
                                f"({', '.join(splits['train'][i] for i in index[:3])}, ...), or --lr below {args.lr:g}")
             done = step + 1
             due, stops = done % args.eval_every == 0 or done == steps, len(stopped)
+            loss = loss.detach()
             if world > 1:  # was any rank told to stop, and the loss over all
-                dist.all_reduce(stops := torch.tensor([float(stops), loss.item() / world], device=device))
-                stops, loss = stops.tolist()
+                dist.all_reduce(both := torch.stack([loss.new_tensor(stops), loss / world]))
+                stops, loss = both[0].item(), both[1]
             if done % args.log_every == 0 or done == steps:
                 took = time.time() - began
                 speed, rest = (done - start) * args.batch_size * world / took, took / (done - start) * (steps - done)
-                history.append(dict(step=done, loss=float(loss), lr=lr_at(step, args, steps), grad_norm=norm.item()))
+                history.append(dict(step=done, loss=loss.item(), lr=lr_at(step, args, steps), grad_norm=norm.item()))
                 say(f"step {done:5d} of {steps}  loss {history[-1]['loss']:.4f}  |g| {norm.item():.3f}  "
                     f"lr {history[-1]['lr']:.2e}  {speed:.0f} images/s  ETA {rest // 60:.0f}:{rest % 60:02.0f}",
                     flush=True)

@@ -131,9 +131,9 @@ class Residual(nn.Module):
 class NanoCnn(nn.Module):
     """A residual net for images of 64 x 64 or so, small enough for a CPU; stages of one block, each half the size."""
 
-    def __init__(self, classes: int, widths: tuple = (32, 64, 128, 256), stem: int = 1):
+    def __init__(self, classes: int, widths: tuple = (32, 64, 128, 256)):
         super().__init__()
-        self.stem = nn.Sequential(nn.Conv2d(3, widths[0], 3, stem, 1, bias=False), nn.BatchNorm2d(widths[0]), nn.ReLU())
+        self.stem = nn.Sequential(nn.Conv2d(3, widths[0], 3, 1, 1, bias=False), nn.BatchNorm2d(widths[0]), nn.ReLU())
         self.stages = nn.Sequential(*(Residual(a, b, 2) for a, b in zip(widths, widths[1:])))
         self.fc = nn.Linear(widths[-1], classes)
 

@@ -10,6 +10,7 @@ from pathlib import Path
 
 import pytest
 import torch
+from PIL import Image
 
 from data.demo import make
 from models.vit import ViT, preset
@@ -18,15 +19,23 @@ ROOT = Path(__file__).parents[1]
 README = (ROOT / "README.md").read_text()
 COMMANDS = [line.split("  #")[0].split("&&")[-1].strip() for line in README.splitlines() if line.startswith("    ")]
 COMMANDS = [c for c in COMMANDS if re.match(r"(\.venv/bin/)?(python|torchrun)\b", c)]
-SHORT = {"train_seg.py": "--steps 2 --eval-every 1 --batch-size 4 --crop 128 --workers 0", "eval.py": "--workers 0"}
+SHORT = {"train_seg.py": "--steps 2 --eval-every 1 --batch-size 4 --crop 128 --workers 0", "eval.py": "--workers 0",
+         "train_cls.py": "--epochs 1 --batch-size 16"}
+EUROSAT = ["AnnualCrop", "Forest", "HerbaceousVegetation", "Highway", "Industrial", "Pasture", "PermanentCrop",
+           "Residential", "River", "SeaLake"]
 
 
 @pytest.fixture(scope="module")
 def place(tmp_path_factory):
     """A folder as the reader has it: the clone, a data set D without description, small DINO files."""
     place = tmp_path_factory.mktemp("reader")
-    for name in ("data", "models", "train_seg.py", "eval.py", "predict.py"):
+    for name in ("data", "models", *(f.name for f in ROOT.glob("*.py"))):
         (place / name).symlink_to(ROOT / name)
+    for i in range(120):  # 12 images of each class
+        name = EUROSAT[i % 10]
+        (place / "EuroSAT/2750" / name).mkdir(parents=True, exist_ok=True)
+        image = Image.effect_noise((64, 64), 5 + i).convert("RGB")
+        image.save(place / "EuroSAT/2750" / name / f"{name}_{i}.jpg")
     make(place / "D", scenes=(4, 2, 2), size=64)
     (place / "D/dataset.json").unlink()
     for name in re.findall(r"\S+\.pth", " ".join(COMMANDS)):

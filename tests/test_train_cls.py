@@ -26,7 +26,8 @@ from models.checkpoint import load_state, load_weights
 from models.classify import Knn, cnn, fit_linear
 
 NAMES = ["field", "forest", "water"]
-TINY = ["--epochs", 3, "--batch-size", 8, "--eval-every", 4, "--log-every", 1, "--warmup", 2]
+TINY = ["--epochs", 3, "--batch-size", 8, "--eval-every", 4, "--log-every", 1, "--warmup", 2,
+        "--amp", "off"]
 VIT = ["--mode", "finetune", "--arch", "nano8"]
 
 
