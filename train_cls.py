@@ -240,17 +240,17 @@ def main(args):
         if world > 1:
             dist.barrier()
     say(f"data    {base}: {len(scenes)} images, {pixels.shape[1]} x {pixels.shape[2]}, {time.time() - began:.1f} s")
-    bad, copies = faults(base, scenes, digests, reading)
+    faulty, copies = faults(base, scenes, digests, reading)
     for line in [f"{f}: no image, ignored" for f in stray] + [f"{why}; left out" for why in copies.values()]:
         say(f"        note: {line}")
     if empty and not args.classes:
         say(f"        left out: {', '.join(empty)}: class folders without an image")
-    if bad and not args.skip_bad:
-        raise BadInput(f"{next(iter(bad.values()))} ({len(bad)} such files; --skip-bad lists them and leaves them out)")
-    for why in bad.values():
+    if faulty and not args.skip_bad:
+        raise BadInput(f"{next(iter(faulty.values()))} ({len(faulty)} such files; --skip-bad leaves them out)")
+    for why in faulty.values():
         say(f"        left out: {why}")
-    everything, at = list(scenes), {n: i for i, n in enumerate(scenes)}
-    scenes = {n: c for n, c in scenes.items() if n not in bad | copies}
+    at = {n: i for i, n in enumerate(scenes)}  # row of pixels
+    scenes = {n: c for n, c in scenes.items() if n not in faulty | copies}
     groups, shares = groups_of(list(scenes), args.group_regex), dict(zip(("train", "val", "test"), args.fractions))
     if fixed := out / "split.json" if args.resume else args.split_file:
         given = read_splits(fixed, found)
@@ -279,8 +279,9 @@ def main(args):
     defaults = dict(lr=2e-3 if scratch else 1e-3, unfreeze="all", epochs=100 if probe else 15,
                     backbone_lr=args.lr or 2e-3 if scratch else 2e-5)
     vars(args).update({k: v for k, v in defaults.items() if getattr(args, k) is None})
-    if args.features == "mean" and not probe:
-        raise BadInput(f"--features mean with --mode {args.mode}: means have nothing to train; --mode knn or linear")
+    if args.features == "mean" and not (probe and scratch):
+        raise BadInput(f"--features mean with --mode {args.mode}, --weights {args.weights}: nothing to train or load "
+                       "in means; type --mode knn or linear, and no --weights")
     if args.mode == "cnn":
         m = dict(name="cnn", cnn=args.cnn, stem=args.stem, classes=K)
     else:
@@ -331,7 +332,7 @@ def main(args):
         write(out / "split.json", splits)
         write(out / "protocol.json", meta | dict(
             command=shlex.join(["python", *sys.argv]), flags=vars(args), selection="best val accuracy",
-            left_out=bad | copies, torch=torch.__version__, python=sys.version.split()[0], world=world,
+            left_out=faulty | copies, torch=torch.__version__, python=sys.version.split()[0], world=world,
             device=torch.cuda.get_device_name() if device.type == "cuda" else f"{torch.get_num_threads()} CPU threads"))
 
     @torch.inference_mode()
@@ -375,7 +376,7 @@ def main(args):
     began = time.time()
     if probe:
         # ---- frozen features, computed once, and a head on them
-        used = np.unique(np.concatenate(list(rows.values())))
+        used = np.array([at[n] for n in scenes])  # all splits, however few are drawn from train: one entry in the cache
         origin = info["sha256"] or (args.seed if "backbone" in m else None)
         tag = f"features 1 {origin} {m.get('backbone')} {args.features} {pixel_norm} {size} {amp} {device.type}"
         fresh = []
@@ -385,7 +386,7 @@ def main(args):
             fresh.append(len(paths))
             return outputs(net.features, used).numpy(),
 
-        files = tuple(base / everything[i] for i in used[rank::world])
+        files = tuple(base / n for n in list(scenes)[rank::world])
         (part,) = keep(files, compute, f"{tag} {pixels.shape} {reading}")
         features = gather(torch.from_numpy(np.array(part)), len(used)).to(device)
         took = time.time() - began
@@ -404,11 +405,12 @@ def main(args):
         for value, head in tried:
             net.head, net.head.k = head, value
             with torch.inference_mode():
-                value_accuracy = accuracy(head(f["val"]).cpu(), "val")
-            history.append(dict(step=len(history) + 1, tried=value, val_accuracy=value_accuracy))
-            say(f"{'k' if args.mode == 'knn' else 'rate'} {value:<6g}  val accuracy {history[-1]['val_accuracy']:.4f}")
-        best = max(row["val_accuracy"] for row in history)
-        value, net.head = tried[[row["val_accuracy"] for row in history].index(best)]
+                right = accuracy(head(f["val"]).cpu(), "val")
+            history.append(dict(step=len(history) + 1, tried=value, val_accuracy=right))
+            say(f"{'k' if args.mode == 'knn' else 'rate'} {value:<6g}  val accuracy {right:.4f}")
+        scores = [row["val_accuracy"] for row in history]
+        best = max(scores)
+        value, net.head = tried[scores.index(best)]
         if args.mode == "knn":
             net.head.k = m["k"] = value
         save_best(0, best)

@@ -332,6 +332,8 @@ def test_frozen_features_are_computed_once_and_feed_both_probes(root, run, forks
     assert "images/s on cpu" in text and "mode linear" not in text and "rate 0.1" in text
     text = forks.run("train_cls", *flags, "--out", tmp_path / "b", "--mode", "knn", "--k", 1, 5)
     assert "from the cache" in text and "k 5" in text
+    text = forks.run("train_cls", *flags, "--out", tmp_path / "d", "--mode", "knn", "--per-class", 2, "--split-seed", 5)
+    assert "from the cache" in text and "6 train" in text
     other = shutil.copytree(root, tmp_path / "copy")
     assert "images/s" in forks.run("train_cls", "--root", other, "--weights", run, "--out", tmp_path / "c")
     for out in "abc":
@@ -408,7 +410,8 @@ def test_flags_that_cannot_work_say_what_to_type(root, run, forks, tmp_path):
     for flags, words in (
             ([], "--root is missing; type"), (["--root", tmp_path / "no"], "no such folder"),
             (["--root", tmp_path], "no images in sub-folders"),
-            (["--root", root, "--mode", "cnn", "--features", "mean"], "nothing to train"),
+            (["--root", root, "--mode", "cnn", "--features", "mean"], "nothing to train or load"),
+            (["--root", root, "--weights", run, "--features", "mean"], "no --weights"),
             (["--root", root, "--mode", "cnn", "--unfreeze", 2], "--unfreeze 2"),
             (["--root", root, "--save", "head"], "--save head needs"),
             (["--root", root, "--fractions", 0.5, 0.2, 0.2], "sum 1"),
