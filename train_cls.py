@@ -214,9 +214,11 @@ def main(args):
     out = Path(args.out or f"runs/{dataset}-{args.mode}")
     if not args.out:
         numbered = (out if i == 1 else Path(f"{out}-{i}") for i in itertools.count(1))
-        out = next(folder for folder in numbered if not (folder / "protocol.json").exists())
-    elif rank == 0 and not args.resume and (out / "protocol.json").exists():
+        out = next(f for f in numbered if not (f / "last.pt").exists() and not (f / "results.json").exists())
+    elif rank == 0 and not args.resume and (out / "last.pt").exists():
         raise BadInput(f"{out}: holds a run; type --resume {out} to go on with it, or another --out")
+    elif rank == 0 and not args.resume and (out / "results.json").exists():
+        raise BadInput(f"{out}: holds a finished run; type another --out")
     if world > 1:  # rank 0 may be ahead and have made the folder
         dist.broadcast_object_list(name := [str(out)])
         out = Path(name[0])
@@ -455,6 +457,8 @@ def main(args):
         before = {number: signal.signal(number, stop) for number in (signal.SIGINT, signal.SIGTERM)}
 
         # ---- loop
+        if start == 0:
+            save_last(0)
         say(f"loop    {steps} steps of {args.batch_size * world}, {args.epochs} epochs")
         draws = StepSampler(len(rows["train"]), args.batch_size, steps, args.seed, start, rank, world)
         for step, batch in enumerate(draws, start):

@@ -336,6 +336,7 @@ def test_frozen_features_are_computed_once_and_feed_both_probes(root, run, forks
     assert "from the cache" in text and "6 train" in text
     other = shutil.copytree(root, tmp_path / "copy")
     assert "images/s" in forks.run("train_cls", "--root", other, "--weights", run, "--out", tmp_path / "c")
+    assert "a finished run" in forks.run("train_cls", *flags, "--out", tmp_path / "c", ok=2)
     for out in "abc":
         assert results(tmp_path / out)["accuracy"] > 0.8  # three colours
 
