@@ -76,7 +76,8 @@ def parse_args(argv=None):
     model.add_argument("--features", default="cls+patch", choices=["cls+patch", "cls", "mean"],
                        help="cls token and mean patch token, cls alone, or means of the three channels")
     model.add_argument("--cnn", default="nano", choices=CNNS, help="for --mode cnn; --weights: torchvision's file")
-    model.add_argument("--stem", default="small", choices=["small", "imagenet"], help="of a ResNet; small: stride 2")
+    model.add_argument("--stem", choices=["small", "imagenet"],
+                       help="first layers of a ResNet: 3x3, or 7x7 and pool (as --weights; else small)")
     model.add_argument("--norm", default="auto", choices=["auto", *NORMS], help="pixel mean and std (of the weights)")
     model.add_argument("--unfreeze", help="last K blocks to train, or all (all)")
     model.add_argument("--save", default="all", choices=["all", "head"], help="head: without the frozen backbone")
@@ -224,6 +225,9 @@ def main(args):
         out = Path(name[0])
     backbone, state, info = None, None, dict(norm="imagenet", path=None, sha256=None)
     if args.mode == "cnn" and args.weights != "none":
+        if args.cnn == "nano":
+            raise BadInput(f"--weights {args.weights} with --cnn nano, which nobody has published weights of; type "
+                           "--cnn resnet18 or resnet50, as the file is")
         file = locate(args.weights)
         state, info = read(file), dict(norm="imagenet", path=str(file), sha256=sha256(file))
     elif args.weights != "none":
@@ -278,8 +282,8 @@ def main(args):
         say(f"        WARNING --norm {pixel_norm}, but these weights were trained with {info['norm']}")
     scratch, probe = state is None, args.mode in ("knn", "linear")
     size = size or pixels.shape[1]
-    defaults = dict(lr=2e-3 if scratch else 1e-3, unfreeze="all", epochs=100 if probe else 15,
-                    backbone_lr=args.lr or 2e-3 if scratch else 2e-5)
+    defaults = dict(lr=2e-3 if scratch else 1e-3, stem="small" if scratch else "imagenet", unfreeze="all",
+                    epochs=100 if probe else 15, backbone_lr=args.lr or 2e-3 if scratch else 2e-5)
     vars(args).update({k: v for k, v in defaults.items() if getattr(args, k) is None})
     if args.features == "mean" and not (probe and scratch):
         raise BadInput(f"--features mean with --mode {args.mode}, --weights {args.weights}: nothing to train or load "
@@ -419,6 +423,7 @@ def main(args):
         with torch.inference_mode():
             p = net.head(f[score]).cpu().softmax(1)
         meta["chosen"] = value
+        title += f", step = number of the {'k' if args.mode == 'knn' else 'rate'} in {[v for v, _ in tried]}"
     else:
         # ---- optimiser
         params = list(trainable.values())

@@ -418,14 +418,15 @@ def test_flags_that_cannot_work_say_what_to_type(root, run, forks, tmp_path):
             (["--root", root, "--fractions", 0.5, 0.2, 0.2], "sum 1"),
             (["--root", root, "--group-regex", "("], "no regular expression"),
             (["--root", root, "--split-file", run / "log.jsonl"], "expected JSON"),
-            (["--root", root, "--mode", "cnn", "--weights", run], "is missing")):
+            (["--root", root, "--mode", "cnn", "--weights", run], "--cnn resnet18"),
+            (["--root", root, "--mode", "cnn", "--cnn", "resnet18", "--weights", run], "is missing")):
         text = forks.run("train_cls", *flags, "--epochs", 1, ok=2)
         assert words in text and "Traceback" not in text, text
 
 
 def test_a_cnn_takes_torchvision_weights(root, forks, tmp_path):
     save_file(cnn("resnet18", "imagenet", 1000).state_dict(), tmp_path / "resnet.safetensors")
-    flags = ["--mode", "cnn", "--cnn", "resnet18", "--stem", "imagenet", "--size", 32, "--epochs", 1]
+    flags = ["--mode", "cnn", "--cnn", "resnet18", "--size", 32, "--epochs", 1]
     text = forks.run("train_cls", "--root", root, *flags, "--weights", tmp_path / "resnet.safetensors",
                      "--out", tmp_path / "a")
     assert "a new fc" in text and "input 32 x 32" in text
