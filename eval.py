@@ -82,7 +82,7 @@ def build(m):  # the "model" entry of best.safetensors -> network, weights still
 
 
 # >>> same: load
-def load_net(run, weights):  # best.safetensors or its run folder -> network in eval mode, its description
+def load_net(run, weights, build=build):  # best.safetensors or run folder -> network in eval mode, description
     state, meta = load_weights(run)
     if meta["saved"] == "head":
         backbone, info = load_vit(weights or meta["weights"]["path"])[1:]
@@ -179,6 +179,9 @@ def main(args):
 
     # ---- model and data
     meta = load_weights(args.run)[1]
+    if meta.get("task") == "classification":
+        raise BadInput(f"{args.run}: a run of train_cls.py, which has written its own results.json; type python "
+                       f"predict.py {args.run} IMAGES for others")
     labels = Labels(meta["classes"], meta["ignore"])
     K = len(labels.names)
     amp = args.amp == "bf16" or args.amp == "auto" and meta["amp"] == "bf16" and fast_bf16(device)

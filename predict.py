@@ -1,17 +1,21 @@
-"""Classify every pixel of images of any size: id mask, colour mask and overlay per image.
+"""Classify every pixel of images of any size: id mask, colour mask and overlay per image. Or whole images, by table.
 
     python predict.py runs/demo IMAGE_OR_FOLDER_OR_GLOB ... --out predictions
     python predict.py runs/demo D --out predictions --label-out raw    ids or colours as in the training masks
 Writes OUT/NAME.png (ids in a palette PNG: opens in colour, reads back as ids), NAME_color.png, NAME_overlay.jpg and
 classes.json; sub-folders of an input folder are kept. What is transparent in an image gets no class: 255. A file that
 cannot be read is named and left out; exit code 2. Needs about 48 bytes of memory per pixel at 8 classes.
+    python predict.py runs/eurosat-cnn D --top 3 --montage 8    a run of train_cls.py
+Writes OUT/predictions.csv (file, class, probability, next classes) and montage.png, the surest 8 of every class.
 Copy with: models/vit.py models/weights.py models/heads.py models/deeplab.py models/unetformer.py
-    models/efficientnet_unet.py models/checkpoint.py data/io.py data/datasets.py
+    models/efficientnet_unet.py models/classify.py models/checkpoint.py data/io.py data/datasets.py data/scenes.py
     data/tiles.py data/plots.py
 """
 import argparse
+import csv
 import ctypes
 import glob
+import io
 import os
 import sys
 import time
@@ -25,13 +29,16 @@ import numpy as np
 import torch
 import torch.distributed as dist
 from PIL import Image
+from torch import nn
 
 from data import plots
-from data.datasets import normalise
-from data.io import IGNORE, BadInput, Labels, id_image, read_valid, write
+from data.datasets import NORMS, normalise
+from data.io import IGNORE, BadInput, Labels, id_image, read_image, read_valid, write
+from data.scenes import prepare, square
 from data.tiles import blend_weight, windows
 from models import deeplab, efficientnet_unet, unetformer
 from models.checkpoint import load_weights
+from models.classify import ChannelMeans, Classifier, Knn, cnn
 from models.heads import HEADS, Segmenter
 from models.vit import ViT
 from models.weights import BadWeights, fill, load_vit
@@ -49,11 +56,13 @@ def parse_args(argv=None):
     p.add_argument("--weights", help="backbone file of a run saved with --save head (where it was in training)")
     p.add_argument("--amp", default="auto", choices=["auto", "bf16", "off"], help="auto: as trained, where fast")
     p.add_argument("--batch-size", type=int, default=16, help="windows at once")
+    p.add_argument("--top", type=int, default=3, help="classes per image in the table of a classification run")
+    p.add_argument("--montage", type=int, default=0, help="images per class in montage.png, the surest first; 0 = none")
     args = p.parse_args(argv)
     if empty := [k for k, v in vars(args).items() if v == ""]:
         p.error(f"--{empty[0].replace('_', '-')} is empty; is the shell variable set?")
-    if args.batch_size < 1 or not 0 <= (args.overlap or 0) <= 0.9:
-        p.error("--batch-size from 1, --overlap in 0..0.9")
+    if args.batch_size < 1 or not 0 <= (args.overlap or 0) <= 0.9 or args.top < 1 or args.montage < 0:
+        p.error("--batch-size and --top from 1, --montage from 0, --overlap in 0..0.9")
     return args
 
 
@@ -86,8 +95,22 @@ def build(m):  # the "model" entry of best.safetensors -> network, weights still
 # <<< same: build
 
 
+# >>> same: build_cls
+def build_cls(m):  # the "model" entry of a classification run -> network, weights still random
+    if m["name"] == "cnn":
+        return cnn(m["cnn"], m["stem"], m["classes"])
+    backbone = ChannelMeans() if m["name"] == "mean" else ViT(**m["backbone"])
+    width = backbone.dim * (2 if m["features"] == "cls+patch" else 1)
+    if "bank" in m:
+        head = Knn(m["bank"], width, m["classes"], m["k"], m["temperature"], unit=m["features"] != "mean")
+    else:
+        head = nn.Linear(width, m["classes"])
+    return Classifier(backbone, head, m["features"])
+# <<< same: build_cls
+
+
 # >>> same: load
-def load_net(run, weights):  # best.safetensors or its run folder -> network in eval mode, its description
+def load_net(run, weights, build=build):  # best.safetensors or run folder -> network in eval mode, description
     state, meta = load_weights(run)
     if meta["saved"] == "head":
         backbone, info = load_vit(weights or meta["weights"]["path"])[1:]
@@ -130,6 +153,50 @@ def logits_of(net, x, crop, overlap, batch, amp):  # image (3, H, W) -> (K, H, W
 # <<< same: logits_of
 
 
+@torch.inference_mode()
+def classify(args, rank, world, device):  # a run of train_cls.py: writes predictions.csv, montage.png -> files left out
+    net, meta = load_net(args.run, args.weights, build_cls)
+    net.to(device)
+    names, out = [c["name"] for c in meta["classes"]], Path(args.out)
+    amp = args.amp == "bf16" or args.amp == "auto" and meta["amp"] == "bf16" and fast_bf16(device)
+    files, table, bad, began = list(find_images(args.inputs).values()), [], [], time.time()
+    mine = files[rank::world]
+    for i in range(0, len(mine), args.batch_size):
+        images = []
+        for file in mine[i:i + args.batch_size]:
+            try:
+                images.append((file, square(read_image(file, **meta["reading"]), meta["stored"])))
+            except BadInput as e:
+                print(f"left out: {e}", file=sys.stderr)
+                bad.append(str(file))
+        if images:
+            x = torch.from_numpy(np.stack([image for _, image in images])).to(device)
+            with torch.autocast(device.type, torch.bfloat16, enabled=amp):
+                logits = net(prepare(x, NORMS[meta["norm"]], meta["size"]))
+            p, order = logits.float().softmax(1).cpu().sort(dim=1, descending=True)
+            table += [(str(file), ps.tolist(), [names[c] for c in cs], image if args.montage else None)
+                      for (file, image), ps, cs in zip(images, p, order)]
+    speed = len(mine) / (time.time() - began)
+    if world > 1:
+        dist.all_gather_object(parts := [None] * world, table)
+        table = sorted((row for part in parts for row in part), key=lambda row: row[0])
+    if rank == 0:
+        text, top = io.StringIO(), min(args.top, len(names))
+        rows = csv.writer(text, lineterminator="\n")
+        rows.writerow(["file", *(f"{column}_{i + 1}" for i in range(top) for column in ("class", "probability"))])
+        rows.writerows([file, *(v for c, p in zip(cs[:top], ps) for v in (c, f"{p:.4f}"))] for file, ps, cs, _ in table)
+        write(out / "predictions.csv", text.getvalue())
+        if args.montage:
+            by_class = {c: sorted((r for r in table if r[2][0] == c), key=lambda r: -r[1][0]) for c in names}
+            write(out / "montage.png", plots.cards(
+                [(f"{c}: {len(found)} images", [(image, [Path(file).name, f"{ps[0]:.3f}"], False)
+                                                for file, ps, _, image in found[:args.montage]])
+                 for c, found in by_class.items()]))
+        print(f"wrote {out}/predictions.csv{' and montage.png' if args.montage else ''}: {len(table)} images, "
+              f"{speed:.0f} images/s on {device}, reading included")
+    return bad
+
+
 def main(args):
     # >>> same: setup
     rank, world, local = (int(os.environ.get(v, d)) for v, d in (("RANK", 0), ("WORLD_SIZE", 1), ("LOCAL_RANK", 0)))
@@ -147,6 +214,11 @@ def main(args):
     say = print if rank == 0 else lambda *a, **k: None
     # <<< same: setup
 
+    if load_weights(args.run)[1].get("task") == "classification":
+        bad = classify(args, rank, world, device)
+        if world > 1:
+            dist.destroy_process_group()
+        sys.exit(2 if bad else 0)
     net, meta = load_net(args.run, args.weights)
     net.to(device)
     labels, out = Labels(meta["classes"], meta["ignore"]), Path(args.out)

@@ -41,3 +41,15 @@ def cutmix(x: torch.Tensor, y: torch.Tensor, rng: np.random.Generator) -> tuple:
     x, y = x.clone(), y.clone()
     x[box], y[box] = x[other][box], y[other][box]
     return x, y
+
+
+def cutmix_scenes(x: torch.Tensor, y: torch.Tensor, rng: np.random.Generator) -> tuple:
+    """cutmix for one label per image, y (B,): batch -> (x, y, y2, share), to be trained on like mixup."""
+    H, W = x.shape[-2:]
+    side = rng.uniform() ** 0.5  # area share uniform in 0..1
+    h, w = round(H * side), round(W * side)
+    top, left = rng.integers(H - h + 1), rng.integers(W - w + 1)
+    other = torch.from_numpy(rng.permutation(len(x))).to(x.device)
+    x = x.clone()
+    x[..., top:top + h, left:left + w] = x[other][..., top:top + h, left:left + w]
+    return x, y, y[other], 1 - h * w / (H * W)

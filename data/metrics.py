@@ -2,6 +2,7 @@
 
 Absent classes (neither true nor predicted) are NaN and left out of means. Beside each score: the majority baseline.
 """
+import numpy as np
 import torch
 
 from .io import IGNORE
@@ -80,3 +81,28 @@ def headline(r: dict, without: dict[str, list[str]] = {}) -> str:
         f"{r['split']} mIoU {r['miou']:.4f} over {r['classes_in_mean']} of {len(r['iou'])} classes{absent}, mean F1 "
         f"{r['mf1']:.4f}, OA {r['oa']:.4f};  always {r['majority_class']!r}: mIoU {r['majority_miou']:.4f}, OA "
         f"{r['majority_oa']:.4f}", *further])
+
+
+def class_table(cm: torch.Tensor, names: list[str]) -> dict[str, dict]:
+    """{class: tp, fp, tn, fn, precision, recall, specificity, f1}, one class against the rest; 0 / 0 is None.
+
+    Every row adds up to all samples, the tp and fn to the true ones of the class, the tp and fp to the predicted ones.
+    """
+    cm, table = cm.cpu(), {}
+    for i, name in enumerate(names):
+        tp = int(cm[i, i])
+        fp, fn = int(cm[:, i].sum()) - tp, int(cm[i].sum()) - tp
+        tn = int(cm.sum()) - tp - fp - fn
+        ratios = dict(precision=(tp, tp + fp), recall=(tp, tp + fn), specificity=(tn, tn + fp),
+                      f1=(2 * tp, 2 * tp + fp + fn))
+        table[name] = dict(tp=tp, fp=fp, tn=tn, fn=fn, **{k: a / b if b else None for k, (a, b) in ratios.items()})
+    return table
+
+
+def bootstrap(hits: np.ndarray, groups: list[str], seed: int = 0, rounds: int = 2000) -> tuple[float, float]:
+    """(N,) bool hits -> 95 % interval of the accuracy, by drawing whole groups (scenes) with replacement."""
+    _, index = np.unique(groups, return_inverse=True)
+    right, size = np.bincount(index, hits), np.bincount(index)
+    pick = np.random.default_rng((6, seed)).integers(len(size), size=(rounds, len(size)))
+    low, high = np.percentile(right[pick].sum(1) / size[pick].sum(1), [2.5, 97.5])
+    return float(low), float(high)

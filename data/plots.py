@@ -254,3 +254,30 @@ def samples(rows: list[tuple], names: list[str], colors: np.ndarray, ignore: int
         y += ROW + 16
     legend(img, placed, 20, y)
     return img
+
+
+def cards(sections: list[tuple], columns: int = 8, side: int = 128) -> Image.Image:
+    """Sections (title, [(image (H, W, 3), lines, wrong)]) -> contact sheet; `wrong` puts a red frame around a card."""
+    step_x, wide = side + 12, 40 + columns * (side + 12) - 12
+    plan, y = [], 16
+    for title, items in sections:
+        lines = max((len(texts) for _, texts, _ in items), default=1)
+        plan.append((y, side + 16 * lines + 14))
+        y += 30 + math.ceil(max(1, len(items)) / columns) * plan[-1][1] + 8
+    img = Image.new("RGB", (wide, y), "white")
+    draw = ImageDraw.Draw(img)
+    for (title, items), (top, step_y) in zip(sections, plan):
+        draw.text((20, top), fit(title, wide - 40, 15), INK, font(15))
+        if not items:
+            draw.text((20, top + 30), "none", SOFT, font(13))
+        for i, (image, texts, wrong) in enumerate(items):
+            x, y = 20 + i % columns * step_x, top + 30 + i // columns * step_y
+            picture = Image.fromarray(image)
+            scale = side / max(picture.size)
+            size = [max(1, round(scale * n)) for n in picture.size]
+            picture = picture.resize(size, Image.LANCZOS if scale < 1 else Image.NEAREST)
+            img.paste(picture, (x, y))
+            draw.rectangle((x - 2, y - 2, x + size[0] + 1, y + size[1] + 1), outline=WRONG if wrong else GRID, width=2)
+            for j, text in enumerate(texts):
+                draw.text((x, y + side + 3 + 16 * j), fit(text, side, 12), WRONG if wrong and j else INK, font(12))
+    return img

@@ -8,8 +8,9 @@ from pathlib import Path
 
 ROOT = Path(__file__).parents[1]
 SERVER = """
-import importlib, json, os, sys
-scripts = {name: importlib.import_module(name) for name in ("train_seg", "eval", "predict")}  # and no torch op
+import importlib, json, os, pathlib, sys
+root = pathlib.Path(os.environ["PYTHONPATH"])
+scripts = {file.stem: importlib.import_module(file.stem) for file in root.glob("*.py")}  # and no torch op
 for line in sys.stdin:
     name, argv, env, log = json.loads(line)
     pid = os.fork()

@@ -11,6 +11,7 @@ from pathlib import Path
 import pytest
 import torch
 from forks import Forks
+from PIL import Image
 from test_public import FORMS
 from test_public import make as make_public
 
@@ -31,15 +32,23 @@ def commands(text):  # what the page shows indented, of "a && b" the last, loops
 
 
 COMMANDS = list(commands(README))
-SHORT = {"train_seg.py": "--steps 2 --eval-every 1 --batch-size 4 --crop 128 --workers 0", "eval.py": "--workers 0"}
+SHORT = {"train_seg.py": "--steps 2 --eval-every 1 --batch-size 4 --crop 128 --workers 0", "eval.py": "--workers 0",
+         "train_cls.py": "--epochs 1 --batch-size 16"}
+EUROSAT = ["AnnualCrop", "Forest", "HerbaceousVegetation", "Highway", "Industrial", "Pasture", "PermanentCrop",
+           "Residential", "River", "SeaLake"]
 
 
 @pytest.fixture(scope="module")
 def place(tmp_path_factory):
     """A folder as the reader has it: the clone, a data set D without description, small DINO files."""
     place = tmp_path_factory.mktemp("reader")
-    for name in ("data", "models", "train_seg.py", "eval.py", "predict.py"):
+    for name in ("data", "models", *(f.name for f in ROOT.glob("*.py"))):
         (place / name).symlink_to(ROOT / name)
+    for i in range(120):  # 12 images of each class
+        name = EUROSAT[i % 10]
+        (place / "EuroSAT/2750" / name).mkdir(parents=True, exist_ok=True)
+        image = Image.effect_noise((64, 64), 5 + i).convert("RGB")
+        image.save(place / "EuroSAT/2750" / name / f"{name}_{i}.jpg")
     make(place / "D", scenes=(4, 2, 2), size=64)
     for name in re.findall(r"SETS/(\w+)", " ".join(COMMANDS)):
         make_public(place / "SETS" / name, name, next(form for n, form in FORMS if n == name))
