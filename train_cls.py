@@ -22,6 +22,7 @@ import signal
 import sys
 import time
 from contextlib import suppress
+from datetime import timedelta
 from functools import partial
 from pathlib import Path
 
@@ -104,6 +105,8 @@ def parse_args(argv=None):
     run.add_argument("--eval-every", type=int, default=300, help="steps between validations, where last.pt is written")
     run.add_argument("--log-every", type=int, default=50)
     args = p.parse_args(argv)
+    if empty := [k for k, v in vars(args).items() if v == ""]:
+        p.error(f"--{empty[0].replace('_', '-')} is empty; is the shell variable set?")
     ranges = [("epochs eval_every log_every per_class", 1, 2**31), ("batch_size", 2, 2**31), ("size", 8, 2**12),
               ("clip temperature", 1e-9, math.inf), ("seed split_seed warmup shift", 0, 2**31), ("lr", 1e-9, 10),
               ("label_smoothing", 0, 0.9), ("mixup cutmix", 0, 1), ("backbone_lr layer_decay weight_decay", 0, 10)]
@@ -116,7 +119,7 @@ def parse_args(argv=None):
         p.error("--k and --lrs: expected positive numbers")
     if args.bands and (len(args.bands) != 3 or min(args.bands) < 1):
         p.error(f"--bands {args.bands}: expected three numbers from 1, such as 4,1,2")
-    if args.input_range and not args.input_range[0] < args.input_range[1]:
+    if args.input_range and not -math.inf < args.input_range[0] < args.input_range[1] < math.inf:
         p.error(f"--input-range {args.input_range}: expected the lower value first")
     if args.resume:  # the stored flags become the defaults, so a flag that now differs was typed
         stored = load_state(Path(args.resume) / "last.pt").get("args")
@@ -188,11 +191,13 @@ def main(args):
     if device.type == "cuda":
         torch.cuda.set_device(device)
     else:
-        torch.set_float32_matmul_precision("medium")  # on a CPU this means oneDNN: fp32 accuracy, twice the speed
+        if not getattr(torch.cpu, "_is_amx_tile_supported", bool)():  # which would round to bf16
+            torch.set_float32_matmul_precision("medium")  # on a CPU this means oneDNN: fp32 accuracy, twice the speed
         if sys.platform == "linux" and hasattr(libc := ctypes.CDLL(None), "mallopt"):
             libc.mallopt(-4, 0), libc.mallopt(-1, 2**31 - 1)  # keep freed blocks: no page faults at every step
     if world > 1 and not dist.is_initialized():  # torchrun set the variables; plain `python` is rank 0 of 1
-        dist.init_process_group("nccl" if device.type == "cuda" else "gloo")
+        dist.init_process_group("nccl" if device.type == "cuda" else "gloo", timeout=timedelta(days=1),  # torchrun ends
+                                device_id=device if device.type == "cuda" else None)  # all ranks when one has died
     say = print if rank == 0 else lambda *a, **k: None
     # <<< same: setup
     torch.manual_seed(args.seed)  # same on all ranks and before the model exists: same initial head
@@ -427,7 +432,7 @@ def main(args):
     else:
         # ---- optimiser
         params = list(trainable.values())
-        opt = torch.optim.AdamW(param_groups(net, args), lr=args.lr, betas=(0.9, 0.999))
+        opt = torch.optim.AdamW(param_groups(net, args), lr=args.lr, betas=(0.9, 0.999), fused=True)
         model = net
         if world > 1:
             model = DistributedDataParallel(net, device_ids=[local] if device.type == "cuda" else None)
@@ -500,10 +505,10 @@ def main(args):
                 stops, loss = both[0].item(), both[1]
             if done % args.log_every == 0 or done == steps:
                 took = time.time() - began
-                speed, rest = (done - start) * args.batch_size * world / took, took / (done - start) * (steps - done)
-                history.append(dict(step=done, loss=loss.item(), lr=lr_at(step, args, steps), grad_norm=norm.item()))
+                speed, rest = (done - start) * args.batch_size * world / took, round(took / (done - start) * (steps - done))
+                history.append(dict(step=done, loss=loss.item(), lr=lr_at(step, args, steps), grad_norm=norm.item() if norm.isfinite() else None))
                 say(f"step {done:5d} of {steps}  loss {history[-1]['loss']:.4f}  |g| {norm.item():.3f}  "
-                    f"lr {history[-1]['lr']:.2e}  {speed:.0f} images/s  ETA {rest // 60:.0f}:{rest % 60:02.0f}",
+                    f"lr {history[-1]['lr']:.2e}  {speed:.0f} images/s  ETA {rest // 60}:{rest % 60:02d}",
                     flush=True)
             if due:
                 value = accuracy(probabilities("val"), "val")
@@ -564,15 +569,18 @@ def main(args):
               f"the largest class: accuracy {base_rate:.4f}{note}")
         print(f"look at {out}/samples.png, confusion.png, curves.png; then, on your own images:\n"
               f"  python predict.py {shlex.quote(str(out))} IMAGE_OR_FOLDER --out predictions")
-    if world > 1:
+    # >>> same: leave
+    if world > 1:  # gloo's threads may still hold tensors of the last collective, and Python's end under them aborts
+        dist.barrier()
         dist.destroy_process_group()
+    # <<< same: leave
 
 
 # >>> same: main
 if __name__ == "__main__":
     try:
         main(parse_args())
-    except (BadInput, BadWeights) as e:  # its last line: a reading process puts a traceback before the message
+    except (BadInput, BadWeights, OSError) as e:  # its last line: a reading process puts a traceback before the message
         print(f"error: {str(e).splitlines()[-1].split('BadInput: ')[-1]}", file=sys.stderr)
         sys.exit(2)
 # <<< same: main
