@@ -236,16 +236,20 @@ def read_instances(path: str | Path) -> np.ndarray:
 
 # ---- on the way to the network
 
-def paint(mask: np.ndarray, points: np.ndarray, part: tuple[int, int, int, int], size: tuple[int, int]) -> int:
+def inside(points: np.ndarray, part: tuple[int, int, int, int]) -> np.ndarray:
+    """The points within `part` (top, left, h, w)."""
+    (x, y), (top, left, h, w) = points.T[:2], part
+    return points[(x >= left) & (x < left + w) & (y >= top) & (y < top + h)]
+
+
+def paint(mask: np.ndarray, points: np.ndarray, part: tuple[int, int, int, int], size: tuple[int, int]) -> None:
     """Write into a crop's mask, in place, the points inside `part` (top, left, h, w), scaled to `size` (h, w).
 
     A point stays one pixel at any scale, which resizing a mask cannot promise. Where two share a pixel the one nearer
-    to its middle is kept, as nearest-neighbour resizing does. -> how many points are inside.
+    to its middle is kept, as nearest-neighbour resizing does.
     """
-    top, left, h, w = part
-    ps = points[(points[:, 0] >= left) & (points[:, 0] < left + w) & (points[:, 1] >= top) & (points[:, 1] < top + h)]
+    (top, left, h, w), ps = part, inside(points, part)
     u, v = (ps[:, 0] - left + 0.5) * (size[1] / w), (ps[:, 1] - top + 0.5) * (size[0] / h)
     col, row = np.minimum(u.astype(int), size[1] - 1), np.minimum(v.astype(int), size[0] - 1)
     order = np.argsort(-((u - col - 0.5) ** 2 + (v - row - 0.5) ** 2), kind="stable")
     mask[row[order], col[order]] = ps[order, 2]  # numpy keeps the last of equal indices
-    return len(ps)

@@ -31,6 +31,11 @@ def shake(net, seed=0):  # statistics and norms as after training: fresh ones hi
     return net
 
 
+def close(a, b):  # to rounding, measured on the tensor's own scale
+    error = (a - b).abs().max() / b.abs().max().clamp(min=1e-6)
+    assert a.shape == b.shape and error < 5e-5, f"{error:.1e} off"
+
+
 @pytest.fixture(scope="module")
 def pairs():
     torch.manual_seed(0)
@@ -64,11 +69,10 @@ def test_eval_is_torchvisions(pairs, x, stride):
         with torch.no_grad():
             got, want = ours(part), theirs(part)["out"]
         assert got.dtype == torch.float32 and got.shape == (2, 5, *size)
-        torch.testing.assert_close(got, want, rtol=1e-5, atol=1e-6)
+        close(got, want)
     with torch.no_grad():
-        shapes = [tuple(t.shape[-2:]) for t in (ours.backbone.layer4, ) for t in [ours.backbone.layer4(
-            ours.backbone.layer3(torch.zeros(1, 512, 16, 16)))]]
-    assert shapes == [(16, 16) if stride == 8 else (8, 8)]
+        last = ours.backbone.layer4(ours.backbone.layer3(torch.zeros(1, 512, 16, 16)))  # of an image of 128 x 128
+    assert last.shape[-2:] == (128 // stride, 128 // stride)
 
 
 @pytest.mark.parametrize("stride", [8, 16])
@@ -82,10 +86,14 @@ def test_train_is_torchvisions_with_its_dropout_gradients_and_statistics(pairs, 
         assert logits.shape == aux.shape == (2, 5, 65, 97)
         (logits.square().mean() + 0.4 * aux.square().mean()).backward()
         results.append([logits, aux])
-    torch.testing.assert_close(results[1], results[0], rtol=1e-5, atol=1e-6)
-    grads = [{n: p.grad for n, p in net.named_parameters()} for net in (theirs, ours)]
-    torch.testing.assert_close(grads[1], grads[0], rtol=1e-4, atol=1e-6)
-    torch.testing.assert_close(dict(ours.named_buffers()), dict(theirs.named_buffers()), rtol=1e-5, atol=1e-6)
+    close(results[1][0], results[0][0])
+    close(results[1][1], results[0][1])
+    for (name, p), (other, q) in zip(ours.named_parameters(), theirs.named_parameters(), strict=True):
+        assert name == other
+        close(p.grad, q.grad)
+    for (name, b), (other, c) in zip(ours.named_buffers(), theirs.named_buffers(), strict=True):
+        assert name == other
+        close(b, c)
     for net in (theirs, ours):
         net.zero_grad()
 
@@ -98,7 +106,7 @@ def test_autocast_still_gives_fp32_logits(pairs, x):
 
 def test_one_image_is_explained_or_trains_with_frozen_statistics(x):
     net = DeepLabV3(3).train()
-    with pytest.raises(ValueError, match="batch size 1 cannot train BatchNorm; use --batch-size 2 or more, or --freeze"):
+    with pytest.raises(ValueError, match="batch size 1 cannot train BatchNorm; use --batch-size 2 or more, or --fr"):
         net(x[:1])
     assert net.freeze_bn() is net and net.training
     before = {n: b.clone() for n, b in net.named_buffers()}
@@ -145,7 +153,7 @@ def test_a_whole_file_fills_everything(whole, x):
     assert not unset(net) and info["norm"] == "imagenet" and len(info["sha256"]) == 64
     assert info["line"].startswith("layout=torchvision deeplabv3_resnet50, 370 of 370 tensors (all used), sha256 ")
     with torch.no_grad():
-        torch.testing.assert_close(net.eval()(x), whole[0].eval()(x)["out"], rtol=1e-5, atol=1e-6)
+        close(net.eval()(x), whole[0].eval()(x)["out"])
 
 
 def test_a_trunk_fills_the_trunk_and_says_that_the_heads_are_fresh(trunk, tmp_path):
@@ -177,7 +185,7 @@ def test_another_number_of_classes_or_heads_is_said(whole, tmp_path):
 
 @pytest.mark.parametrize("change, said", [
     (lambda sd: sd | {"layer1.0.extra": torch.zeros(1)}, "unknown tensor layer1.0.extra"),
-    (lambda sd: {k: t for k, t in sd.items() if k != "layer2.1.bn2.running_var"}, "layer2.1.bn2.running_var is missing"),
+    (lambda sd: {k: t for k, t in sd.items() if k != "layer2.1.bn2.running_var"}, "layer2.1.bn2.running_var is mis"),
     (lambda sd: sd | {"conv1.weight": torch.zeros(64, 4, 7, 7)}, r"conv1.weight is \(64, 4, 7, 7\), expected \(64, 3"),
     (lambda sd: {k: t for k, t in sd.items() if k.startswith("layer1.0.bn")}, "neither a resnet50 nor a deeplab"),
     (lambda sd: resnet18(weights=None).state_dict(), "neither a resnet50 nor a deeplabv3_resnet50 of torchvision")])
