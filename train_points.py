@@ -340,9 +340,10 @@ def main(args):
     if world > 1:  # rank 0 may be ahead and have made the folder
         dist.broadcast_object_list(name := [str(out)])
         out = Path(name[0])
-    masks_needed = args.points == "dense" or args.points in points.PATTERNS
-    free = [] if masks_needed or "train" not in description["splits"] else ["train"]  # may come without masks
-    pairs = find_pairs(root, description | {"unlabelled": [*description.get("unlabelled", ()), *free]})
+    bare = description.get("unlabelled", [])
+    if args.points not in ("dense", *points.PATTERNS) and "train" in description["splits"]:
+        bare = [*bare, "train"]  # with points from a file it may come without masks
+    pairs = find_pairs(root, description | {"unlabelled": bare})
     labels = Labels(description["classes"], description["ignore"])
     fixed = out / "split.json" if args.resume else args.split_file  # files may have been added since the run began
     splits = load_splits(root, description, pairs, fixed, None if args.resume else args.val_frac, args.group_regex,
@@ -450,7 +451,7 @@ def main(args):
     if args.class_weights != "none":
         class_w = class_weights(torch.tensor(counts[:K]), args.class_weights).to(device)
         say("        class weights " + "  ".join(f"{n} {w:.2f}" for n, w in zip(labels.names, class_w.tolist())))
-    ema = copy.deepcopy(net).requires_grad_(False) if args.ema else None
+    ema = copy.deepcopy(net).requires_grad_(False).eval() if args.ema else None  # with --grow it also teaches
     if ema is not None and frozen:
         ema.backbone = net.backbone
     model = DistributedDataParallel(net, device_ids=[local] if device.type == "cuda" else None) if world > 1 else net
@@ -522,7 +523,6 @@ def main(args):
         return SegDataset({n: pairs[n] for n in splits[split]}, labels, pixel_norm, **kept, **reading)
 
     # ---- loop
-    # the points of an image come last, so transform_points gets what PointSet hands on
     how = dict(crop=args.crop, scales=args.scale, strength=args.color, rare=rare, focus=args.focus)
     if dense:
         train = SegDataset(files, labels, pixel_norm, partial(transform, **how), args.seed, **kept, **reading)
@@ -547,7 +547,6 @@ def main(args):
         x, y = x.to(device, non_blocking=True), y.to(device, non_blocking=True)
         growing = args.grow > 0 and step >= args.grow_from * args.steps
         if growing:
-            ema.eval()
             grown = sure_pixels(ema, x, args.grow_above, amp).where(y == UNLABELLED, IGNORE)
         y = y.where(y != UNLABELLED, IGNORE)
         # one collective, three questions: points and sure pixels of the whole step, and was any rank told to stop

@@ -49,10 +49,12 @@ def averages(cm: torch.Tensor) -> dict[str, float]:
     A class that is true and never predicted has precision 0 here, as in scikit-learn with zero_division=0; so leaving
     a class out cannot pay.
     """
-    there, share, out = cm.sum(0) + cm.sum(1) > 0, cm.sum(1).double() / cm.sum(), {"accuracy": oa(cm)}
+    share = cm.sum(1).double() / cm.sum().clamp(min=1)  # an empty matrix gives 0 everywhere
+    out, there = {"accuracy": (recall(cm).nan_to_num(0.0) * share).sum().item()}, cm.sum(0) + cm.sum(1) > 0
     for name, score in (("precision", precision), ("recall", recall), ("f1", f1)):
         values = score(cm).nan_to_num(0.0)
-        out |= {f"{name}_macro": values[there].mean().item(), f"{name}_weighted": (values * share).sum().item()}
+        out[f"{name}_macro"] = (values.sum() / there.sum().clamp(min=1)).item()
+        out[f"{name}_weighted"] = (values * share).sum().item()
     return out
 
 

@@ -213,6 +213,7 @@ def test_averages_are_those_of_scikit_learn(seed):
         want |= {f"{n}_{average}": s for n, s in zip(("precision", "recall", "f1"), scores)}
     assert got.keys() == want.keys()
     assert got == pytest.approx(want, abs=1e-12)
+    assert set(metrics.averages(torch.zeros(3, 3, dtype=torch.int64)).values()) == {0.0}
 
 
 def test_the_reports_validation_scores_are_those_of_a_constant_answer():
