@@ -43,7 +43,7 @@ from data.samplers import StepSampler
 from data.tiles import blend_weight, windows
 from models.checkpoint import load_state, load_weights, save_state, save_weights
 from models.heads import HEADS, Segmenter
-from models.losses import SET_BASED, class_weights, compute, parse_loss
+from models.losses import class_weights, compute, parse_loss
 from models.vit import PRESETS, ViT, arch_name, spread_taps
 from models.weights import BadWeights, fill, load_vit
 
@@ -81,10 +81,10 @@ def parse_args(argv=None):
     model.add_argument("--unfreeze", help="last K blocks to train, or all (0 with --weights, all from scratch)")
     model.add_argument("--save", default="all", choices=["all", "head"], help="head: without the frozen backbone")
     opt = p.add_argument_group("optimiser")
-    opt.add_argument("--steps", type=int, default=900)
+    opt.add_argument("--steps", type=int, default=750)
     opt.add_argument("--batch-size", type=int, default=8, help="per process and micro-batch")
     opt.add_argument("--accum", type=int, default=1, help="micro-batches per step")
-    opt.add_argument("--lr", type=float, help="of the head (2e-3 from scratch, 1e-3 with --weights)")
+    opt.add_argument("--lr", type=float, help="of the head (3e-3 from scratch, 1e-3 with --weights)")
     opt.add_argument("--backbone-lr", type=float, help="(--lr from scratch, 2e-5 with --weights)")
     opt.add_argument("--layer-decay", type=float, default=1.0, help="factor on the rate per block below the last")
     opt.add_argument("--weight-decay", type=float, default=0.05)
@@ -101,7 +101,7 @@ def parse_args(argv=None):
     run.add_argument("--out", help="run folder (runs/<dataset>, numbered when taken)")
     run.add_argument("--resume", metavar="RUN", help="go on with the run in this folder, with its flags")
     run.add_argument("--seed", type=int, default=0)
-    run.add_argument("--eval-every", type=int, default=300, help="steps between validations, where last.pt is written")
+    run.add_argument("--eval-every", type=int, default=375, help="steps between validations, where last.pt is written")
     run.add_argument("--patience", type=int, default=0, help="stop after so many validations without gain, 0 = off")
     run.add_argument("--overlap", type=float, default=0.25, help="of evaluation windows, as a part of --crop")
     run.add_argument("--log-every", type=int, default=50)
@@ -313,8 +313,8 @@ def main(args):
     if info["norm"] not in (None, pixel_norm):
         say(f"        WARNING --norm {pixel_norm}, but these weights were trained with {info['norm']}")
     scratch = state is None
-    defaults = dict(crop=128 if scratch else 518 if backbone["patch"] == 14 else 512, lr=2e-3 if scratch else 1e-3,
-                    unfreeze="all" if scratch else "0", backbone_lr=args.lr or 2e-3 if scratch else 2e-5)
+    defaults = dict(crop=128 if scratch else 518 if backbone["patch"] == 14 else 512, lr=3e-3 if scratch else 1e-3,
+                    unfreeze="all" if scratch else "0", backbone_lr=args.lr or 3e-3 if scratch else 2e-5)
     vars(args).update({k: v for k, v in defaults.items() if getattr(args, k) is None})
     taps = sorted(set(args.taps or spread_taps(backbone["depth"])))
     if not 0 <= taps[0] <= taps[-1] < backbone["depth"]:
@@ -347,7 +347,7 @@ def main(args):
 
     # ---- optimiser
     params = list(trainable.values())
-    opt = torch.optim.AdamW(param_groups(net, args), lr=args.lr, betas=(0.9, 0.999))
+    opt = torch.optim.AdamW(param_groups(net, args), lr=args.lr, betas=(0.9, 0.999), fused=True)
     terms = parse_loss(args.loss)
     class_w = None
     if args.class_weights != "none":
@@ -471,9 +471,9 @@ def main(args):
                 loss = 0.0
                 for share, y in targets:
                     y = y.to(device, non_blocking=True)
-                    value, parts = compute(terms, logits, y, class_w, args.label_smoothing, count, over_ranks)
+                    value = compute(terms, logits, y, class_w, args.label_smoothing, count, over_ranks)
                     loss = loss + share * value
-                    shown += share * sum(w * parts[n] / (world if n in SET_BASED else 1) for w, n in terms)
+                shown += loss.detach()
                 (loss * world).backward()  # DDP takes the mean over ranks, models/losses.py the sum
         norm = torch.nn.utils.clip_grad_norm_(params, args.clip)  # after DDP's average: one number on all ranks ...
         bad = 0 if norm.isfinite() else bad + 1  # ... so they skip together, without one more collective
@@ -494,7 +494,8 @@ def main(args):
         if done % args.log_every == 0 or done == args.steps:
             shown = over_ranks(torch.as_tensor(shown, device=device)).item()
             rest = (time.time() - began) / (done - start) * (args.steps - done)
-            history.append(dict(step=done, loss=shown, lr=rate * lr_at(step, args), grad_norm=norm.item()))
+            history.append(dict(step=done, loss=shown if math.isfinite(shown) else None, lr=rate * lr_at(step, args),
+                                grad_norm=norm.item() if bad == 0 else None))  # JSON has no NaN
             say(f"step {done:5d} of {args.steps}  loss {shown:.4f}  |g| {norm.item():.3f}  "
                 f"lr {history[-1]['lr']:.2e}  ETA {rest // 60:.0f}:{rest % 60:02.0f}", flush=True)
         due = done % args.eval_every == 0 or done == args.steps
@@ -546,8 +547,11 @@ def main(args):
             print(f"{score} {key.replace('_', ' ')}: mIoU {r[f'miou_{key}']:.4f}, mean F1 {r[f'mf1_{key}']:.4f}")
         print(f"look at {out}/samples.png, confusion.png, curves.png; then, on your own images:\n"
               f"  python predict.py {shlex.quote(str(out))} IMAGE_OR_FOLDER --out predictions")
-    if world > 1:
+    # >>> same: leave
+    if world > 1:  # gloo's threads may still hold tensors of the last collective, and Python's end under them aborts
+        dist.barrier()
         dist.destroy_process_group()
+    # <<< same: leave
 
 
 # >>> same: main

@@ -182,13 +182,36 @@ def test_predict_any_size_raw_colours_and_a_bad_file(demo, forks, tmp_path):
     assert not (out / "sub/broken.png").exists()
 
 
+def test_what_is_transparent_gets_no_class(run, demo, forks, tmp_path):
+    image = Image.open(next((demo / "test/images").iterdir())).convert("RGBA")
+    image.paste((0, 0, 0, 0), (0, 0, 50, 30))  # left, top, right, bottom
+    image.save(tmp_path / "a.png")
+    forks.run("predict", run, tmp_path / "a.png", "--out", tmp_path / "p")
+    ids = np.array(Image.open(tmp_path / "p/a.png"))
+    assert (ids[:30, :50] == 255).all() and (ids == 255).sum() == 1500
+
+
+def test_summary_is_a_row_per_experiment(run, demo, forks, tmp_path):
+    for seed in (1, 2):
+        out = tmp_path / f"seed-{seed}"
+        forks.run("train_seg", "--root", demo, "--out", out, *TINY, "--steps", 2, "--seed", seed)
+    shutil.copytree(run, tmp_path / "killed", ignore=shutil.ignore_patterns("results.json"))
+    text = forks.run("eval", "--summary", run, tmp_path / "seed-1", tmp_path / "seed-2", tmp_path / "killed", demo)
+    head, _, first, second, last = text.splitlines()
+    assert head.count("|") == first.count("|") == second.count("|")
+    a, b = (json.loads((tmp_path / f"seed-{s}/results.json").read_text())["miou"] for s in (1, 2))
+    assert second.startswith("| seed-1, seed-2 | demo | test | 8 of 8 | 1, 2 | "
+                             f"{(a + b) / 2:.4f} +/- {abs(a - b) / 2 ** 0.5:.4f} |")
+    assert first.startswith(f"| {run.name} | demo | test |") and "killed: not finished" in last
+    assert "no results.json" in forks.run("eval", "--summary", demo, ok=2)
+
+
 def poisoned(monkeypatch, steps):  # the loss of these calls is NaN
     import train_seg
     calls, compute = iter(range(10**6)), train_seg.compute
 
     def nan(*args):
-        loss, parts = compute(*args)
-        return (loss * float("nan") if next(calls) in steps else loss), parts
+        return compute(*args) * (float("nan") if next(calls) in steps else 1)
 
     monkeypatch.setattr(train_seg, "compute", nan)
     monkeypatch.setattr(train_seg.signal, "signal", lambda *args: None)  # pytest keeps its own Ctrl-C
