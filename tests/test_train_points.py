@@ -129,7 +129,7 @@ def test_what_is_not_labelled_changes_neither_loss_nor_gradient(loss):
     values, grads = [], []
     for x in (z, other):
         x = x.clone().requires_grad_()
-        value, _ = losses.compute(losses.parse_loss(loss), x, y, count=(y != IGNORE).sum())
+        value = losses.compute(losses.parse_loss(loss), x, y, count=(y != IGNORE).sum())
         value.backward()
         values.append(value.item())
         grads.append(x.grad)
@@ -143,7 +143,7 @@ def test_what_is_not_labelled_changes_neither_loss_nor_gradient(loss):
 
 def test_a_batch_without_points_costs_nothing_and_breaks_nothing():
     x = torch.randn(2, 3, 4, 4, requires_grad=True)
-    value, _ = losses.compute(losses.parse_loss("ce+focal+dice"), x, torch.full((2, 4, 4), IGNORE))
+    value = losses.compute(losses.parse_loss("ce+focal+dice"), x, torch.full((2, 4, 4), IGNORE))
     value.backward()
     assert value.item() == 0 and (x.grad == 0).all()
 
