@@ -139,7 +139,7 @@ def simulate(files: dict[str, tuple], labels: Labels, pattern: str, n: int | Non
         cut = np.s_[top:top + h, left:left + w]
         return draw(ids[cut], pattern, n, seed, name, None if parts is None else parts[cut])
 
-    with ThreadPoolExecutor(min(8, os.cpu_count())) as pool:  # Pillow decodes without holding the GIL
+    with ThreadPoolExecutor(min(4, os.cpu_count())) as pool:  # Pillow decodes without holding the GIL
         return dict(zip(files, pool.map(one, files)))
 
 
@@ -163,19 +163,30 @@ def draw(mask: np.ndarray, pattern: str, n: int | None, seed: int, name: str,
     for c in classes if pattern != "random" else [IGNORE] * bool(classes):
         rng = np.random.default_rng((5, seed, key, c))  # 5: a stream of its own; a class's points know no other class
         if pattern == "random":
-            chosen.append(rng.permutation(np.flatnonzero(flat != IGNORE))[:n and n * len(classes)])
+            chosen.append(some(np.flatnonzero(flat != IGNORE), n and n * len(classes), rng))
         elif pattern == "class-balanced":
-            chosen.append(rng.permutation(np.flatnonzero(flat == c))[:n])
+            chosen.append(some(np.flatnonzero(flat == c), n, rng))
         elif pattern == "one-per-instance":
-            some = rng.permutation(np.flatnonzero(of_class == c))[:n]
-            chosen.append([order[rng.integers(start[p], start[p + 1])] for p in some])
+            picked = rng.permutation(np.flatnonzero(of_class == c))[:n]
+            chosen.append([order[rng.integers(start[p], start[p + 1])] for p in picked])
         else:
-            some = np.flatnonzero(of_class == c)
-            some = some[np.argsort(start[some] - start[some + 1], kind="stable")][:n]
-            chosen.append([innermost(order[start[p]:start[p + 1]], depth, mask.shape[1]) for p in some])
+            picked = np.flatnonzero(of_class == c)
+            picked = picked[np.argsort(start[picked] - start[picked + 1], kind="stable")][:n]
+            chosen.append([innermost(order[start[p]:start[p + 1]], depth, mask.shape[1]) for p in picked])
     at = np.concatenate(chosen).astype(np.int64) if chosen else np.zeros(0, np.int64)
     y, x = np.divmod(at, mask.shape[1])
     return np.stack([x, y, flat[at]], axis=1).astype(np.int64)
+
+
+def some(items: np.ndarray, n: int | None, rng: np.random.Generator) -> np.ndarray:
+    """n of the items without repeats, those of a smaller n first; all where n is None or too large."""
+    if n is None or n >= len(items):
+        return items
+    moved, out = {}, []  # the first n swaps of a shuffle: a permutation of all pixels of a large tile costs a second
+    for i, j in enumerate(rng.integers(np.arange(n), len(items)).tolist()):
+        out.append(items[moved.get(j, j)])
+        moved[j] = moved.get(i, i)
+    return np.array(out)
 
 
 def innermost(part: np.ndarray, depth: np.ndarray, W: int) -> int:

@@ -94,7 +94,7 @@ def test_points_of_an_image_depend_on_seed_name_and_mask_alone(files):
     assert points.draw(blobs(), "class-balanced", 1, 0, "a").tolist() == RECORDED
 
 
-RECORDED = [[55, 44, 0], [27, 46, 1], [9, 7, 2]]
+RECORDED = [[39, 3, 0], [32, 12, 1], [23, 27, 2]]
 
 
 def test_a_clicked_centre_is_the_innermost_pixel_of_the_largest_regions():
@@ -109,6 +109,17 @@ def test_transparent_pixels_get_no_points(files):
     files = {"a": (files["train/a"][0].with_suffix(".png"), files["train/a"][1])}
     Image.fromarray(image).save(files["a"][0])
     assert points.simulate(files, LABELS, "random", 10**6, 0)["a"][:, 0].max() == 9
+
+
+def test_a_draw_without_repeats_is_even_and_grows():
+    hits = np.zeros((4, 6), int)
+    for seed in range(3000):
+        picked = points.some(np.arange(6), 4, np.random.default_rng(seed))
+        assert len(set(picked.tolist())) == 4
+        np.testing.assert_array_equal(picked[:3], points.some(np.arange(6), 3, np.random.default_rng(seed)))
+        hits[np.arange(4), picked] += 1
+    assert abs(hits - 500).max() < 5 * 500 ** 0.5
+    assert points.some(np.arange(6), 6, np.random.default_rng(0)).tolist() == list(range(6))
 
 
 # ---- files
