@@ -6,7 +6,8 @@
     python eval.py --summary runs/*                             one table of what these runs reported
     torchrun --standalone --nproc_per_node=8 eval.py runs/demo  images are shared out, the numbers stay the same
 Writes eval.json and confusion.png into RUN/eval-SPLIT.
-Copy with: models/vit.py models/weights.py models/heads.py models/checkpoint.py data/io.py data/datasets.py
+Copy with: models/vit.py models/weights.py models/heads.py models/deeplab.py models/unetformer.py
+    models/efficientnet_unet.py models/checkpoint.py data/io.py data/datasets.py
     data/public.py data/cache.py data/metrics.py data/tiles.py data/plots.py
 """
 import argparse
@@ -29,6 +30,7 @@ from data.datasets import SegDataset, find_pairs, load_splits, read_description
 from data.io import IGNORE, BadInput, Labels, write
 from data.metrics import confusion, f1, iou, precision, recall, report
 from data.tiles import blend_weight, windows
+from models import deeplab, efficientnet_unet, unetformer
 from models.checkpoint import load_weights
 from models.heads import HEADS, Segmenter
 from models.vit import ViT
@@ -61,7 +63,13 @@ def parse_args(argv=None):
 
 
 # >>> same: build
+NETS = {"deeplabv3": deeplab.DeepLabV3, "unetformer": unetformer.UNetFormer, "ftunetformer": unetformer.FTUNetFormer,
+        "effunet": efficientnet_unet.EfficientNetUnet}
+
+
 def build(m):  # the "model" entry of best.safetensors -> network, weights still random
+    if m["name"] != "vit":
+        return NETS[m["name"]](m["classes"], **m["options"])
     vit = ViT(**m["backbone"])
     head = HEADS[m["head"]](vit.dim, len(m["taps"]), m["classes"])
     return Segmenter(vit, head, m["taps"], m["feat_norm"])

@@ -5,7 +5,8 @@
 Writes OUT/NAME.png (ids in a palette PNG: opens in colour, reads back as ids), NAME_color.png, NAME_overlay.jpg and
 classes.json; sub-folders of an input folder are kept. What is transparent in an image gets no class: 255. A file that
 cannot be read is named and left out; exit code 2.
-Copy with: models/vit.py models/weights.py models/heads.py models/checkpoint.py data/io.py data/datasets.py
+Copy with: models/vit.py models/weights.py models/heads.py models/deeplab.py models/unetformer.py
+    models/efficientnet_unet.py models/checkpoint.py data/io.py data/datasets.py
     data/tiles.py data/plots.py
 """
 import argparse
@@ -27,6 +28,7 @@ from data import plots
 from data.datasets import normalise
 from data.io import IGNORE, BadInput, Labels, id_image, read_valid, write
 from data.tiles import blend_weight, windows
+from models import deeplab, efficientnet_unet, unetformer
 from models.checkpoint import load_weights
 from models.heads import HEADS, Segmenter
 from models.vit import ViT
@@ -67,7 +69,13 @@ def find_images(inputs):  # -> {name below --out: file}
 
 
 # >>> same: build
+NETS = {"deeplabv3": deeplab.DeepLabV3, "unetformer": unetformer.UNetFormer, "ftunetformer": unetformer.FTUNetFormer,
+        "effunet": efficientnet_unet.EfficientNetUnet}
+
+
 def build(m):  # the "model" entry of best.safetensors -> network, weights still random
+    if m["name"] != "vit":
+        return NETS[m["name"]](m["classes"], **m["options"])
     vit = ViT(**m["backbone"])
     head = HEADS[m["head"]](vit.dim, len(m["taps"]), m["classes"])
     return Segmenter(vit, head, m["taps"], m["feat_norm"])

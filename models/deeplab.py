@@ -10,14 +10,12 @@ dilated, and the rates of the pyramid are halved with the stride. 42.0 M paramet
 Unlike the ViTs here, train() differs from eval(): batch statistics, and dropout of .5 and .1 in the two heads.
 """
 # B batch, K classes, H W pixels, h w = H W / output_stride, rounded up
-import re
-
 import torch
 import torch.nn.functional as F
 from torch import nn
 from torchvision.models import resnet50
 
-from .weights import SHA_IN_NAME, BadWeights, fill, locate, read, sha256
+from .weights import BadWeights, load_cnn
 
 # stride: (dilate instead of striding in layers 2, 3 and 4; rates of the three dilated branches)
 STRIDES = {8: ((False, True, True), (12, 24, 36)), 16: ((False, False, True), (6, 12, 18))}
@@ -97,53 +95,26 @@ class DeepLabV3(nn.Module):
 def load_pretrained(net: DeepLabV3, path: str) -> dict:
     """Fill `net` from a torchvision resnet50 or deeplabv3_resnet50 file, strictly -> info (line, sha256, path, norm).
 
-    A trunk leaves both heads fresh, another number of classes their last convolutions, and "line" says so.
+    A trunk leaves both heads random, another number of classes their last convolutions, and "line" says so.
     """
-    file = locate(path)
-    digest, suffix = sha256(file), SHA_IN_NAME.search(file.name)
-    if suffix and not digest.startswith(suffix[1]):
-        raise BadWeights(f"{file}: sha256 starts with {digest[:8]}, its name says {suffix[1]}: truncated or altered; "
-                         "download it again")
-    state = read(file)
-    for prefix in ("module.", "_orig_mod.", "module."):  # of wrappers
-        if all(k.startswith(prefix) for k in state):
-            state = {k.removeprefix(prefix): t for k, t in state.items()}
-    total, notes, info = len(state), [], dict(path=str(file), sha256=digest, norm="imagenet")
-    if "backbone.conv1.weight" in state and "classifier.0.project.0.weight" in state:
-        layout, part = "deeplabv3_resnet50", net
-        notes = fit_heads(state, net.state_dict())
-    elif "layer1.0.conv3.weight" in state:
-        layout, part = "resnet50", net.backbone
-        unused = [k for k in state if k.startswith("fc.")]
-        notes = [f"not needed: {', '.join(unused)}"] if unused else []
-        notes += ["both heads are fresh" if net.aux_classifier else "the head is fresh"]
-        state = {k: t for k, t in state.items() if k not in unused}
-    else:
-        raise BadWeights(f"{file}: neither a resnet50 nor a deeplabv3_resnet50 of torchvision (first tensors: "
-                         f"{', '.join(list(state)[:3])}); expected one of the two")
-    for name, t in part.state_dict().items():
-        if name.endswith("num_batches_tracked"):  # files from before torch 0.4.1 have no such counters
-            state.setdefault(name, t)
-    fill(part, state, info)
-    info["line"] = (f"layout=torchvision {layout}, {total} of {total} tensors ({'; '.join(notes) or 'all used'}), "
-                    f"sha256 {digest[:8]}{' as in the name' if suffix else ''}")
-    return info
+    def convert(sd):
+        dropped = set()
+        if "backbone.conv1.weight" in sd and "classifier.0.project.0.weight" in sd:
+            layout, state = "torchvision deeplabv3_resnet50", dict(sd)
+            new = () if any(k.startswith("aux_classifier.") for k in sd) else ("aux_classifier.",)
+        elif "layer1.0.conv3.weight" in sd:
+            layout, new = "torchvision resnet50", ("classifier.", "aux_classifier.")
+            state = {f"backbone.{k}": t for k, t in sd.items() if not k.startswith("fc.")}
+            dropped = {"classifier"} if len(state) < len(sd) else dropped
+        else:
+            raise BadWeights(f"neither a resnet50 nor a deeplabv3_resnet50 of torchvision (first tensors: "
+                             f"{', '.join(list(sd)[:3])}); expected one of the two")
+        if net.aux_classifier is None and not new:
+            state = {k: t for k, t in state.items() if not k.startswith("aux_classifier.")}
+            dropped = {"auxiliary head"}
+        for name, t in net.state_dict().items():
+            if name.endswith("num_batches_tracked"):  # files from before torch 0.4.1 have no such counters
+                state.setdefault(name, t)
+        return layout, state, dropped, new
 
-
-def fit_heads(state: dict, own: dict) -> list[str]:
-    """Change a whole network's tensors, in place, to what `own` can take; say what stays fresh or is left out."""
-    notes, aux = [], [k for k in own if k.startswith("aux_classifier.")]
-    spare = [k for k in state if k.startswith("aux_classifier.")]
-    if aux and not spare:
-        state |= {k: own[k] for k in aux}
-        notes.append("no auxiliary head in it: that one is fresh")
-    if spare and not aux:
-        for k in spare:
-            del state[k]
-        notes.append("not needed: its auxiliary head")
-    last = [k for k in own if re.fullmatch(r"(aux_)?classifier\.4\.(weight|bias)", k) and k in state]
-    if any(state[k].shape[:1] != own[k].shape[:1] for k in last):
-        here, there = (len(sd[last[0]]) for sd in (own, state))
-        notes.append(f"{there} classes in it and {here} here: the last convolutions are fresh")
-        state |= {k: own[k] for k in last}
-    return notes
+    return load_cnn(net, path, convert, last=("classifier.4.", "aux_classifier.4."))

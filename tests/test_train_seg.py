@@ -10,6 +10,7 @@ import time
 import numpy as np
 import pytest
 import torch
+import torchvision
 from forks import Forks
 from PIL import Image
 
@@ -129,6 +130,37 @@ def test_ranks_train_alike_and_evaluate_exactly_alike(demo, run, forks, tmp_path
     np.testing.assert_allclose(losses[2], losses[1], rtol=1e-4)
     np.testing.assert_allclose(losses[3], losses[1], rtol=1e-4)
     assert matrices[1] == matrices[2] == matrices[3] == matrix(run / "results.json")
+
+
+@pytest.mark.parametrize("model, size", [("unetformer", 64), ("deeplabv3", 48), ("effunet", 48)])
+def test_every_network_trains_resumes_evaluates_and_predicts(model, size, demo, forks, tmp_path):
+    flags = ["--root", demo, *TINY[:-6], "--model", model, "--crop", size, "--steps", 4, "--eval-every", 2,
+             "--batch-size", 2, "--workers", 0, "--dataset", "folder", "--ema", 0.5]
+    forks.run("train_seg", *flags, "--out", tmp_path / "a")
+    pid = forks.start("train_seg", *flags, "--out", tmp_path / "b")
+    while not (tmp_path / "b/last.pt").exists():
+        time.sleep(0.01)
+    os.kill(pid, signal.SIGTERM)
+    assert forks.finish()[0] in (143, 0)
+    forks.run("train_seg", "--resume", tmp_path / "b")  # dropout and BatchNorm's statistics too
+    same_bytes(tmp_path / "a", tmp_path / "b")
+    forks.run("eval", tmp_path / "a", "--out", tmp_path / "e", "--workers", 0)
+    assert matrix(tmp_path / "e/eval.json") == matrix(tmp_path / "a/results.json")
+    forks.run("predict", tmp_path / "a", next((demo / "test/images").iterdir()), "--out", tmp_path / "p")
+
+
+def test_flags_of_another_model_are_refused(demo, forks):
+    text = forks.run("train_seg", "--root", demo, "--model", "unetformer", "--head", "unet", ok=2)
+    assert "--head goes with --model vit, not unetformer" in text
+    assert "--freeze-bn goes with --model deeplabv3" in forks.run("train_seg", "--freeze-bn", ok=2)
+
+
+def test_a_cnn_starts_from_its_trunk_file(demo, forks, tmp_path):
+    torch.save(torchvision.models.resnet18().state_dict(), tmp_path / "resnet18.pth")
+    flags = ["--root", demo, *TINY[:-6], "--model", "unetformer", "--steps", 1, "--dataset", "folder", "--workers", 0]
+    text = forks.run("train_seg", *flags, "--out", tmp_path / "a", "--weights", tmp_path / "resnet18.pth", "--crop", 64)
+    assert "layout=torchvision, 122 of 122 tensors (not needed: classifier)" in text and "random: decoder" in text
+    assert "nor" in forks.run("train_seg", *flags, "--out", tmp_path / "b", "--weights", demo / "dataset.json", ok=2)
 
 
 def test_accumulation_is_the_large_batch(demo, forks, tmp_path):
