@@ -9,7 +9,8 @@
     python train_points.py --resume runs/demo-points             go on after a kill, bit for bit on a CPU
 The input is the image, the network gives logits, the loss is the mean over the labelled points of the whole batch.
 Validation and test are scored on full masks. eval.py and predict.py take the run folder as they take train_seg.py's.
-Copy with: models/vit.py models/weights.py models/heads.py models/losses.py models/checkpoint.py data/io.py data/demo.py
+Copy with: models/vit.py models/weights.py models/heads.py models/deeplab.py models/unetformer.py
+    models/efficientnet_unet.py models/losses.py models/checkpoint.py data/io.py data/demo.py
     data/datasets.py data/public.py data/cache.py data/crops.py data/augment.py data/samplers.py data/metrics.py
     data/points.py data/tiles.py data/plots.py
 """
@@ -45,6 +46,7 @@ from data.io import IGNORE, BadInput, Labels, read_valid, write
 from data.metrics import averages, confusion, iou, majority, oa, report
 from data.samplers import StepSampler
 from data.tiles import blend_weight, windows
+from models import deeplab, efficientnet_unet, unetformer
 from models.checkpoint import load_state, load_weights, save_state, save_weights
 from models.heads import HEADS, Segmenter
 from models.losses import ce, check_logits, class_weights, compute, parse_loss
@@ -80,18 +82,21 @@ def parse_args(argv=None):
     data.add_argument("--cache", help="folder for decoded images, at most 64 GB (~/.cache/nanors); off = none")
     data.add_argument("--workers", type=int, default=min(4, os.cpu_count() - 1), help="reading processes")
     model = p.add_argument_group("model")
-    model.add_argument("--weights", default="none", help="DINOv2/v3 file, folder or URL; none = from scratch")
+    model.add_argument("--model", default="vit", choices=["vit", *NETS], help="vit with a --head, or a whole CNN")
+    model.add_argument("--weights", default="none", help="DINOv2/v3 (or CNN) file, folder or URL; none = from scratch")
     model.add_argument("--arch", default="nano8", choices=sorted(PRESETS), help="backbone without --weights")
     model.add_argument("--head", default="fpn", choices=sorted(HEADS))
     model.add_argument("--taps", type=int, nargs="+", help="blocks the head reads, from 0 (four evenly spaced)")
     model.add_argument("--feat-norm", default="on", choices=["on", "off"], help="final norm on every tap")
     model.add_argument("--norm", default="auto", choices=["auto", *NORMS], help="pixel mean and std (of the weights)")
     model.add_argument("--unfreeze", help="last K blocks to train, or all (0 with --weights, all from scratch)")
+    model.add_argument("--output-stride", type=int, default=16, choices=[8, 16], help="of deeplabv3, 8 as torchvision")
+    model.add_argument("--freeze-bn", action="store_true", help="deeplabv3: keep BatchNorm's statistics (batches of 1)")
     opt = p.add_argument_group("optimiser")
     opt.add_argument("--steps", type=int, default=750)
     opt.add_argument("--batch-size", type=int, default=8, help="per process and micro-batch")
-    opt.add_argument("--lr", type=float, help="of the head (3e-3 from scratch, 1e-3 with --weights)")
-    opt.add_argument("--backbone-lr", type=float, help="(--lr from scratch, 2e-5 with --weights)")
+    opt.add_argument("--lr", type=float, help="of the head (3e-3 from scratch, 1e-3 with --weights or a CNN)")
+    opt.add_argument("--backbone-lr", type=float, help="(--lr from scratch; with --weights 2e-5, of a CNN 1e-4)")
     opt.add_argument("--layer-decay", type=float, default=1.0, help="factor on the rate per block below the last")
     opt.add_argument("--weight-decay", type=float, default=0.05)
     opt.add_argument("--warmup", type=int, default=50, help="steps of rising rate")
@@ -128,6 +133,11 @@ def parse_args(argv=None):
         p.error(f"--bands {args.bands}: expected three numbers from 1, such as 4,1,2")
     if args.input_range and not args.input_range[0] < args.input_range[1]:
         p.error(f"--input-range {args.input_range}: expected the lower value first")
+    for_vit = dict(arch="nano8", head="fpn", taps=None, feat_norm="on", unfreeze=None, layer_decay=1.0)
+    for flag in [f for f, default in for_vit.items() if args.model != "vit" and getattr(args, f) != default]:
+        p.error(f"--{flag.replace('_', '-')} goes with --model vit, not {args.model}; leave it out")
+    if args.freeze_bn and args.model != "deeplabv3":
+        p.error(f"--freeze-bn goes with --model deeplabv3, not {args.model}; leave it out")
     if not 0.05 <= args.scale[0] <= args.scale[1] <= 20:
         p.error(f"--scale {args.scale}: expected two rising numbers such as 0.75 1.5")
     if args.resume:  # the stored flags become the defaults, so a flag that now differs was typed
@@ -159,11 +169,22 @@ def lr_at(step, args):  # a pure function of step: a resumed run has no schedule
 
 
 # >>> same: build
+NETS = {"deeplabv3": deeplab.DeepLabV3, "unetformer": unetformer.UNetFormer, "ftunetformer": unetformer.FTUNetFormer,
+        "effunet": efficientnet_unet.EfficientNetUnet}
+
+
 def build(m):  # the "model" entry of best.safetensors -> network, weights still random
+    if m["name"] != "vit":
+        return NETS[m["name"]](m["classes"], **m["options"])
     vit = ViT(**m["backbone"])
     head = HEADS[m["head"]](vit.dim, len(m["taps"]), m["classes"])
     return Segmenter(vit, head, m["taps"], m["feat_norm"])
 # <<< same: build
+
+
+PRETRAINED = {"deeplabv3": deeplab.load_pretrained, "unetformer": unetformer.load_pretrained,
+              "ftunetformer": unetformer.load_pretrained, "effunet": efficientnet_unet.load_pretrained}
+AUX = 0.4  # weight of the auxiliary head's cross-entropy, as UNetFormer was published
 
 
 def param_groups(net, args):  # no decay on norms, biases and tokens; "scale" is the group's share of --lr
@@ -172,10 +193,12 @@ def param_groups(net, args):  # no decay on norms, biases and tokens; "scale" is
         if not p.requires_grad:
             continue
         scale = 1.0
-        if name.startswith("backbone."):
+        if name.startswith(("backbone.", "encoder.")):
+            scale = args.backbone_lr / args.lr
+        if name.startswith("backbone.") and args.model == "vit":
             parts, depth = name.split("."), net.backbone.depth
             block = int(parts[2]) if parts[1] == "blocks" else depth - 1 if parts[1] == "norm" else -1
-            scale = args.backbone_lr / args.lr * args.layer_decay ** (depth - 1 - block)
+            scale *= args.layer_decay ** (depth - 1 - block)
         decay = args.weight_decay if p.ndim > 1 and "token" not in name and "pos_embed" not in name else 0.0
         groups.setdefault((scale, decay), []).append(p)
     return [dict(params=ps, scale=scale, weight_decay=decay) for (scale, decay), ps in groups.items()]
@@ -402,44 +425,56 @@ def main(args):
         say("        WARNING --val-frac without --group-regex: neighbouring images may stand on both sides")
 
     # ---- model
-    if args.weights != "none":
+    scratch, vit, backbone = args.weights == "none", args.model == "vit", PRESETS[args.arch]
+    info = dict(norm="imagenet", path=None, sha256=None,
+                line="FROM RANDOM WEIGHTS: everything is learned from these images (--weights loads trained ones)")
+    if vit and not scratch:
         backbone, state, info = load_vit(args.weights)
+    taps = sorted(set(args.taps or spread_taps(backbone["depth"])))
+    if not 0 <= taps[0] <= taps[-1] < backbone["depth"]:
+        raise BadInput(f"--taps {taps}: the backbone has the blocks 0 to {backbone['depth'] - 1}")
+    if vit:
+        m = dict(name="vit", backbone=backbone, head=args.head, taps=taps, feat_norm=args.feat_norm == "on", classes=K)
     else:
-        backbone, state, info = PRESETS[args.arch], None, dict(norm="imagenet", path=None, sha256=None)
+        stride = {"output_stride": args.output_stride} if args.model == "deeplabv3" else {}
+        m = dict(name=args.model, classes=K, options=stride)
+    net = build(m)
+    if vit and not scratch:
+        fill(net.backbone, state, info)
+        del state
+    elif not scratch:
+        info = PRETRAINED[args.model](net, args.weights)
+    say(f"model   {args.model if not vit else args.arch if scratch else arch_name(backbone)}, {info['line']}")
     pixel_norm = info["norm"] if args.norm == "auto" else args.norm
     if pixel_norm is None:
         raise BadInput(f"{args.weights}: published with two normalisations; type --norm imagenet for LVD-1689M, "
                        "--norm sat for SAT-493M")
     if info["norm"] not in (None, pixel_norm):
         say(f"        WARNING --norm {pixel_norm}, but these weights were trained with {info['norm']}")
-    scratch = state is None
-    defaults = dict(crop=128 if scratch else 518 if backbone["patch"] == 14 else 512, lr=3e-3 if scratch else 1e-3,
-                    unfreeze="all" if scratch else "0", backbone_lr=args.lr or 3e-3 if scratch else 2e-5)
+    lr = args.lr or (3e-3 if scratch and vit else 1e-3)
+    defaults = dict(crop=128 if scratch else 518 if vit and backbone["patch"] == 14 else 512, lr=lr,
+                    unfreeze="all" if scratch else "0", backbone_lr=lr if scratch else 2e-5 if vit else 1e-4)
     vars(args).update({k: v for k, v in defaults.items() if getattr(args, k) is None})
-    taps = sorted(set(args.taps or spread_taps(backbone["depth"])))
-    if not 0 <= taps[0] <= taps[-1] < backbone["depth"]:
-        raise BadInput(f"--taps {taps}: the backbone has the blocks 0 to {backbone['depth'] - 1}")
-    m = dict(name="vit", backbone=backbone, head=args.head, taps=taps, feat_norm=args.feat_norm == "on", classes=K)
-    net = build(m)
-    if scratch:
-        say(f"model   {args.arch} FROM RANDOM WEIGHTS: everything is learned from these images (--weights loads DINO)")
-    else:
-        fill(net.backbone, state, info)
-        say(f"model   {arch_name(backbone)}, {info['line']}")
-        del state
-    if args.unfreeze != "all" and not args.unfreeze.isdigit():
-        raise BadInput(f"--unfreeze {args.unfreeze}: expected a number of blocks, or all")
-    used = net.backbone.blocks[: taps[-1] + 1]  # DDP would wait for gradients of blocks behind the last tap
-    train_blocks = len(used) if args.unfreeze == "all" else min(int(args.unfreeze), len(used))
-    net.backbone.requires_grad_(args.unfreeze == "all")  # with "all", patch embedding, tokens and positions too
-    net.backbone.blocks.requires_grad_(False)
-    used[len(used) - train_blocks:].requires_grad_(True)
-    net.backbone.norm.requires_grad_(train_blocks > 0 and m["feat_norm"])
+    frozen = False
+    if vit:
+        if args.unfreeze != "all" and not args.unfreeze.isdigit():
+            raise BadInput(f"--unfreeze {args.unfreeze}: expected a number of blocks, or all")
+        used = net.backbone.blocks[: taps[-1] + 1]  # DDP would wait for gradients of blocks behind the last tap
+        train_blocks = len(used) if args.unfreeze == "all" else min(int(args.unfreeze), len(used))
+        net.backbone.requires_grad_(args.unfreeze == "all")  # with "all", patch embedding, tokens and positions too
+        net.backbone.blocks.requires_grad_(False)
+        used[len(used) - train_blocks:].requires_grad_(True)
+        net.backbone.norm.requires_grad_(train_blocks > 0 and m["feat_norm"])
+        frozen = train_blocks == 0
+    elif args.freeze_bn:
+        net.freeze_bn()
+    elif world > 1 and device.type == "cuda":
+        net = torch.nn.SyncBatchNorm.convert_sync_batchnorm(net)
     trainable = {n: p for n, p in net.named_parameters() if p.requires_grad}
-    frozen = train_blocks == 0
     net.to(device).train()
     amp = args.amp == "bf16" or args.amp == "auto" and fast_bf16(device) and (frozen or device.type == "cuda")
-    say(f"        {args.head} head on blocks {taps}, {sum(p.numel() for p in trainable.values()) / 1e6:.2f} M of "
+    say(f"        {f'{args.head} head on blocks {taps}, ' if vit else ''}"
+        f"{sum(p.numel() for p in trainable.values()) / 1e6:.2f} M of "
         f"{sum(p.numel() for p in net.parameters()) / 1e6:.2f} M parameters train, normalisation {pixel_norm}, "
         f"{'bf16' if amp else 'fp32'} on {device}")
 
@@ -555,11 +590,14 @@ def main(args):
         for g in opt.param_groups:
             g["lr"] = g["scale"] * rate * lr_at(step, args)
         opt.zero_grad(set_to_none=True)
+        torch.manual_seed(int(np.random.default_rng((4, args.seed, step, rank)).integers(2**63)))  # for dropout
         with torch.autocast(device.type, torch.bfloat16, enabled=amp):  # bf16 needs no GradScaler
-            logits = model(x)  # (B, K, H, W) fp32
+            logits = model(x)  # (B, K, H, W) fp32, of some CNNs two of them
+        logits, *aux = logits if isinstance(logits, tuple) else (logits,)
         if step == start:
             check_logits(logits)
         loss = compute(terms, logits, y, class_w, 0.0, count, over_ranks)
+        loss = loss + sum(AUX * compute([(1.0, "ce")], z, y, class_w, count=count) for z in aux)
         if growing:
             loss = loss + args.grow * ce(logits, grown, sure)
         (loss * world).backward()  # DDP takes the mean over ranks, models/losses.py the sum
@@ -572,6 +610,8 @@ def main(args):
                 for name, p in ema.named_parameters():
                     if name in trainable:
                         p.lerp_(trainable[name].detach(), 1 - min(args.ema, (1 + step) / (10 + step)))
+                for average, now in zip(ema.buffers(), net.buffers()):  # statistics are averages already
+                    average.copy_(now)
         if bad == 5:
             if rate < 1:
                 raise BadInput(f"5 non-finite gradients in a row at step {step + 1}, at half the rate too; look at the "
@@ -612,7 +652,7 @@ def main(args):
             seen.zero_()
         if due and rank == 0:
             write(out / "bars.png", plots.bars(history, f"{out.name}: train on points, {choose} on full masks"))
-            write(out / "curves.png", plots.curves(history, f"{out.name}: {args.head} head"))
+            write(out / "curves.png", plots.curves(history, f"{out.name}: {args.head if vit else args.model}"))
         if due or stops:
             save_last(done)
         if stops:

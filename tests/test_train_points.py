@@ -297,3 +297,11 @@ def test_a_scored_image_needs_its_mask(demo, forks, tmp_path):
     text = forks.run("train_points", "--root", root, "--out", tmp_path / "x", *TINY, "--points", tmp_path / "p.csv",
                      "--final", ok=2)
     assert "scene_000.png: in train, and without a mask" in text
+
+
+def test_a_cnn_with_an_auxiliary_head_learns_from_points_and_grows(demo, forks, tmp_path):
+    flags = [f for f in TINY if f not in ("--arch", "nano16")] + [*GROW, "--model", "unetformer", "--steps", 3]
+    text = forks.run("train_points", "--root", demo, "--out", tmp_path / "u", *flags, "--batch-size", 2)
+    assert "model   unetformer, FROM RANDOM WEIGHTS" in text and "sure of" in text
+    assert all(t.isfinite().all() for t in load_weights(tmp_path / "u")[0].values())
+    assert all(r["loss"] is not None for r in rows(tmp_path / "u") if "loss" in r)
