@@ -229,6 +229,12 @@ def transform_points(image, mask, rng, ps, crop, scales, strength, rare, focus):
     return augment.color(image, rng, strength), mask
 
 
+def at_points(image, mask, rng, ps):  # the whole image, to be scored where it has points
+    mask = np.full(mask.shape, IGNORE, np.uint8)
+    mask[ps[:, 1], ps[:, 0]] = ps[:, 2]
+    return image, mask
+
+
 class PointSet(SegDataset):
     """A SegDataset that opens no mask: labels are points {name: (n, 3) x, y, class}; all else is UNLABELLED."""
 
@@ -244,7 +250,8 @@ class PointSet(SegDataset):
         return image, mask
 
     def __getitem__(self, key):
-        (i, draw), (image, mask) = key, self.read(key[0])
+        i, draw = key if isinstance(key, tuple) else (key, 0)
+        image, mask = self.read(i)
         image, mask = self.augment(image, mask, np.random.default_rng((2, self.seed, draw)), self.points[i])
         return normalise(image, self.norm), torch.from_numpy(mask.astype(np.int64)), self.names[i]
 
@@ -325,7 +332,9 @@ def draw_samples(net, data, args, device, amp, n=6):  # contact sheet of images 
     rows = []
     for i in sorted({round(i) for i in np.linspace(0, len(data) - 1, n)}):
         logits = logits_of(net, data[i][0].to(device), args.crop, args.overlap, args.batch_size, amp)
-        rows.append((*data.read(i), logits.max(0).indices.byte().cpu().numpy(), data.names[i]))
+        image, mask = data.read(i)
+        truth = None if isinstance(data, PointSet) else mask  # single pixels would not be seen
+        rows.append((image, truth, logits.max(0).indices.byte().cpu().numpy(), data.names[i]))
     return plots.samples(rows, data.labels.names, data.labels.colors)
 
 
@@ -364,8 +373,8 @@ def main(args):
         dist.broadcast_object_list(name := [str(out)])
         out = Path(name[0])
     bare = description.get("unlabelled", [])
-    if args.points not in ("dense", *points.PATTERNS) and "train" in description["splits"]:
-        bare = [*bare, "train"]  # with points from a file it may come without masks
+    if args.points not in ("dense", *points.PATTERNS):
+        bare = list(description["splits"])  # with points from a file no image needs a mask
     pairs = find_pairs(root, description | {"unlabelled": bare})
     labels = Labels(description["classes"], description["ignore"])
     fixed = out / "split.json" if args.resume else args.split_file  # files may have been added since the run began
@@ -379,13 +388,9 @@ def main(args):
     check_sizes({n: pairs[n] for names in splits.values() for n in names})
     if "warning" in description:
         say(f"        WARNING {description['warning']}")
-    for split in {choose, score} - {None}:
-        if lonely := [n for n in splits[split] if pairs[n][1] is None]:
-            raise BadInput(f"{pairs[lonely[0]][0]}: in {split}, and without a mask; points train, but only masks can "
-                           "score: add masks, or take the image out of the split")
 
     # ---- points
-    files, dense, ps = {n: pairs[n] for n in splits["train"]}, args.points == "dense", {}
+    files, dense, given = {n: pairs[n] for n in splits["train"]}, args.points == "dense", {}
     if dense:
         counts = class_counts(files, labels, 64)
         say("points  none: every pixel of the masks")
@@ -394,17 +399,22 @@ def main(args):
         if "instances" in description:  # a pattern beside "masks": number or colour of the instance at every pixel
             by_instance = match_pairs(root, description | {"masks": description["instances"]})[0]
         few = args.points_per_class or (None if args.points in ("one-per-instance", "clicked-centre") else 5)
-        ps = points.simulate(files, labels, args.points, few, args.seed,
-                             {n: instances for n, (_, instances) in by_instance.items() if instances}, **reading)
+        given = points.simulate(files, labels, args.points, few, args.seed,
+                                {n: instances for n, (_, instances) in by_instance.items() if instances}, **reading)
         say(f"points  drawn from the masks: {points.PATTERNS[args.points]}, n = {few or 'all'}")
     else:
         path = out / "points.csv" if args.resume else args.points
         if not args.resume and Path(path).suffix.lower() not in (".csv", ".geojson", ".json"):
             raise BadInput(f"--points {path}: expected a .csv or .geojson file, {', '.join(points.PATTERNS)}, or dense")
-        everything = points.read_points(path, pairs, labels.names)
-        ps = {n: everything[n] for n in files if n in everything}
-        away = sum(map(len, everything.values())) - sum(map(len, ps.values()))
-        say(f"points  {path}" + (f", {away} of them not in train: left out" if away else ""))
+        given = points.read_points(path, pairs, labels.names)
+        say(f"points  {path}, {sum(map(len, given.values()))} in all")
+    for split in {choose, score} - {None}:
+        if bare := [n for n in splits[split] if pairs[n][1] is None]:
+            if not any(n in given for n in splits[split]):
+                raise BadInput(f"{pairs[bare[0]][0]}: in {split}, without a mask, and no point in that split; add "
+                               "masks or points of it, or take it out of the splits")
+            say(f"        WARNING no masks for {split}: scored on its points, which tell little of edges")
+    ps = {n: given[n] for n in files if n in given}
     if not dense:
         counts = np.bincount(np.concatenate([p[:, 2] for p in ps.values()] or [[]]).astype(int), minlength=K + 1)
         n, bare = counts.sum(), [name for name in files if not len(ps.get(name, ()))]
@@ -529,7 +539,7 @@ def main(args):
         out.mkdir(parents=True, exist_ok=True)
         write(out / "split.json", splits)
         if not dense:
-            points.write_points(out / "points.csv", ps, labels.names)
+            points.write_points(out / "points.csv", given, labels.names)
         write(out / "protocol.json", meta | dict(
             command=shlex.join(["python", *sys.argv]), flags=vars(args), tta="none",
             selection=f"best {choose} mIoU" if choose else "last step",
@@ -555,7 +565,11 @@ def main(args):
     kept = {} if args.cache == "off" else {"cache": Cache(args.cache)}
 
     def part(split):
-        return SegDataset({n: pairs[n] for n in splits[split]}, labels, pixel_norm, **kept, **reading)
+        whole = {n: pairs[n] for n in splits[split]}
+        if all(mask for _, mask, *_ in whole.values()):
+            return SegDataset(whole, labels, pixel_norm, **kept, **reading)
+        whole = {n: f for n, f in whole.items() if n in given}
+        return PointSet(whole, given, labels, pixel_norm, at_points, **kept, **reading)
 
     # ---- loop
     how = dict(crop=args.crop, scales=args.scale, strength=args.color, rare=rare, focus=args.focus)

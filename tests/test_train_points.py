@@ -80,7 +80,7 @@ def test_a_stored_file_of_points_repeats_the_run_without_any_training_mask(demo,
     shutil.rmtree(root / "train/masks")
     text = forks.run("train_points", "--root", root, "--out", tmp_path / "b", *TINY, *GROW, "--points",
                      run / "points.csv")
-    assert "points.csv\n" in text
+    assert "points.csv, " in text
     same_weights(run, tmp_path / "b")
     drawn = forks.run("train_points", "--root", root, "--out", tmp_path / "c", *TINY, ok=2)
     assert "no mask for it" in drawn and drawn.count("\n") == 1
@@ -253,7 +253,7 @@ def test_a_frozen_vit_and_points_on_few_images(demo, forks, tmp_path):
                                     .replace("scene_002", "train/images/scene_002.png"))
     text = forks.run("train_points", "--root", demo, "--out", tmp_path / "f", *TINY, "--weights",
                      tmp_path / "dinov2_vitx14.pth", "--points", tmp_path / "p.csv", "--focus", 0)
-    assert "1 of them not in train: left out" in text and "4 training images have none: left out" in text
+    assert "p.csv, 3 in all" in text and "2 on 2 images" in text and "4 training images have none: left out" in text
     assert "WARNING no point of grassland, forest, road, building, car, pool: never learned" in text
     trained = load_weights(tmp_path / "f")[0]
     assert all(torch.equal(t, trained[f"backbone.{n}"]) for n, t in vit.state_dict().items())
@@ -288,15 +288,24 @@ def test_bad_input_ends_in_one_line(demo, forks, tmp_path, flags, said):
     assert not (tmp_path / "x").exists()
 
 
-def test_a_scored_image_needs_its_mask(demo, forks, tmp_path):
+def test_without_any_mask_the_scores_are_those_of_the_points(demo, forks, tmp_path):
     root = tmp_path / "bare"
     shutil.copytree(demo, root)
-    write(root / "dataset.json", read_description(root) | {"splits": {"train": "*"}})
-    (root / "train/masks/scene_000.png").unlink()
-    (tmp_path / "p.csv").write_text("image,x,y,class\ntrain/images/scene_001,9,0,road\n")
-    text = forks.run("train_points", "--root", root, "--out", tmp_path / "x", *TINY, "--points", tmp_path / "p.csv",
-                     "--final", ok=2)
-    assert "scene_000.png: in train, and without a mask" in text
+    pairs, d = find_pairs(demo, read_description(demo)), read_description(demo)
+    drawn = points.simulate(pairs, Labels(d["classes"]), "random", 4, 0)
+    points.write_points(tmp_path / "p.csv", drawn, [c["name"] for c in d["classes"]])
+    for split in ("train", "val", "test"):
+        shutil.rmtree(root / split / "masks")
+    flags = ["--root", root, *TINY, "--points"]
+    text = forks.run("train_points", *flags, tmp_path / "p.csv", "--out", tmp_path / "a")
+    assert "no masks for val: scored on its points" in text and "no masks for test: scored" in text
+    counts = json.loads((tmp_path / "a/results.json").read_text())["confusion"]
+    true = np.concatenate([ps[:, 2] for n, ps in drawn.items() if n.startswith("test/")])
+    assert np.sum(counts, axis=1).tolist() == np.bincount(true, minlength=8).tolist()
+    forks.run("train_points", "--resume", tmp_path / "a")
+    (tmp_path / "q.csv").write_text("image,x,y,class\ntrain/images/scene_001,9,0,road\n")
+    text = forks.run("train_points", *flags, tmp_path / "q.csv", "--out", tmp_path / "b", ok=2)
+    assert ".png: in " in text and "without a mask, and no point in that split" in text
 
 
 def test_a_cnn_with_an_auxiliary_head_learns_from_points_and_grows(demo, forks, tmp_path):
