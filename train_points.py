@@ -108,7 +108,7 @@ def parse_args(argv=None):
     opt.add_argument("--grow", type=float, default=0.0,
                      help="weight of the second stage: cross-entropy where the averaged weights are sure; 0 = off")
     opt.add_argument("--grow-from", type=float, default=0.4, help="part of --steps after which it begins")
-    opt.add_argument("--grow-above", type=float, default=0.9, help="probability that counts as sure")
+    opt.add_argument("--grow-above", type=float, default=0.8, help="probability that counts as sure")
     opt.add_argument("--amp", default="auto", choices=["auto", "bf16", "off"])
     run = p.add_argument_group("run")
     run.add_argument("--out", help="run folder (runs/<dataset>, numbered when taken)")

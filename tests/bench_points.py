@@ -28,7 +28,7 @@ DUBAI = {"name": "dubai", "images": "*/images/*.jpg", "masks": "*/masks/*.png",
                      {"name": "road", "color": "#6EC1E4"}],
          "ignore": ["#000000", "#9B9B9B"],
          "splits": {"train": "Tile [1-6]/*", "val": "Tile 7/*", "test": "Tile 8/*"}}
-GROW = "--grow 0.5 --grow-from 0.4 --grow-above 0.9".split()
+GROW = "--grow 0.5".split()
 
 
 def train(out, root, steps, seed, points, flags):
@@ -37,7 +37,8 @@ def train(out, root, steps, seed, points, flags):
         count = ["--points", "dense"] if points is None else ["--points-per-class", str(points)]
         again = ["--resume", str(out)] if (out / "last.pt").exists() else [
             "--root", str(root), "--dataset", "folder", "--out", str(out), "--steps", str(steps), "--seed", str(seed),
-            "--eval-every", str(steps), "--log-every", str(steps // 5), "--ema", "0.98", *count, *flags]
+            "--eval-every", str(steps), "--log-every", str(max(1, steps // 5)), "--ema", "0.98", "--overlap", "0",
+            *count, *flags]
         done = subprocess.run([sys.executable, str(ROOT / "train_points.py"), *again], capture_output=True, text=True)
         if done.returncode:
             sys.exit(f"{' '.join(again)}\n{done.stdout}{done.stderr}")
