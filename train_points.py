@@ -138,6 +138,8 @@ def parse_args(argv=None):
         p.error(f"--{flag.replace('_', '-')} goes with --model vit, not {args.model}; leave it out")
     if args.freeze_bn and args.model != "deeplabv3":
         p.error(f"--freeze-bn goes with --model deeplabv3, not {args.model}; leave it out")
+    if args.model == "deeplabv3" and args.batch_size == 1 and not args.freeze_bn:
+        p.error("--batch-size 1 cannot train deeplabv3's BatchNorm; type --batch-size 2 or more, or --freeze-bn")
     if not 0.05 <= args.scale[0] <= args.scale[1] <= 20:
         p.error(f"--scale {args.scale}: expected two rising numbers such as 0.75 1.5")
     if args.resume:  # the stored flags become the defaults, so a flag that now differs was typed
