@@ -505,8 +505,10 @@ def main(args):
                 stops, loss = both[0].item(), both[1]
             if done % args.log_every == 0 or done == steps:
                 took = time.time() - began
-                speed, rest = (done - start) * args.batch_size * world / took, round(took / (done - start) * (steps - done))
-                history.append(dict(step=done, loss=loss.item(), lr=lr_at(step, args, steps), grad_norm=norm.item() if norm.isfinite() else None))
+                speed = (done - start) * args.batch_size * world / took
+                rest = round(took / (done - start) * (steps - done))
+                history.append(dict(step=done, loss=loss.item(), lr=lr_at(step, args, steps),
+                                    grad_norm=norm.item() if norm.isfinite() else None))
                 say(f"step {done:5d} of {steps}  loss {history[-1]['loss']:.4f}  |g| {norm.item():.3f}  "
                     f"lr {history[-1]['lr']:.2e}  {speed:.0f} images/s  ETA {rest // 60}:{rest % 60:02d}",
                     flush=True)

@@ -1,5 +1,6 @@
 """Random and strategic crops: scale first, then crop, but only the pixels of the crop are ever resized."""
 import math
+from typing import Callable
 
 import numpy as np
 import torch
@@ -17,9 +18,7 @@ def crop(image: np.ndarray, mask: np.ndarray, size: int, scale: float, centre: t
     image (H, W, 3) uint8, mask (H, W) uint8 -> (size, size, 3), (size, size). Where the scaled image is smaller than
     the window it is padded at the right and bottom: image 0, mask IGNORE.
     """
-    H, W = mask.shape
-    (top, h), (left, w) = (fit(c, size / scale, n) for c, n in zip(centre, (H, W)))
-    out_h, out_w = (min(size, max(1, round(n * scale))) for n in (H, W))
+    (top, left, h, w), (out_h, out_w) = window(*mask.shape, size, scale, centre)
     part = image[top:top + h, left:left + w].copy()  # of a tile that may be mapped from the disk, and large
     part = torch.from_numpy(part)[None].permute(0, 3, 1, 2)  # Pillow's resize gives the same in four times the time
     part = F.interpolate(part, (out_h, out_w), mode="bilinear", antialias=True)[0].permute(1, 2, 0)
@@ -27,6 +26,12 @@ def crop(image: np.ndarray, mask: np.ndarray, size: int, scale: float, centre: t
     x, y = np.zeros((size, size, 3), np.uint8), np.full((size, size), IGNORE, np.uint8)
     x[:out_h, :out_w], y[:out_h, :out_w] = part, ids
     return x, y
+
+
+def window(H: int, W: int, size: int, scale: float, centre: tuple[float, float]) -> tuple:
+    """The part (top, left, h, w) of an H x W image that crop() takes, and its size (h, w) in the crop."""
+    (top, h), (left, w) = (fit(c, size / scale, n) for c, n in zip(centre, (H, W)))
+    return (top, left, h, w), tuple(min(size, max(1, round(n * scale))) for n in (H, W))
 
 
 def fit(centre: float, span: float, n: int) -> tuple[int, int]:  # -> start and length of the window inside 0..n
@@ -38,20 +43,34 @@ def random_crop(image: np.ndarray, mask: np.ndarray, size: int, scales: tuple[fl
                 focus: list[int] = (), focus_p: float = 0.0) -> tuple:
     """A crop at a log-uniform scale; with probability `focus_p` around a random pixel of the classes in `focus`.
 
-    The pixel is chosen first, the window laid around it in scaled coordinates with a jitter of up to 3/8 of its size,
-    so the pixel is inside at every scale. Without such a pixel the crop is an ordinary random one. It is looked for in
-    every n-th row and column from a random one on: n = 1 up to 700 x 700, where none is missed; 16 at 6000 x 6000.
+    The pixel is looked for in every n-th row and column from a random one on: n = 1 up to 700 x 700, where none is
+    missed; 16 at 6000 x 6000. Without such a pixel the crop is an ordinary random one.
     """
-    H, W = mask.shape
+    def pixel():
+        n = max(1, math.isqrt(mask.size // GRID))
+        first = rng.integers(min(n, *mask.shape), size=2)
+        grid = mask[first[0]::n, first[1]::n]
+        hits = np.flatnonzero(np.isin(np.arange(256), focus)[grid])  # by table: np.isin(grid, focus) takes far longer
+        return first + n * np.array(divmod(hits[rng.integers(len(hits))], grid.shape[1])) if len(hits) else None
+
+    return crop(image, mask, size, *random_place(*mask.shape, size, scales, rng, pixel, focus_p))
+
+
+def random_place(H: int, W: int, size: int, scales: tuple[float, float], rng: np.random.Generator,
+                 pixel: Callable = lambda: None, focus_p: float = 0.0) -> tuple[float, tuple[float, float]]:
+    """Log-uniform scale and centre (y, x) of a crop; with probability `focus_p` around pixel() (y, x), if not None.
+
+    The pixel is chosen first and the window laid around it, so the pixel is inside at every scale.
+    """
     scale = float(np.exp(rng.uniform(*np.log(scales))))
     span = size / scale
     if focus_p and rng.random() < focus_p:
-        n = max(1, math.isqrt(H * W // GRID))
-        first = rng.integers(min(n, H, W), size=2)
-        grid = mask[first[0]::n, first[1]::n]
-        hits = np.flatnonzero(np.isin(np.arange(256), focus)[grid])  # by table: np.isin(grid, focus) takes far longer
-        if len(hits):
-            pixel = first + n * np.array(divmod(hits[rng.integers(len(hits))], grid.shape[1])) + 0.5
-            return crop(image, mask, size, scale, pixel + rng.uniform(-0.375, 0.375, 2) * span)
-    centre = [rng.uniform(min(span, n) / 2, n - min(span, n) / 2) for n in (H, W)]
-    return crop(image, mask, size, scale, centre)
+        chosen = pixel()
+        if chosen is not None:
+            return scale, around(chosen, span, rng)
+    return scale, tuple(rng.uniform(min(span, n) / 2, n - min(span, n) / 2) for n in (H, W))
+
+
+def around(pixel: np.ndarray, span: float, rng: np.random.Generator) -> np.ndarray:
+    """Centre of a window of `span` unscaled pixels that holds `pixel` (y, x): a jitter of up to 3/8 of its size."""
+    return pixel + 0.5 + rng.uniform(-0.375, 0.375, 2) * span

@@ -44,6 +44,21 @@ def oa(cm: torch.Tensor) -> float:
     return (cm.double().diag().sum() / cm.sum()).item()
 
 
+def averages(cm: torch.Tensor) -> dict[str, float]:
+    """Accuracy; precision, recall and F1 as macro mean over the classes true or predicted, and weighted by true pixels.
+
+    A class that is true and never predicted has precision 0 here, as in scikit-learn with zero_division=0; so leaving
+    a class out cannot pay.
+    """
+    share = cm.sum(1).double() / cm.sum().clamp(min=1)  # an empty matrix gives 0 everywhere
+    out, there = {"accuracy": (recall(cm).nan_to_num(0.0) * share).sum().item()}, cm.sum(0) + cm.sum(1) > 0
+    for name, score in (("precision", precision), ("recall", recall), ("f1", f1)):
+        values = score(cm).nan_to_num(0.0)
+        out[f"{name}_macro"] = (values.sum() / there.sum().clamp(min=1)).item()
+        out[f"{name}_weighted"] = (values * share).sum().item()
+    return out
+
+
 def majority(cm: torch.Tensor) -> torch.Tensor:
     """The matrix of a predictor that always says the most frequent true class: what any score must beat."""
     out = torch.zeros_like(cm)

@@ -159,6 +159,49 @@ def curves(history: list[dict], title: str = "") -> Image.Image:
     return img
 
 
+def bars(history: list[dict], title: str = "") -> Image.Image:
+    """Rows {"step": 20, "scores": {"train": {"accuracy": .9, ...}, "val": {...}}} -> a panel of bars 0..1 per split.
+
+    Rows without "scores" are passed over; of more than 12 the first, the last and an even choice between are drawn.
+    """
+    rows = {r["step"]: r["scores"] for r in history if "scores" in r}  # of repeated steps the last one counts
+    steps = sorted(rows)
+    if len(steps) > 12:
+        steps = [steps[round(i)] for i in np.linspace(0, len(steps) - 1, 12)]
+    splits = list(dict.fromkeys(split for step in steps for split in rows[step]))
+    names = list(dict.fromkeys(name for step in steps for scores in rows[step].values() for name in scores))
+    colour = {name: LINES[i % len(LINES)] for i, name in enumerate(names)}
+    bar = max(6, 40 // max(1, len(names)) + 4)
+    group, high = bar * len(names) + 22, 200  # pixels of one step, of a score of 1
+    wide = 60 + max(group * len(steps), 480)
+    placed, legend_high = flow([(colour[n], n) for n in names], wide - 80)
+    top, panel = 16 + 30 * bool(title), high + 66
+    img = Image.new("RGB", (wide + 20, top + legend_high + 8 + panel * max(1, len(splits))), "white")
+    draw = ImageDraw.Draw(img)
+    draw.text((20, 14), fit(title, wide - 20, 18), INK, font(18))
+    legend(img, placed, 60, top)
+    for i, split in enumerate(splits):
+        base = top + legend_high + 36 + i * panel + high
+        draw.text((60, base - high - 24), split, INK, font(15))
+        for v in (0, .25, .5, .75, 1):
+            y = round(base - v * high)
+            draw.line((60, y, wide, y), GRID)
+            draw.text((54, y), label(v), SOFT, font(12), "rm")
+        for j, step in enumerate(steps):
+            x = 71 + j * group
+            below = x + bar * len(names) // 2, base + 6
+            draw.text(below, f"step {step}" if j == 0 else label(step), SOFT, font(12), "ma")
+            for k, name in enumerate(names):
+                v = rows[step].get(split, {}).get(name)
+                if v is not None and math.isfinite(v):
+                    at = x + k * bar, round(base - min(max(v, 0), 1) * high), x + (k + 1) * bar - 2, base
+                    draw.rectangle(at, colour[name])
+        draw.line((60, base, wide, base), SOFT)
+    if not splits:
+        draw.text((60, top + 20), "no data", SOFT, font(15))
+    return img
+
+
 def upright(img: Image.Image, x: int, bottom: int, text: str, fill: tuple) -> None:
     """Text that reads upwards, centred on column x, starting at bottom."""
     mask = Image.new("L", (width(text), ROW))

@@ -121,6 +121,14 @@ def boundary(logits: torch.Tensor, y: torch.Tensor, count: torch.Tensor | None =
     return _class_mean(1 - f1, t_all > 0, true.sum(), size.sum(), count)
 
 
+def check_logits(logits: torch.Tensor) -> None:
+    """ValueError for probabilities: with a second softmax the loss still falls, but only to a floor above 0."""
+    x = _float(logits.detach())
+    if logits.shape[1] > 1 and (x >= 0).all() and ((x.sum(1) - 1).abs() < 0.01).all():
+        raise ValueError("these are probabilities, they add up to 1 at every pixel; give the loss the logits before "
+                         "softmax, which it takes itself")
+
+
 LOSSES = {"ce": ce, "focal": focal, "lovasz": lovasz, "dice": dice, "boundary": boundary}
 
 
