@@ -11,6 +11,7 @@ import json
 import pickle
 import re
 import struct
+from collections.abc import Callable
 from pathlib import Path
 from urllib.parse import urlparse
 
@@ -155,6 +156,15 @@ def sha256(path: Path) -> str:
     return digest.hexdigest()
 
 
+def checked_sha256(file: Path) -> tuple[str, bool]:
+    """Hex sha256, and whether the file's name confirms it; a name that contradicts it is refused."""
+    digest, suffix = sha256(file), SHA_IN_NAME.search(file.name)
+    if suffix and not digest.startswith(suffix[1]):
+        raise BadWeights(f"{file}: sha256 starts with {digest[:8]}, its name says {suffix[1]}: truncated or altered; "
+                         "download it again")
+    return digest, bool(suffix)
+
+
 # ---- recognising and renaming
 
 def strip(sd: dict) -> dict:
@@ -268,11 +278,7 @@ def complete(sd: dict, layout: str, cfg: dict) -> None:
 def load_vit(path: str) -> tuple[dict, dict, dict]:
     """Path, folder or URL -> ViT arguments, state dict under our names, info (line, sha256, norm, origin, path)."""
     file = locate(path)
-    digest = sha256(file)
-    suffix = SHA_IN_NAME.search(file.name)
-    if suffix and not digest.startswith(suffix[1]):
-        raise BadWeights(f"{file}: sha256 starts with {digest[:8]}, its name says {suffix[1]}: truncated or altered; "
-                         "download it again")
+    digest, named = checked_sha256(file)
     raw = read(file)
     sd = strip(raw)
     try:
@@ -285,7 +291,7 @@ def load_vit(path: str) -> tuple[dict, dict, dict]:
     line = f"layout={layout}, {len(sd)} of {len(sd)} tensors"
     line += f" (not needed: {', '.join(sorted(dropped))})" if dropped else ""
     line += f", {len(raw) - len(sd)} outside the backbone" if len(raw) > len(sd) else ""
-    line += f", sha256 {digest[:8]}{' as in the name' if suffix else ''}"
+    line += f", sha256 {digest[:8]}{' as in the name' if named else ''}"
     norm = norm_of(file, cfg, sd, digest)
     return cfg, state, dict(path=str(file), line=line, sha256=digest, origin=origin, norm=norm)
 
@@ -330,3 +336,35 @@ def fill(net: torch.nn.Module, state: dict, info: dict) -> None:
         say += [f"{origin.get(k, k)} is {tuple(state[k].shape)}, expected {tuple(want[k].shape)}" for k in wrong[:1]]
         raise BadWeights(f"{info['path']}: {'; '.join(say)}: not the file it claims to be; download it again")
     net.load_state_dict(state)
+
+
+def load_cnn(net: torch.nn.Module, path: str, convert: Callable, last: tuple[str, ...]) -> dict:
+    """Fill a network that is no ViT, strictly, from a file or URL -> info (line, sha256, norm, path).
+
+    convert(tensors) -> layout, tensors under the net's names, kinds not needed, prefixes that such a file leaves out.
+    last: prefixes of the layers that give logits; where only the number of classes differs, they stay random.
+    """
+    file = locate(path)
+    digest, named = checked_sha256(file)
+    sd = read(file)
+    for prefix in ("module.", "_orig_mod.", "module.", "net.", "model."):
+        if all(k.startswith(prefix) for k in sd):
+            sd = {k.removeprefix(prefix): t for k, t in sd.items()}
+    try:
+        layout, state, dropped, new = convert(sd)
+    except BadWeights as e:
+        raise BadWeights(f"{file}: {e}") from None
+    own = net.state_dict()
+    other = {k for k in own if k.startswith(last) and k in state and state[k].shape != own[k].shape
+             and state[k].shape[1:] == own[k].shape[1:]}
+    fresh = {k: t for k, t in own.items() if k in other or k not in state and k.startswith(new)}
+    fill(net, {k: t for k, t in state.items() if k not in other} | fresh, dict(path=file))
+    line = f"layout={layout}, {len(sd) - len(other)} of {len(sd)} tensors"
+    line += f" (not needed: {', '.join(sorted(dropped))})" if dropped else ""
+    line += f", sha256 {digest[:8]}{' as in the name' if named else ''}"
+    parts = [prefix.rstrip(".") for prefix in new if any(k.startswith(prefix) for k in fresh)]
+    line += f"; random: {', '.join(parts)}" if parts else ""
+    if other:
+        k = min(other)
+        line += f"; random: last convolution, {len(state[k])} classes in the file and {len(own[k])} here"
+    return dict(path=str(file), line=line, sha256=digest, norm="imagenet")
