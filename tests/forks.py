@@ -9,7 +9,8 @@ from pathlib import Path
 ROOT = Path(__file__).parents[1]
 SERVER = """
 import importlib, json, os, sys
-scripts = {name: importlib.import_module(name) for name in ("train_seg", "eval", "predict")}  # and no torch op
+names = "train_seg", "train_kd", "eval", "predict"
+scripts = {name: importlib.import_module(name) for name in names}  # and no torch op
 for line in sys.stdin:
     name, argv, env, log = json.loads(line)
     pid = os.fork()
