@@ -3,27 +3,34 @@
     python eval.py runs/demo                                    the reported split, windows and precision as in training
     python eval.py runs/demo --split val --overlap 0.5
     python eval.py runs/demo --masks predictions --mask-ids train   masks from predict.py or any other program
+    python eval.py --summary runs/*                             one table of what these runs reported
     torchrun --standalone --nproc_per_node=8 eval.py runs/demo  images are shared out, the numbers stay the same
 Writes eval.json and confusion.png into RUN/eval-SPLIT.
-Copy with: models/vit.py models/weights.py models/heads.py models/checkpoint.py data/io.py data/datasets.py
-    data/public.py data/metrics.py data/tiles.py data/plots.py
+Copy with: models/vit.py models/weights.py models/heads.py models/deeplab.py models/unetformer.py
+    models/efficientnet_unet.py models/checkpoint.py data/io.py data/datasets.py
+    data/public.py data/cache.py data/metrics.py data/tiles.py data/plots.py
 """
 import argparse
 import ctypes
 import hashlib
+import json
 import os
 import sys
 from pathlib import Path
+
+os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")  # read when torch loads: spinning threads cost 6x on a shared CPU
 
 import torch
 import torch.distributed as dist
 from torch.utils.data import DataLoader
 
 from data import plots, public
+from data.cache import Cache
 from data.datasets import SegDataset, find_pairs, load_splits, read_description
-from data.io import BadInput, Labels, write
+from data.io import IGNORE, BadInput, Labels, write
 from data.metrics import confusion, f1, iou, precision, recall, report
 from data.tiles import blend_weight, windows
+from models import deeplab, efficientnet_unet, unetformer
 from models.checkpoint import load_weights
 from models.heads import HEADS, Segmenter
 from models.vit import ViT
@@ -32,7 +39,8 @@ from models.weights import BadWeights, fill, load_vit
 
 def parse_args(argv=None):
     p = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    p.add_argument("run", help="run folder, or its best.safetensors")
+    p.add_argument("run", nargs="?", help="run folder, or its best.safetensors")
+    p.add_argument("--summary", nargs="+", metavar="RUN", help="print the results of these runs as a Markdown table")
     p.add_argument("--split", help="(the one that training reported)")
     p.add_argument("--root", help="data folder (as in training)")
     p.add_argument("--variant", help="form of a public data set, where it has several: irrg,eroded (data/public.py)")
@@ -43,16 +51,25 @@ def parse_args(argv=None):
     p.add_argument("--weights", help="backbone file of a run saved with --save head (where it was in training)")
     p.add_argument("--amp", default="auto", choices=["auto", "bf16", "off"], help="auto: as trained, where fast")
     p.add_argument("--batch-size", type=int, default=16, help="windows at once")
+    p.add_argument("--cache", help="folder for decoded images, at most 64 GB (~/.cache/nanors); off = none")
     p.add_argument("--workers", type=int, default=min(4, os.cpu_count() - 1), help="reading processes")
     p.add_argument("--out", help="folder for the results (RUN/eval-SPLIT)")
     args = p.parse_args(argv)
+    if bool(args.run) == bool(args.summary):
+        p.error("name one run folder, or several after --summary")
     if args.batch_size < 1 or args.workers < 0 or not 0 <= (args.overlap or 0) <= 0.9:
         p.error("--batch-size from 1, --workers from 0, --overlap in 0..0.9")
     return args
 
 
 # >>> same: build
+NETS = {"deeplabv3": deeplab.DeepLabV3, "unetformer": unetformer.UNetFormer, "ftunetformer": unetformer.FTUNetFormer,
+        "effunet": efficientnet_unet.EfficientNetUnet}
+
+
 def build(m):  # the "model" entry of best.safetensors -> network, weights still random
+    if m["name"] != "vit":
+        return NETS[m["name"]](m["classes"], **m["options"])
     vit = ViT(**m["backbone"])
     head = HEADS[m["head"]](vit.dim, len(m["taps"]), m["classes"])
     return Segmenter(vit, head, m["taps"], m["feat_norm"])
@@ -103,7 +120,37 @@ def logits_of(net, x, crop, overlap, batch, amp):  # image (3, H, W) -> (K, H, W
 # <<< same: logits_of
 
 
+def summary(runs):  # Markdown; runs that differ in no more than seed and place become one row, mean +/- sd
+    groups, unfinished = {}, []
+    for run in map(Path, runs):
+        if not (run / "results.json").exists():
+            unfinished += [run] if (run / "protocol.json").exists() else []  # the rest are no runs, such as runs/data
+            continue
+        result, protocol = (json.loads((run / f"{name}.json").read_text()) for name in ("results", "protocol"))
+        place = ("seed", "out", "resume", "workers", "cache")
+        same = {k: v for k, v in protocol["flags"].items() if k not in place} | {"data": protocol["dataset"]}
+        groups.setdefault(json.dumps(same, sort_keys=True), []).append((run, result, protocol))
+    if not groups:
+        raise BadInput(f"{runs[0]}: no results.json in these folders; name finished runs, such as runs/*")
+    lines = ["| run | data | split | classes | seeds | mIoU | mean F1 | OA | majority mIoU | also reported |",
+             "|" + "---|" * 10]
+    for group in groups.values():
+        def score(key):
+            values = torch.tensor([result[key] for _, result, _ in group], dtype=torch.float64)
+            return f"{values.mean():.4f}" + (f" +/- {values.std():.4f}" if len(group) > 1 else "")
+
+        _, result, protocol = group[0]
+        further = ", ".join(f"{key.replace('_', ' ')}: mIoU {score(f'miou_{key}')}" for key in protocol["report"])
+        cells = [", ".join(run.name for run, _, _ in group), protocol["dataset"], result["split"],
+                 f"{result['classes_in_mean']} of {len(result['iou'])}", ", ".join(str(r["seed"]) for _, r, _ in group),
+                 score("miou"), score("mf1"), score("oa"), score("majority_miou"), further]
+        lines.append("| " + " | ".join(cells) + " |")
+    return "\n".join([*lines, *(f"{run}: not finished; train_seg.py --resume {run}" for run in unfinished)])
+
+
 def main(args):
+    if args.summary:
+        return print(summary(args.summary))
     # >>> same: setup
     rank, world, local = (int(os.environ.get(v, d)) for v, d in (("RANK", 0), ("WORLD_SIZE", 1), ("LOCAL_RANK", 0)))
     device = torch.device("cuda", local) if torch.cuda.is_available() else torch.device("cpu")
@@ -153,7 +200,8 @@ def main(args):
     table = labels if args.mask_ids == "raw" else Labels(ids)
 
     # ---- one matrix
-    data = SegDataset({n: pairs[n] for n in names}, labels, meta["norm"], **meta["reading"])
+    kept = {} if args.cache == "off" else {"cache": Cache(args.cache)}
+    data = SegDataset({n: pairs[n] for n in names}, labels, meta["norm"], **kept, **meta["reading"])
     cm = torch.zeros(K, K, dtype=torch.int64, device=device)
     mine = range(rank, len(data), world)
     with torch.inference_mode():
@@ -164,6 +212,8 @@ def main(args):
                 if file is None:
                     raise BadInput(f"{places[0]}: no such mask; expected one for every image of the split")
                 pred = torch.from_numpy(table.load(file)).long()
+                if pred.shape == y.shape:
+                    pred[y == IGNORE] = 0  # is not counted: predict.py leaves transparent pixels without a class
                 if pred.shape != y.shape or (pred >= K).any():
                     raise BadInput(f"{file}: {tuple(pred.shape)} (H, W), ids up to {pred.max()}; expected "
                                    f"{tuple(y.shape)} with a class everywhere")
@@ -172,7 +222,6 @@ def main(args):
             cm += confusion(pred.to(device), y.to(device), K)
     if world > 1:
         dist.all_reduce(cm)
-        dist.destroy_process_group()
     if not cm.any():
         raise BadInput(f"{root}: every pixel of {args.split} is ignored; check \"ignore\" in dataset.json")
 
@@ -197,6 +246,11 @@ def main(args):
         write(out / "eval.json", dict(split=args.split, **r, protocol=protocol))
         write(out / "confusion.png", plots.confusion(cm.numpy(), labels.names, f"{meta['dataset']} {args.split}"))
         print(f"wrote {out}/eval.json and confusion.png")
+    # >>> same: leave
+    if world > 1:  # gloo's threads may still hold tensors of the last collective, and Python's end under them aborts
+        dist.barrier()
+        dist.destroy_process_group()
+    # <<< same: leave
 
 
 # >>> same: main

@@ -3,8 +3,10 @@
     python predict.py runs/demo IMAGE_OR_FOLDER_OR_GLOB ... --out predictions
     python predict.py runs/demo D --out predictions --label-out raw    ids or colours as in the training masks
 Writes OUT/NAME.png (ids in a palette PNG: opens in colour, reads back as ids), NAME_color.png, NAME_overlay.jpg and
-classes.json; sub-folders of an input folder are kept. A file that cannot be read is named and left out; exit code 2.
-Copy with: models/vit.py models/weights.py models/heads.py models/checkpoint.py data/io.py data/datasets.py
+classes.json; sub-folders of an input folder are kept. What is transparent in an image gets no class: 255. A file that
+cannot be read is named and left out; exit code 2.
+Copy with: models/vit.py models/weights.py models/heads.py models/deeplab.py models/unetformer.py
+    models/efficientnet_unet.py models/checkpoint.py data/io.py data/datasets.py
     data/tiles.py data/plots.py
 """
 import argparse
@@ -15,6 +17,8 @@ import sys
 import time
 from pathlib import Path
 
+os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")  # read when torch loads: spinning threads cost 6x on a shared CPU
+
 import numpy as np
 import torch
 import torch.distributed as dist
@@ -22,8 +26,9 @@ from PIL import Image
 
 from data import plots
 from data.datasets import normalise
-from data.io import BadInput, Labels, id_image, read_image, write
+from data.io import IGNORE, BadInput, Labels, id_image, read_valid, write
 from data.tiles import blend_weight, windows
+from models import deeplab, efficientnet_unet, unetformer
 from models.checkpoint import load_weights
 from models.heads import HEADS, Segmenter
 from models.vit import ViT
@@ -64,7 +69,13 @@ def find_images(inputs):  # -> {name below --out: file}
 
 
 # >>> same: build
+NETS = {"deeplabv3": deeplab.DeepLabV3, "unetformer": unetformer.UNetFormer, "ftunetformer": unetformer.FTUNetFormer,
+        "effunet": efficientnet_unet.EfficientNetUnet}
+
+
 def build(m):  # the "model" entry of best.safetensors -> network, weights still random
+    if m["name"] != "vit":
+        return NETS[m["name"]](m["classes"], **m["options"])
     vit = ViT(**m["backbone"])
     head = HEADS[m["head"]](vit.dim, len(m["taps"]), m["classes"])
     return Segmenter(vit, head, m["taps"], m["feat_norm"])
@@ -145,7 +156,7 @@ def main(args):
     mine, began, bad = list(images.items())[rank::world], time.time(), []
     for i, (name, file) in enumerate(mine):
         try:
-            image = read_image(file, **meta["reading"])
+            image, valid = read_valid(file, **meta["reading"])
         except BadInput as e:
             print(f"left out: {e}", file=sys.stderr)
             bad.append(file)
@@ -153,6 +164,8 @@ def main(args):
         with torch.inference_mode():  # the image and its logits stay on the CPU, windows travel
             logits = logits_of(net, normalise(image, meta["norm"]), meta["crop"], overlap, args.batch_size, amp)
         ids = logits.max(0).indices.byte().numpy()
+        if valid is not None:
+            ids[~valid] = IGNORE
         if args.label_out == "train":
             mask = id_image(ids, labels.colors)
         elif labels.by_color:
@@ -168,8 +181,11 @@ def main(args):
         say(f"{i + 1} of {len(mine)}  {name}  {image.shape[0]} x {image.shape[1]}  "
             f"ETA {rest // 60:.0f}:{rest % 60:02.0f}", flush=True)
     say(f"wrote the masks of {len(mine) - len(bad)} images to {out}/: NAME.png, NAME_color.png, NAME_overlay.jpg")
-    if world > 1:
+    # >>> same: leave
+    if world > 1:  # gloo's threads may still hold tensors of the last collective, and Python's end under them aborts
+        dist.barrier()
         dist.destroy_process_group()
+    # <<< same: leave
     if bad:
         sys.exit(2)
 

@@ -5,7 +5,8 @@
     python train_seg.py --dataset potsdam --root D --variant rgb,eroded    a public set as downloaded (data/public.py)
     torchrun --standalone --nproc_per_node=8 train_seg.py ...    same flags; --batch-size is per process
     python train_seg.py --resume runs/demo                       go on after a kill, bit for bit on a CPU
-Copy with: models/vit.py models/weights.py models/heads.py models/losses.py models/checkpoint.py data/io.py data/demo.py
+Copy with: models/vit.py models/weights.py models/heads.py models/deeplab.py models/unetformer.py
+    models/efficientnet_unet.py models/losses.py models/checkpoint.py data/io.py data/demo.py
     data/datasets.py data/public.py data/cache.py data/crops.py data/augment.py data/samplers.py data/metrics.py
     data/tiles.py data/plots.py
 """
@@ -41,9 +42,10 @@ from data.io import IGNORE, BadInput, Labels, write
 from data.metrics import confusion, iou, oa, report
 from data.samplers import StepSampler
 from data.tiles import blend_weight, windows
+from models import deeplab, efficientnet_unet, unetformer
 from models.checkpoint import load_state, load_weights, save_state, save_weights
 from models.heads import HEADS, Segmenter
-from models.losses import SET_BASED, class_weights, compute, parse_loss
+from models.losses import class_weights, compute, parse_loss
 from models.vit import PRESETS, ViT, arch_name, spread_taps
 from models.weights import BadWeights, fill, load_vit
 
@@ -72,20 +74,23 @@ def parse_args(argv=None):
     data.add_argument("--cache", help="folder for decoded images, at most 64 GB (~/.cache/nanors); off = none")
     data.add_argument("--workers", type=int, default=min(4, os.cpu_count() - 1), help="reading processes")
     model = p.add_argument_group("model")
-    model.add_argument("--weights", default="none", help="DINOv2/v3 file, folder or URL; none = from scratch")
+    model.add_argument("--model", default="vit", choices=["vit", *NETS], help="vit with a --head, or a whole CNN")
+    model.add_argument("--weights", default="none", help="DINOv2/v3 (or CNN) file, folder or URL; none = from scratch")
     model.add_argument("--arch", default="nano8", choices=sorted(PRESETS), help="backbone without --weights")
     model.add_argument("--head", default="fpn", choices=sorted(HEADS))
     model.add_argument("--taps", type=int, nargs="+", help="blocks the head reads, from 0 (four evenly spaced)")
     model.add_argument("--feat-norm", default="on", choices=["on", "off"], help="final norm on every tap")
     model.add_argument("--norm", default="auto", choices=["auto", *NORMS], help="pixel mean and std (of the weights)")
     model.add_argument("--unfreeze", help="last K blocks to train, or all (0 with --weights, all from scratch)")
+    model.add_argument("--output-stride", type=int, default=16, choices=[8, 16], help="of deeplabv3, 8 as torchvision")
+    model.add_argument("--freeze-bn", action="store_true", help="deeplabv3: keep BatchNorm's statistics (batches of 1)")
     model.add_argument("--save", default="all", choices=["all", "head"], help="head: without the frozen backbone")
     opt = p.add_argument_group("optimiser")
-    opt.add_argument("--steps", type=int, default=900)
+    opt.add_argument("--steps", type=int, default=750)
     opt.add_argument("--batch-size", type=int, default=8, help="per process and micro-batch")
     opt.add_argument("--accum", type=int, default=1, help="micro-batches per step")
-    opt.add_argument("--lr", type=float, help="of the head (2e-3 from scratch, 1e-3 with --weights)")
-    opt.add_argument("--backbone-lr", type=float, help="(--lr from scratch, 2e-5 with --weights)")
+    opt.add_argument("--lr", type=float, help="of the head (3e-3 from scratch, 1e-3 with --weights or a CNN)")
+    opt.add_argument("--backbone-lr", type=float, help="(--lr from scratch; with --weights 2e-5, of a CNN 1e-4)")
     opt.add_argument("--layer-decay", type=float, default=1.0, help="factor on the rate per block below the last")
     opt.add_argument("--weight-decay", type=float, default=0.05)
     opt.add_argument("--warmup", type=int, default=50, help="steps of rising rate")
@@ -101,7 +106,7 @@ def parse_args(argv=None):
     run.add_argument("--out", help="run folder (runs/<dataset>, numbered when taken)")
     run.add_argument("--resume", metavar="RUN", help="go on with the run in this folder, with its flags")
     run.add_argument("--seed", type=int, default=0)
-    run.add_argument("--eval-every", type=int, default=300, help="steps between validations, where last.pt is written")
+    run.add_argument("--eval-every", type=int, default=375, help="steps between validations, where last.pt is written")
     run.add_argument("--patience", type=int, default=0, help="stop after so many validations without gain, 0 = off")
     run.add_argument("--overlap", type=float, default=0.25, help="of evaluation windows, as a part of --crop")
     run.add_argument("--log-every", type=int, default=50)
@@ -121,6 +126,11 @@ def parse_args(argv=None):
         p.error(f"--bands {args.bands}: expected three numbers from 1, such as 4,1,2")
     if args.input_range and not args.input_range[0] < args.input_range[1]:
         p.error(f"--input-range {args.input_range}: expected the lower value first")
+    for_vit = dict(arch="nano8", head="fpn", taps=None, feat_norm="on", unfreeze=None, save="all", layer_decay=1.0)
+    for flag in [f for f, default in for_vit.items() if args.model != "vit" and getattr(args, f) != default]:
+        p.error(f"--{flag.replace('_', '-')} goes with --model vit, not {args.model}; leave it out")
+    if args.freeze_bn and args.model != "deeplabv3":
+        p.error(f"--freeze-bn goes with --model deeplabv3, not {args.model}; leave it out")
     if not 0.05 <= args.scale[0] <= args.scale[1] <= 20:
         p.error(f"--scale {args.scale}: expected two rising numbers such as 0.75 1.5")
     if args.resume:  # the stored flags become the defaults, so a flag that now differs was typed
@@ -148,11 +158,22 @@ def lr_at(step, args):  # a pure function of step: a resumed run has no schedule
 
 
 # >>> same: build
+NETS = {"deeplabv3": deeplab.DeepLabV3, "unetformer": unetformer.UNetFormer, "ftunetformer": unetformer.FTUNetFormer,
+        "effunet": efficientnet_unet.EfficientNetUnet}
+
+
 def build(m):  # the "model" entry of best.safetensors -> network, weights still random
+    if m["name"] != "vit":
+        return NETS[m["name"]](m["classes"], **m["options"])
     vit = ViT(**m["backbone"])
     head = HEADS[m["head"]](vit.dim, len(m["taps"]), m["classes"])
     return Segmenter(vit, head, m["taps"], m["feat_norm"])
 # <<< same: build
+
+
+PRETRAINED = {"deeplabv3": deeplab.load_pretrained, "unetformer": unetformer.load_pretrained,
+              "ftunetformer": unetformer.load_pretrained, "effunet": efficientnet_unet.load_pretrained}
+AUX = 0.4  # weight of the auxiliary head's cross-entropy, as UNetFormer was published
 
 
 def param_groups(net, args):  # no decay on norms, biases and tokens; "scale" is the group's share of --lr
@@ -161,10 +182,12 @@ def param_groups(net, args):  # no decay on norms, biases and tokens; "scale" is
         if not p.requires_grad:
             continue
         scale = 1.0
-        if name.startswith("backbone."):
+        if name.startswith(("backbone.", "encoder.")):
+            scale = args.backbone_lr / args.lr
+        if name.startswith("backbone.") and args.model == "vit":
             parts, depth = name.split("."), net.backbone.depth
             block = int(parts[2]) if parts[1] == "blocks" else depth - 1 if parts[1] == "norm" else -1
-            scale = args.backbone_lr / args.lr * args.layer_decay ** (depth - 1 - block)
+            scale *= args.layer_decay ** (depth - 1 - block)
         decay = args.weight_decay if p.ndim > 1 and "token" not in name and "pos_embed" not in name else 0.0
         groups.setdefault((scale, decay), []).append(p)
     return [dict(params=ps, scale=scale, weight_decay=decay) for (scale, decay), ps in groups.items()]
@@ -302,52 +325,64 @@ def main(args):
         say("        WARNING --val-frac without --group-regex: neighbouring images may stand on both sides")
 
     # ---- model
-    if args.weights != "none":
+    scratch, vit, backbone = args.weights == "none", args.model == "vit", PRESETS[args.arch]
+    info = dict(norm="imagenet", path=None, sha256=None,
+                line="FROM RANDOM WEIGHTS: everything is learned from these images (--weights loads trained ones)")
+    if vit and not scratch:
         backbone, state, info = load_vit(args.weights)
+    taps = sorted(set(args.taps or spread_taps(backbone["depth"])))
+    if not 0 <= taps[0] <= taps[-1] < backbone["depth"]:
+        raise BadInput(f"--taps {taps}: the backbone has the blocks 0 to {backbone['depth'] - 1}")
+    if vit:
+        m = dict(name="vit", backbone=backbone, head=args.head, taps=taps, feat_norm=args.feat_norm == "on", classes=K)
     else:
-        backbone, state, info = PRESETS[args.arch], None, dict(norm="imagenet", path=None, sha256=None)
+        stride = {"output_stride": args.output_stride} if args.model == "deeplabv3" else {}
+        m = dict(name=args.model, classes=K, options=stride)
+    net = build(m)
+    if vit and not scratch:
+        fill(net.backbone, state, info)
+        del state
+    elif not scratch:
+        info = PRETRAINED[args.model](net, args.weights)
+    say(f"model   {args.model if not vit else args.arch if scratch else arch_name(backbone)}, {info['line']}")
     pixel_norm = info["norm"] if args.norm == "auto" else args.norm
     if pixel_norm is None:
         raise BadInput(f"{args.weights}: published with two normalisations; type --norm imagenet for LVD-1689M, "
                        "--norm sat for SAT-493M")
     if info["norm"] not in (None, pixel_norm):
         say(f"        WARNING --norm {pixel_norm}, but these weights were trained with {info['norm']}")
-    scratch = state is None
-    defaults = dict(crop=128 if scratch else 518 if backbone["patch"] == 14 else 512, lr=2e-3 if scratch else 1e-3,
-                    unfreeze="all" if scratch else "0", backbone_lr=args.lr or 2e-3 if scratch else 2e-5)
+    lr = args.lr or (3e-3 if scratch and vit else 1e-3)
+    defaults = dict(crop=128 if scratch else 518 if vit and backbone["patch"] == 14 else 512, lr=lr,
+                    unfreeze="all" if scratch else "0", backbone_lr=lr if scratch else 2e-5 if vit else 1e-4)
     vars(args).update({k: v for k, v in defaults.items() if getattr(args, k) is None})
-    taps = sorted(set(args.taps or spread_taps(backbone["depth"])))
-    if not 0 <= taps[0] <= taps[-1] < backbone["depth"]:
-        raise BadInput(f"--taps {taps}: the backbone has the blocks 0 to {backbone['depth'] - 1}")
-    m = dict(name="vit", backbone=backbone, head=args.head, taps=taps, feat_norm=args.feat_norm == "on", classes=K)
-    net = build(m)
-    if scratch:
-        say(f"model   {args.arch} FROM RANDOM WEIGHTS: everything is learned from these images (--weights loads DINO)")
-    else:
-        fill(net.backbone, state, info)
-        say(f"model   {arch_name(backbone)}, {info['line']}")
-        del state
-    if args.unfreeze != "all" and not args.unfreeze.isdigit():
-        raise BadInput(f"--unfreeze {args.unfreeze}: expected a number of blocks, or all")
-    used = net.backbone.blocks[: taps[-1] + 1]  # DDP would wait for gradients of blocks behind the last tap
-    train_blocks = len(used) if args.unfreeze == "all" else min(int(args.unfreeze), len(used))
-    net.backbone.requires_grad_(args.unfreeze == "all")  # with "all", patch embedding, tokens and positions too
-    net.backbone.blocks.requires_grad_(False)
-    used[len(used) - train_blocks:].requires_grad_(True)
-    net.backbone.norm.requires_grad_(train_blocks > 0 and m["feat_norm"])
-    trainable = {n: p for n, p in net.named_parameters() if p.requires_grad}
-    frozen, head_only = train_blocks == 0, args.save == "head"
+    frozen, head_only = False, args.save == "head"
+    if vit:
+        if args.unfreeze != "all" and not args.unfreeze.isdigit():
+            raise BadInput(f"--unfreeze {args.unfreeze}: expected a number of blocks, or all")
+        used = net.backbone.blocks[: taps[-1] + 1]  # DDP would wait for gradients of blocks behind the last tap
+        train_blocks = len(used) if args.unfreeze == "all" else min(int(args.unfreeze), len(used))
+        net.backbone.requires_grad_(args.unfreeze == "all")  # with "all", patch embedding, tokens and positions too
+        net.backbone.blocks.requires_grad_(False)
+        used[len(used) - train_blocks:].requires_grad_(True)
+        net.backbone.norm.requires_grad_(train_blocks > 0 and m["feat_norm"])
+        frozen = train_blocks == 0
+    elif args.freeze_bn:
+        net.freeze_bn()
+    elif world > 1 and device.type == "cuda":
+        net = torch.nn.SyncBatchNorm.convert_sync_batchnorm(net)
     if head_only and (scratch or not frozen):
         raise BadInput("--save head needs a frozen backbone from --weights; leave --save or --unfreeze out")
+    trainable = {n: p for n, p in net.named_parameters() if p.requires_grad}
     net.to(device).train()
     amp = args.amp == "bf16" or args.amp == "auto" and fast_bf16(device) and (frozen or device.type == "cuda")
-    say(f"        {args.head} head on blocks {taps}, {sum(p.numel() for p in trainable.values()) / 1e6:.2f} M of "
+    say(f"        {f'{args.head} head on blocks {taps}, ' if vit else ''}"
+        f"{sum(p.numel() for p in trainable.values()) / 1e6:.2f} M of "
         f"{sum(p.numel() for p in net.parameters()) / 1e6:.2f} M parameters train, normalisation {pixel_norm}, "
         f"{'bf16' if amp else 'fp32'} on {device}")
 
     # ---- optimiser
     params = list(trainable.values())
-    opt = torch.optim.AdamW(param_groups(net, args), lr=args.lr, betas=(0.9, 0.999))
+    opt = torch.optim.AdamW(param_groups(net, args), lr=args.lr, betas=(0.9, 0.999), fused=True)
     terms = parse_loss(args.loss)
     class_w = None
     if args.class_weights != "none":
@@ -446,6 +481,7 @@ def main(args):
             break
         # 3: a stream of its own; equal on all ranks, since set-based losses call a collective for every target
         rng = np.random.default_rng((3, args.seed, step))
+        torch.manual_seed(int(np.random.default_rng((4, args.seed, step, rank)).integers(2**63)))  # for dropout
         micro, valid = [], 0
         for _ in range(args.accum):
             x, y, names = next(batches)  # (B, 3, H, W), (B, H, W); 255 = ignore
@@ -467,13 +503,15 @@ def main(args):
             wait = world > 1 and i + 1 < args.accum  # gradients cross ranks once, in the last micro-batch
             with model.no_sync() if wait else nullcontext():
                 with torch.autocast(device.type, torch.bfloat16, enabled=amp):  # bf16 needs no GradScaler
-                    logits = model(x.to(device, non_blocking=True))  # (B, K, H, W) fp32
+                    logits = model(x.to(device, non_blocking=True))  # (B, K, H, W) fp32, of some CNNs two of them
+                logits, *aux = logits if isinstance(logits, tuple) else (logits,)
                 loss = 0.0
                 for share, y in targets:
                     y = y.to(device, non_blocking=True)
-                    value, parts = compute(terms, logits, y, class_w, args.label_smoothing, count, over_ranks)
+                    value = compute(terms, logits, y, class_w, args.label_smoothing, count, over_ranks)
+                    value = value + sum(AUX * compute([(1.0, "ce")], z, y, class_w, count=count) for z in aux)
                     loss = loss + share * value
-                    shown += share * sum(w * parts[n] / (world if n in SET_BASED else 1) for w, n in terms)
+                shown += loss.detach()
                 (loss * world).backward()  # DDP takes the mean over ranks, models/losses.py the sum
         norm = torch.nn.utils.clip_grad_norm_(params, args.clip)  # after DDP's average: one number on all ranks ...
         bad = 0 if norm.isfinite() else bad + 1  # ... so they skip together, without one more collective
@@ -483,6 +521,8 @@ def main(args):
                 for name, p in ema.named_parameters():
                     if name in trainable:
                         p.lerp_(trainable[name].detach(), 1 - min(args.ema, (1 + step) / (10 + step)))
+                for average, now in zip(ema.buffers(), net.buffers()):  # statistics are averages already
+                    average.copy_(now)
         if bad == 5:
             if rate < 1:
                 raise BadInput(f"5 non-finite gradients in a row at step {step + 1}, at half the rate too; look at the "
@@ -494,7 +534,8 @@ def main(args):
         if done % args.log_every == 0 or done == args.steps:
             shown = over_ranks(torch.as_tensor(shown, device=device)).item()
             rest = (time.time() - began) / (done - start) * (args.steps - done)
-            history.append(dict(step=done, loss=shown, lr=rate * lr_at(step, args), grad_norm=norm.item()))
+            history.append(dict(step=done, loss=shown if math.isfinite(shown) else None, lr=rate * lr_at(step, args),
+                                grad_norm=norm.item() if bad == 0 else None))  # JSON has no NaN
             say(f"step {done:5d} of {args.steps}  loss {shown:.4f}  |g| {norm.item():.3f}  "
                 f"lr {history[-1]['lr']:.2e}  ETA {rest // 60:.0f}:{rest % 60:02.0f}", flush=True)
         due = done % args.eval_every == 0 or done == args.steps
@@ -511,7 +552,7 @@ def main(args):
             stale = 0 if miou > best else stale + 1
             best = max(best, miou)
         if due and rank == 0:
-            write(out / "curves.png", plots.curves(history, f"{out.name}: {args.head} head"))
+            write(out / "curves.png", plots.curves(history, f"{out.name}: {args.head if vit else args.model}"))
         if due or stops:
             save_last(done)
         if stops:
@@ -546,8 +587,11 @@ def main(args):
             print(f"{score} {key.replace('_', ' ')}: mIoU {r[f'miou_{key}']:.4f}, mean F1 {r[f'mf1_{key}']:.4f}")
         print(f"look at {out}/samples.png, confusion.png, curves.png; then, on your own images:\n"
               f"  python predict.py {shlex.quote(str(out))} IMAGE_OR_FOLDER --out predictions")
-    if world > 1:
+    # >>> same: leave
+    if world > 1:  # gloo's threads may still hold tensors of the last collective, and Python's end under them aborts
+        dist.barrier()
         dist.destroy_process_group()
+    # <<< same: leave
 
 
 # >>> same: main

@@ -184,6 +184,44 @@ def check_scenes(regex: str, homes: dict[str, list[str]], complaints: Complaints
                                               f"{some}: the scores say little about new scenes")
 
 
+def footprint(path: Path) -> tuple | None:
+    """(coordinate system, west, south, east, north) of a GeoTIFF, from its header alone; None without or if turned."""
+    image = open_image(path)
+    tags, (w, h) = getattr(image, "tag_v2", {}), image.size
+    matrix, scale, tie = (tags.get(number) for number in (34264, 33550, 33922))
+    if scale and tie:  # pixel (tie[0], tie[1]) lies at (tie[3], tie[4])
+        west, north, dx, dy = tie[3] - tie[0] * scale[0], tie[4] + tie[1] * scale[1], scale[0], scale[1]
+    elif matrix and not matrix[1] and not matrix[4]:
+        west, north, dx, dy = matrix[3], matrix[7], matrix[0], -matrix[5]
+    else:
+        return None
+    return tags.get(34735), west, north - h * dy, west + w * dx, north
+
+
+def check_ground(pairs: dict, homes: dict[str, list[str]], complaints: Complaints) -> None:
+    """Images of different splits that show the same ground, by their georeference: the test is not independent."""
+    systems, shared = defaultdict(list), []
+    for n in pairs:
+        place = attempt(footprint, pairs[n][0]) if homes[n] else None
+        if isinstance(place, tuple):
+            systems[place[0]].append((n, *place[1:]))
+    for tiles in systems.values():
+        names, boxes = [t[0] for t in tiles], np.array([t[1:] for t in tiles])
+        splits = np.array([homes[n][0] for n in names])
+        area = np.prod(boxes[:, 2:] - boxes[:, :2], axis=1)
+        for i, box in enumerate(boxes):
+            common = np.minimum(box[2:], boxes[:, 2:]) - np.maximum(box[:2], boxes[:, :2])
+            part = common.clip(0).prod(1) / np.minimum(area, area[i])
+            part[:i + 1] = 0
+            part[splits == splits[i]] = 0
+            shared += [(part[j], names[i], names[j]) for j in np.flatnonzero(part > 0.01)]  # an edge may be shared
+    if shared:
+        part, a, b = max(shared)
+        complaints["warning", "ground"].append(
+            f"{len(shared)} pairs of images in different splits show the same ground, such as {a} ({homes[a][0]}) and "
+            f"{b} ({homes[b][0]}), {part:.0%} of the smaller: the scores say little about new ground")
+
+
 def check_images(found: dict[str, dict], homes: dict[str, list[str]], complaints: Complaints) -> None:
     """What inspect found: faults, modes that are converted, and equal images, which are an error across splits."""
     modes, twins = defaultdict(list), defaultdict(list)
@@ -261,6 +299,8 @@ def check(root: Path, description: dict, limit: int | None, reading: dict, train
     if len(names) < len(pairs):
         complaints["note", "limit"].append(f"only {len(names)} of {len(pairs)} images and masks were read (--limit)")
     found = dict(zip(names, each(lambda n: inspect(*pairs[n], labels, reading), names, "files")))
+    if "tiles" not in description:
+        check_ground(pairs, homes, complaints)
     check_images(found, defaultdict(list) if "tiles" in description else homes, complaints)
     if labels and "tiles" in description:  # a file belongs to several splits: its tiles are counted
         members = {split: {n: tiles[n] for n in tiles if split in homes[n]} for split in description["splits"]}

@@ -1,14 +1,14 @@
 """Segmentation losses that do not depend on how a batch is cut into ranks (and, pixel-wise, into micro-batches).
 
-    loss, parts = compute(parse_loss("ce+0.5*dice"), net(x), y, count=count, total=total)
+    loss = compute(parse_loss("ce+0.5*dice"), net(x), y, count=count, total=total)
     (loss * world).backward()  # DDP averages gradients over ranks; every term here is made to be summed
 
 count: valid pixels of the step, over all ranks and accumulated micro-batches; None = of this batch.
 total: sums a detached tensor over ranks, called once per set-based term; None = one rank.
-Pixel-wise (ce, focal, lovasz): a local sum over count. The values of all ranks and micro-batches add up to the loss of
-the step. Set-based (dice, boundary): ratios of sums per class, so every rank returns the value of all ranks. A ratio
-needs all its pixels at once, so a micro-batch is a set of its own, scaled by its share of count: they add up to a mean.
-In both cases the gradients add up, over ranks and micro-batches, to the gradient of that loss.
+Values and gradients of all ranks and micro-batches add up to the loss of the step and its gradient.
+Pixel-wise (ce, focal, lovasz): a local sum over count. Set-based (dice, boundary): ratios of sums per class, which need
+all their pixels at once: `total` brings those of the other ranks, and each rank holds its share of the value. A
+micro-batch is a set of its own, scaled by its share of count: they add up to a mean.
 """
 import math
 from collections.abc import Callable
@@ -36,10 +36,13 @@ def _global(s, total):  # value of all ranks, gradient of this one; clone, becau
     return s if total is None else s + (total(s.detach().clone()) - s.detach())
 
 
-def _class_mean(loss, there, n, count):
-    """Mean over the classes `there` (K,), times n (valid pixels on all ranks) / count (in all micro-batches)."""
+def _class_mean(loss, there, own, n, count):
+    """Mean over the classes `there` (K,), times n (valid pixels on all ranks) / count (in all micro-batches).
+
+    Of the value a rank keeps the share of its own pixels, of the gradient all that came through its own sums."""
     share = 1 if count is None else n / count.clamp(min=1)
-    return (loss * there).sum() / there.sum().clamp(min=1) * share
+    value = (loss * there).sum() / there.sum().clamp(min=1) * share
+    return value - value.detach() * (1 - own / n.clamp(min=1))
 
 
 def ce(logits: torch.Tensor, y: torch.Tensor, count: torch.Tensor | None = None,
@@ -89,7 +92,7 @@ def dice(logits: torch.Tensor, y: torch.Tensor, count: torch.Tensor | None = Non
     true = _one_hot(y, p.shape[1])
     sums = [p * true, p * (y != IGNORE)[:, None], true]
     both, pred, size = _global(torch.stack([t.sum((0, 2, 3)).to(p) for t in sums]), total)  # (K,) each
-    return _class_mean(1 - 2 * both / (pred + size).clamp(min=1), size > 0, size.sum(), count)
+    return _class_mean(1 - 2 * both / (pred + size).clamp(min=1), size > 0, true.sum(), size.sum(), count)
 
 
 def boundary(logits: torch.Tensor, y: torch.Tensor, count: torch.Tensor | None = None, total: Callable | None = None,
@@ -115,7 +118,7 @@ def boundary(logits: torch.Tensor, y: torch.Tensor, count: torch.Tensor | None =
     # one pixel of predicted boundary, as from a head that starts at zero, the slope of P would have no bound.
     precision, recall = e_hit / e_all.clamp(min=1) + 1e-7, t_hit / t_all.clamp(min=1) + 1e-7
     f1 = 2 * precision * recall / (precision + recall)
-    return _class_mean(1 - f1, t_all > 0, size.sum(), count)
+    return _class_mean(1 - f1, t_all > 0, true.sum(), size.sum(), count)
 
 
 def distill(logits: torch.Tensor, target: torch.Tensor, y: torch.Tensor, temperature: float = 1.0,
@@ -134,7 +137,6 @@ def distill(logits: torch.Tensor, target: torch.Tensor, y: torch.Tensor, tempera
 
 
 LOSSES = {"ce": ce, "focal": focal, "lovasz": lovasz, "dice": dice, "boundary": boundary}
-SET_BASED = ("dice", "boundary")
 
 
 def parse_loss(text: str) -> list[tuple[float, str]]:
@@ -158,14 +160,13 @@ def parse_loss(text: str) -> list[tuple[float, str]]:
 
 def compute(terms: list[tuple[float, str]], logits: torch.Tensor, y: torch.Tensor,
             class_weights: torch.Tensor | None = None, smoothing: float = 0.0, count: torch.Tensor | None = None,
-            total: Callable | None = None) -> tuple[torch.Tensor, dict[str, torch.Tensor]]:
-    """Weighted sum of the terms of parse_loss(), and each term's own unweighted value, detached."""
+            total: Callable | None = None) -> torch.Tensor:
+    """Weighted sum of the terms of parse_loss()."""
     if logits.shape[1] > IGNORE:
         raise ValueError(f"{logits.shape[1]} classes, at most {IGNORE}: label {IGNORE} means ignore")
     extra = {"ce": {"class_weights": class_weights, "smoothing": smoothing}, "focal": {"class_weights": class_weights},
              "dice": {"total": total}, "boundary": {"total": total}}
-    values = {name: LOSSES[name](logits, y, count, **extra.get(name, {})) for _, name in terms}
-    return sum(weight * values[name] for weight, name in terms), {name: v.detach() for name, v in values.items()}
+    return sum(weight * LOSSES[name](logits, y, count, **extra.get(name, {})) for weight, name in terms)
 
 
 def class_weights(counts: torch.Tensor, how: str = "none", cap: float = 10.0) -> torch.Tensor:

@@ -79,6 +79,8 @@ def rotate(x, sin, cos):  # (B, nh, N, hd): turns the last h*w tokens; cls and r
 
 
 def attend(q, k, v):  # 3 x (B, nh, N, hd) -> the same
+    if q.device.type == "cpu" and q.dtype == torch.float32 and q.shape[2] < 400:
+        return (q * q.shape[-1] ** -0.5 @ k.transpose(-2, -1)).softmax(-1) @ v  # short: the scores stay in cache
     if q.device.type == "cpu" and q.dtype == torch.bfloat16 and not q.requires_grad:
         # sdpa runs bf16 no faster than fp32 on a CPU; head by head the (N, N) scores stay in cache (bench_vit.py)
         heads = zip(*(t.flatten(0, 1) for t in (q * q.shape[-1] ** -0.5, k, v)))

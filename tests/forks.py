@@ -38,10 +38,10 @@ for line in sys.stdin:
 
 
 class Forks:
-    def __init__(self):
+    def __init__(self, cwd=None):
         env = {**os.environ, "OMP_NUM_THREADS": "1", "PYTHONPATH": str(ROOT), "PYTHONUNBUFFERED": "1"}
         self.server = subprocess.Popen([sys.executable, "-c", SERVER], stdin=subprocess.PIPE, stdout=subprocess.PIPE,
-                                       text=True, env=env, cwd=tempfile.mkdtemp())
+                                       text=True, env=env, cwd=cwd or tempfile.mkdtemp())
         self.log = tempfile.mktemp()
 
     def start(self, script: str, *argv, **env) -> int:

@@ -4,7 +4,7 @@ from pathlib import Path
 
 import numpy as np
 import pytest
-from PIL import Image
+from PIL import Image, TiffImagePlugin, TiffTags
 
 from data import check, draft
 from data.datasets import class_counts, find_pairs, match_pairs, read_description, split_names, star_key
@@ -461,6 +461,29 @@ def test_limit_reads_an_even_sample_and_says_so(plain, capsys):
     unknown_ids(plain)
     code, out = run(capsys, plain, "--limit", "3")  # reads 0, 2, 5
     assert code == 0 and "only 3 of 6 images and masks were read" in out
+
+
+def test_tiles_of_two_splits_that_show_the_same_ground(tmp_path, rng, capsys):
+    def place(i, tags):
+        put(rng, tmp_path / f"images/{i}.png", tmp_path / f"masks/{i}.png")
+        info = TiffImagePlugin.ImageFileDirectory_v2()
+        for number, values in tags.items():
+            info.tagtype[number] = TiffTags.DOUBLE if number != 34735 else TiffTags.SHORT
+            info[number] = values
+        Image.open(tmp_path / f"images/{i}.png").save(tmp_path / f"images/{i}.tif", tiffinfo=info)
+        (tmp_path / f"images/{i}.png").unlink()
+
+    scale, utm = {33550: (0.5, 0.5, 0.0)}, {34735: (1, 1, 0, 0)}  # 12 x 16 pixels (H x W) are 6 x 8 m
+    place(0, {**scale, **utm, 33922: (0.0, 0.0, 0.0, 100.0, 200.0, 0.0)})
+    place(1, {**scale, 34735: (1, 1, 0, 1), 33922: (0.0, 0.0, 0.0, 106.0, 200.0, 0.0)})  # in another system
+    place(2, {**utm, 34264: (0.5, 0.0, 0.0, 92.0, 0.0, -0.5, 0.0, 200.0, *(0.0,) * 7, 1.0)})  # shares an edge
+    place(3, {})
+    place(4, {**scale, **utm, 33922: (2.0, 0.0, 0.0, 107.0, 203.0, 0.0)})  # from x 106, y 203 down: 2 x 3 m of 0
+    place(5, {})
+    write(tmp_path / "dataset.json", PLAIN | {"images": "images/*.tif"})
+    code, out = run(capsys, tmp_path)
+    assert code == 0 and ("warning: 1 pairs of images in different splits show the same ground, such as images/0 "
+                          "(train) and images/4 (val), 12% of the smaller") in out
 
 
 def test_a_root_with_a_blank_can_be_pasted(plain, capsys):

@@ -10,14 +10,27 @@ from pathlib import Path
 
 import pytest
 import torch
+from forks import Forks
+from test_public import FORMS
+from test_public import make as make_public
 
 from data.demo import make
 from models.vit import ViT, preset
 
 ROOT = Path(__file__).parents[1]
 README = (ROOT / "README.md").read_text()
-COMMANDS = [line.split("  #")[0].split("&&")[-1].strip() for line in README.splitlines() if line.startswith("    ")]
-COMMANDS = [c for c in COMMANDS if re.match(r"(\.venv/bin/)?(python|torchrun)\b", c)]
+
+
+def commands(text):  # what the page shows indented, of "a && b" the last, loops written out
+    for line in re.findall(r"^    (?! )(.*)", text, re.M):
+        command = line.split("  #")[0].split("&&")[-1].strip()
+        loop = re.fullmatch(r"for (\w+) in ([^;]+); do (.+); done", command)
+        for c in [loop[3].replace(f"${loop[1]}", word) for word in loop[2].split()] if loop else [command]:
+            if re.match(r"(\.venv/bin/)?(python|torchrun)\b", c):
+                yield c
+
+
+COMMANDS = list(commands(README))
 SHORT = {"train_seg.py": "--steps 2 --eval-every 1 --batch-size 4 --crop 128 --workers 0", "eval.py": "--workers 0"}
 
 
@@ -28,6 +41,8 @@ def place(tmp_path_factory):
     for name in ("data", "models", "train_seg.py", "eval.py", "predict.py"):
         (place / name).symlink_to(ROOT / name)
     make(place / "D", scenes=(4, 2, 2), size=64)
+    for name in re.findall(r"SETS/(\w+)", " ".join(COMMANDS)):
+        make_public(place / "SETS" / name, name, next(form for n, form in FORMS if n == name))
     (place / "D/dataset.json").unlink()
     for name in re.findall(r"\S+\.pth", " ".join(COMMANDS)):
         family, patch = ("dinov3", 16) if "dinov3" in name else ("dinov2", 14)
@@ -36,8 +51,16 @@ def place(tmp_path_factory):
     return place
 
 
-def run(command, place):
+@pytest.fixture(scope="module")
+def forks(place):
+    forks = Forks(place)
+    yield forks
+    forks.close()
+
+
+def run(command, place, forks):
     words = shlex.split(command.replace(".venv/bin/", ""))
+    words = [f for word in words for f in (sorted(map(str, place.glob(word))) if "*" in word else [word])]
     script = next((w for w in words if w.endswith(".py")), "")
     for i, word in enumerate(words):
         if word.startswith("--nproc_per_node"):
@@ -47,10 +70,14 @@ def run(command, place):
             words[i] = re.sub("-[0-9a-f]{8}", f"-{hashlib.sha256(file.read_bytes()).hexdigest()[:8]}", file.name)
             if not (place / words[i]).exists():
                 (place / words[i]).symlink_to(file)
+    words += shlex.split(SHORT.get(script, "")) if "--summary" not in words else []
+    if words[:2] == ["python", script]:
+        return forks.run(script.removesuffix(".py"), *words[2:])
     launch = {"python": [sys.executable], "torchrun": [sys.executable, "-m", "torch.distributed.run"]}[words[0]]
-    full = [*launch, *words[1:], *shlex.split(SHORT.get(script, ""))]
-    done = subprocess.run(full, cwd=place, capture_output=True, text=True, env={**os.environ, "OMP_NUM_THREADS": "1"})
-    return done.returncode, done.stdout + done.stderr
+    env = {**os.environ, "OMP_NUM_THREADS": "1"}
+    done = subprocess.run([*launch, *words[1:]], cwd=place, capture_output=True, text=True, env=env)
+    assert done.returncode == 0, f"$ {command}\n{done.stdout + done.stderr}"
+    return done.stdout
 
 
 def test_the_readme_shows_every_script():
@@ -59,13 +86,14 @@ def test_the_readme_shows_every_script():
         assert any(script in c for c in COMMANDS)
 
 
-def test_commands_run_in_the_order_of_the_page(place):
+def test_commands_run_in_the_order_of_the_page(place, forks):
     for command in COMMANDS:
         if "pytest" in command:
             continue
-        code, text = run(command, place)
-        assert code == 0, f"$ {command}\n{text}"
+        text = run(command, place, forks)
         if "data.check" in command and "wrote" in text:  # the page says: name the classes
             d = json.loads((place / "D/dataset.json").read_text())
             assert len(d["classes"]) > 1
+        if "--summary" in command:
+            assert all(f"| {name} |" in text for name in ("demo", "potsdam", "isaid"))
     assert (place / "runs/demo/results.json").exists() and list((place / "predictions").glob("*_overlay.jpg"))

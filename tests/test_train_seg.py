@@ -10,6 +10,7 @@ import time
 import numpy as np
 import pytest
 import torch
+import torchvision
 from forks import Forks
 from PIL import Image
 
@@ -131,6 +132,37 @@ def test_ranks_train_alike_and_evaluate_exactly_alike(demo, run, forks, tmp_path
     assert matrices[1] == matrices[2] == matrices[3] == matrix(run / "results.json")
 
 
+@pytest.mark.parametrize("model, size", [("unetformer", 64), ("deeplabv3", 48), ("effunet", 48)])
+def test_every_network_trains_resumes_evaluates_and_predicts(model, size, demo, forks, tmp_path):
+    flags = ["--root", demo, *TINY[:-6], "--model", model, "--crop", size, "--steps", 4, "--eval-every", 2,
+             "--batch-size", 2, "--workers", 0, "--dataset", "folder", "--ema", 0.5]
+    forks.run("train_seg", *flags, "--out", tmp_path / "a")
+    pid = forks.start("train_seg", *flags, "--out", tmp_path / "b")
+    while not (tmp_path / "b/last.pt").exists():
+        time.sleep(0.01)
+    os.kill(pid, signal.SIGTERM)
+    assert forks.finish()[0] in (143, 0)
+    forks.run("train_seg", "--resume", tmp_path / "b")  # dropout and BatchNorm's statistics too
+    same_bytes(tmp_path / "a", tmp_path / "b")
+    forks.run("eval", tmp_path / "a", "--out", tmp_path / "e", "--workers", 0)
+    assert matrix(tmp_path / "e/eval.json") == matrix(tmp_path / "a/results.json")
+    forks.run("predict", tmp_path / "a", next((demo / "test/images").iterdir()), "--out", tmp_path / "p")
+
+
+def test_flags_of_another_model_are_refused(demo, forks):
+    text = forks.run("train_seg", "--root", demo, "--model", "unetformer", "--head", "unet", ok=2)
+    assert "--head goes with --model vit, not unetformer" in text
+    assert "--freeze-bn goes with --model deeplabv3" in forks.run("train_seg", "--freeze-bn", ok=2)
+
+
+def test_a_cnn_starts_from_its_trunk_file(demo, forks, tmp_path):
+    torch.save(torchvision.models.resnet18().state_dict(), tmp_path / "resnet18.pth")
+    flags = ["--root", demo, *TINY[:-6], "--model", "unetformer", "--steps", 1, "--dataset", "folder", "--workers", 0]
+    text = forks.run("train_seg", *flags, "--out", tmp_path / "a", "--weights", tmp_path / "resnet18.pth", "--crop", 64)
+    assert "layout=torchvision, 122 of 122 tensors (not needed: classifier)" in text and "random: decoder" in text
+    assert "nor" in forks.run("train_seg", *flags, "--out", tmp_path / "b", "--weights", demo / "dataset.json", ok=2)
+
+
 def test_accumulation_is_the_large_batch(demo, forks, tmp_path):
     flags = ["--root", demo, *TINY, "--loss", "ce+focal+lovasz", "--steps", 4]
     forks.run("train_seg", *flags, "--out", tmp_path / "a")
@@ -182,13 +214,36 @@ def test_predict_any_size_raw_colours_and_a_bad_file(demo, forks, tmp_path):
     assert not (out / "sub/broken.png").exists()
 
 
+def test_what_is_transparent_gets_no_class(run, demo, forks, tmp_path):
+    image = Image.open(next((demo / "test/images").iterdir())).convert("RGBA")
+    image.paste((0, 0, 0, 0), (0, 0, 50, 30))  # left, top, right, bottom
+    image.save(tmp_path / "a.png")
+    forks.run("predict", run, tmp_path / "a.png", "--out", tmp_path / "p")
+    ids = np.array(Image.open(tmp_path / "p/a.png"))
+    assert (ids[:30, :50] == 255).all() and (ids == 255).sum() == 1500
+
+
+def test_summary_is_a_row_per_experiment(run, demo, forks, tmp_path):
+    for seed in (1, 2):
+        out = tmp_path / f"seed-{seed}"
+        forks.run("train_seg", "--root", demo, "--out", out, *TINY, "--steps", 2, "--seed", seed)
+    shutil.copytree(run, tmp_path / "killed", ignore=shutil.ignore_patterns("results.json"))
+    text = forks.run("eval", "--summary", run, tmp_path / "seed-1", tmp_path / "seed-2", tmp_path / "killed", demo)
+    head, _, first, second, last = text.splitlines()
+    assert head.count("|") == first.count("|") == second.count("|")
+    a, b = (json.loads((tmp_path / f"seed-{s}/results.json").read_text())["miou"] for s in (1, 2))
+    assert second.startswith("| seed-1, seed-2 | demo | test | 8 of 8 | 1, 2 | "
+                             f"{(a + b) / 2:.4f} +/- {abs(a - b) / 2 ** 0.5:.4f} |")
+    assert first.startswith(f"| {run.name} | demo | test |") and "killed: not finished" in last
+    assert "no results.json" in forks.run("eval", "--summary", demo, ok=2)
+
+
 def poisoned(monkeypatch, steps):  # the loss of these calls is NaN
     import train_seg
     calls, compute = iter(range(10**6)), train_seg.compute
 
     def nan(*args):
-        loss, parts = compute(*args)
-        return (loss * float("nan") if next(calls) in steps else loss), parts
+        return compute(*args) * (float("nan") if next(calls) in steps else 1)
 
     monkeypatch.setattr(train_seg, "compute", nan)
     monkeypatch.setattr(train_seg.signal, "signal", lambda *args: None)  # pytest keeps its own Ctrl-C
