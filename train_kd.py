@@ -147,6 +147,8 @@ def parse_args(argv=None):
         p.error(f"--bands {args.bands}: expected three numbers from 1, such as 4,1,2")
     if args.input_range and not args.input_range[0] < args.input_range[1]:
         p.error(f"--input-range {args.input_range}: expected the lower value first")
+    if args.replicate and args.replicate.endswith("%") and not args.replicate[:-1].replace(".", "", 1).isdigit():
+        p.error(f"--replicate {args.replicate}: expected a file of image names, or a share such as 5%")
     if min(args.cycle) < 1:
         p.error(f"--cycle {args.cycle}: expected two numbers from 1, such as 300 2")
     for_vit = dict(arch="nano8", head="fpn", taps=None, feat_norm="on", unfreeze=None, save="all", layer_decay=1.0)
@@ -585,13 +587,15 @@ def main(args):
         counts = np.stack([count_ids(plain.read(i)[1], K)[:K] for i in range(len(plain))])  # (N, K) pixels
     if args.replicate:
         if args.replicate.endswith("%"):
-            if not rare:
-                raise BadInput("--replicate with a share, and no rare class by --focus; name a file of images instead")
-            listed = [plain.names[i] for i in rich(counts, rare, float(args.replicate[:-1]) / 100)]
+            pixels = counts.sum(0)
+            scarce = [c for c in range(K) if 0 < pixels[c] < pixels.sum() / (2 * K)]  # as for --focus
+            listed = [plain.names[i] for i in rich(counts, scarce, float(args.replicate[:-1]) / 100)]
         else:
             listed = read_list(Path(args.replicate), plain.names)
         items = replicated(plain.names, listed)
         say(f"        {len(listed)} entries repeat training images: {len(items)} instead of {len(plain)} (--replicate)")
+        if rank == 0:
+            write(out / "replicated.txt", "\n".join(listed) + "\n")
     if args.sampler == "class-balanced":
         weights = balanced_weights(counts)
     elif args.sampler == "weighted":
