@@ -334,3 +334,20 @@ def test_class_balanced_sampling_and_the_share_rule(demo, forks, tmp_path):
     text = forks.run("train_kd", "--root", demo, "--out", tmp_path / "a", *TINY, "--steps", 2, "--alpha", 0,
                      "--sampler", "class-balanced", "--replicate", "1%")
     assert re.search(r"\d+ entries repeat training images", text) and "8 crops drawn with replacement" in text
+
+
+def test_a_cnn_as_student_and_as_teacher(demo, forks, tmp_path, teacher):
+    flags = ["--root", demo, "--dataset", "folder", "--workers", 0, "--crop", 32, "--batch-size", 2, "--warmup", 1]
+    student = [*flags, "--model", "unetformer", "--steps", 3, "--eval-every", 3, "--teacher", teacher]
+    forks.run("train_kd", *student, "--out", tmp_path / "a")
+    pid = forks.start("train_kd", *student, "--out", tmp_path / "b")
+    while not (tmp_path / "b/last.pt").exists():
+        time.sleep(0.01)
+    os.kill(pid, signal.SIGTERM)
+    code, text = forks.finish()
+    assert code == 128 + signal.SIGTERM, text
+    forks.run("train_kd", "--resume", tmp_path / "b")
+    same(tmp_path / "a", tmp_path / "b")  # dropout and batch statistics too
+    flags += ["--arch", "nano16", "--steps", 1, "--log-every", 1, "--teacher", tmp_path / "a"]
+    forks.run("train_kd", *flags, "--out", tmp_path / "c")
+    assert rows(tmp_path / "c", "kd")[0] > 0
