@@ -490,6 +490,47 @@ def main(args):
                                   for n in (pixel_norm, theirs["norm"]))
             change = s1 / s2, (m1 - m2) / s2
 
+    # ---- sampling
+    kept = {} if args.cache == "off" else {"cache": Cache(args.cache)}
+
+    def part(split, *augmentation):
+        files = {n: pairs[n] for n in splits[split]}
+        return SegDataset(files, labels, pixel_norm, *augmentation, **kept, **reading)
+
+    plain, items, weights, listed, scored = part("train"), None, None, None, None
+    if args.replicate and args.replicate.endswith("%") or args.sampler == "class-balanced":
+        per_image = np.stack([count_ids(plain.read(i)[1], K)[:K] for i in range(len(plain))])  # (N, K) pixels
+    if args.replicate:
+        if args.resume:
+            listed = (out / "replicated.txt").read_text().splitlines()
+        elif args.replicate.endswith("%"):
+            pixels = per_image.sum(0)
+            scarce = [c for c in range(K) if 0 < pixels[c] < pixels.sum() / (2 * K)]  # as for --focus
+            listed = [plain.names[i] for i in rich(per_image, scarce, float(args.replicate[:-1]) / 100)]
+        else:
+            listed = read_list(Path(args.replicate), plain.names)
+        items = replicated(plain.names, listed)
+        say(f"        {len(listed)} entries repeat training images: {len(items)} instead of {len(plain)} (--replicate)")
+    if args.sampler == "class-balanced":
+        weights = balanced_weights(per_image)
+    elif args.sampler == "weighted":
+        if args.resume:
+            scored = json.loads((out / "difficulty.json").read_text())
+        elif args.difficulty:
+            judge, judged = load_net(args.difficulty, None)
+            if [c["name"] for c in judged["classes"]] != labels.names:
+                raise BadInput(f"{args.difficulty}: trained on the classes {[c['name'] for c in judged['classes']]}, "
+                               f"these are {labels.names}; score the images with a network of the same classes")
+            seen = SegDataset({n: pairs[n] for n in splits["train"]}, labels, judged["norm"], **kept, **reading)
+            cms = image_matrices(judge.to(device), judged, seen, args, device, amp, rank, world)
+            scored = dict(zip(plain.names, hard_classes(cms.numpy(), args.hard_iou).tolist()))
+            del judge
+        else:
+            raise BadInput("--sampler weighted without --difficulty; name a run folder: its network scores the images")
+        weights = difficulty_weights([scored[n] for n in plain.names], args.hard_limits, args.hard_weights)
+        say("        classes with IoU < {} in an image: {}".format(args.hard_iou, ", ".join(
+            f"{h} in {n} images" for h, n in zip(*np.unique([*scored.values()], return_counts=True)))))
+
     # ---- optimiser
     if args.schedule == "restarts":
         ends = cycle_ends(*args.cycle, args.steps)
@@ -548,6 +589,10 @@ def main(args):
         write(out / "split.json", splits)
         if teacher is not None:
             write(out / "map.json", dict(teacher=names, student=labels.names, map=taught["map"]))
+        if listed is not None and not args.resume:
+            write(out / "replicated.txt", "".join(f"{n}\n" for n in listed))
+        if scored is not None and not args.resume:
+            write(out / "difficulty.json", scored)
         write(out / "protocol.json", meta | dict(
             command=shlex.join(["python", *sys.argv]), flags=vars(args), tta="none",
             selection=f"best {choose} mIoU" if choose else "last step",
@@ -572,51 +617,9 @@ def main(args):
             dist.all_reduce(t)
         return t
 
-    kept = {} if args.cache == "off" else {"cache": Cache(args.cache)}
-
-    def part(split, *augmentation):
-        files = {n: pairs[n] for n in splits[split]}
-        return SegDataset(files, labels, pixel_norm, *augmentation, **kept, **reading)
-
     # ---- loop
     pick = partial(transform, crop=args.crop, scales=args.scale, strength=args.color, rare=rare, focus=args.focus)
     train, val = part("train", pick, args.seed), choose and part(choose)
-    plain, items, weights = part("train"), None, None
-    counts = None
-    if args.replicate and args.replicate.endswith("%") or args.sampler == "class-balanced":
-        counts = np.stack([count_ids(plain.read(i)[1], K)[:K] for i in range(len(plain))])  # (N, K) pixels
-    if args.replicate:
-        if args.replicate.endswith("%"):
-            pixels = counts.sum(0)
-            scarce = [c for c in range(K) if 0 < pixels[c] < pixels.sum() / (2 * K)]  # as for --focus
-            listed = [plain.names[i] for i in rich(counts, scarce, float(args.replicate[:-1]) / 100)]
-        else:
-            listed = read_list(Path(args.replicate), plain.names)
-        items = replicated(plain.names, listed)
-        say(f"        {len(listed)} entries repeat training images: {len(items)} instead of {len(plain)} (--replicate)")
-        if rank == 0:
-            write(out / "replicated.txt", "\n".join(listed) + "\n")
-    if args.sampler == "class-balanced":
-        weights = balanced_weights(counts)
-    elif args.sampler == "weighted":
-        if args.resume:
-            scored = json.loads((out / "difficulty.json").read_text())
-        elif args.difficulty:
-            judge, judged = load_net(args.difficulty, None)
-            if [c["name"] for c in judged["classes"]] != labels.names:
-                raise BadInput(f"{args.difficulty}: trained on the classes {[c['name'] for c in judged['classes']]}, "
-                               f"these are {labels.names}; score the images with a network of the same classes")
-            seen = SegDataset({n: pairs[n] for n in splits["train"]}, labels, judged["norm"], **kept, **reading)
-            cms = image_matrices(judge.to(device), judged, seen, args, device, amp, rank, world)
-            scored = dict(zip(plain.names, hard_classes(cms.numpy(), args.hard_iou).tolist()))
-            del judge
-        else:
-            raise BadInput("--sampler weighted without --difficulty; name a run folder: its network scores the images")
-        weights = difficulty_weights([scored[n] for n in plain.names], args.hard_limits, args.hard_weights)
-        say("        classes with IoU < {} in an image: {}".format(args.hard_iou, ", ".join(
-            f"{h} in {n} images" for h, n in zip(*np.unique([*scored.values()], return_counts=True)))))
-        if rank == 0 and not args.resume:
-            write(out / "difficulty.json", scored)
     micro_steps = args.steps * args.accum
     draws = StepSampler(len(train), args.batch_size, micro_steps, args.seed, start * args.accum, rank, world, items,
                         weights)
