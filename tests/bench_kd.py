@@ -4,7 +4,7 @@
     python tests/bench_kd.py --out runs/bench_kd --dubai D                  demo, and the Dubai set in folder D
 Per data set and seed: baseline; with weighted sampling by the baseline's own difficulty scores; with replication; with
 the strategic crop; with all three; and with KD from a teacher of other classes, its map by name and measured. All have
-the same steps, so the baseline is the step-matched control. Prints mean +/- sd per class, and the paired difference to
+the same steps and report the last weights, so the baseline is the step-matched control. Prints mean +/- sd per class, and the paired difference to
 the baseline. What is there already is not run again. One thread; the slowest run is named.
 """
 import argparse
@@ -96,8 +96,8 @@ def main():
         root = demo.make(out / "data/demo") if name == "demo" else linked(args.dubai, out / "data/dubai", DUBAI)
         other = merged(root, out / f"data/{name}-merged", TEACHERS[name])
         classes = [c["name"] for c in read_description(root)["classes"]]
-        common = ["--dataset", "folder", "--arch", args.arch, "--steps", args.steps, "--eval-every", args.steps // 2,
-                  "--workers", 0, "--focus", 0, "--cache", out / "cache"]
+        common = ["--dataset", "folder", "--arch", args.arch, "--steps", args.steps, "--eval-every", args.steps,
+                  "--workers", 0, "--focus", 0, "--check-data", 16, "--cache", out / "cache"]
         teacher = out / f"{name}-teacher"
         run("train_seg.py", teacher, *common, "--root", other, "--arch", "nano8", "--seed", 100)
         write(out / f"{name}.json", {"map": TEACHERS[name]})
