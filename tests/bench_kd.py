@@ -87,7 +87,7 @@ def main():
     p.add_argument("--dubai", help="folder with Tile 1 ... Tile 8; adds the second data set")
     p.add_argument("--only", choices=sorted(TEACHERS), nargs="+", help="data sets (demo; with --dubai both)")
     p.add_argument("--seeds", type=int, default=3)
-    p.add_argument("--steps", type=int, default=300)
+    p.add_argument("--steps", type=int, default=200)
     p.add_argument("--arch", default="nano16")
     args = p.parse_args()
     out = args.out.resolve()
@@ -97,7 +97,7 @@ def main():
         other = merged(root, out / f"data/{name}-merged", TEACHERS[name])
         classes = [c["name"] for c in read_description(root)["classes"]]
         common = ["--dataset", "folder", "--arch", args.arch, "--steps", args.steps, "--eval-every", args.steps,
-                  "--workers", 0, "--focus", 0, "--check-data", 16, "--cache", out / "cache"]
+                  "--workers", 0, "--focus", 0, "--check-data", 8, "--cache", out / "cache"]
         teacher = out / f"{name}-teacher"
         run("train_seg.py", teacher, *common, "--root", other, "--arch", "nano8", "--seed", 100)
         write(out / f"{name}.json", {"map": TEACHERS[name]})
