@@ -4,8 +4,8 @@
     python tests/bench_kd.py --out runs/bench_kd --dubai D                  demo, and the Dubai set in folder D
 Per data set and seed: baseline; with weighted sampling by the baseline's own difficulty scores; with replication; with
 the strategic crop; with all three; and with KD from a teacher of other classes, its map by name and measured. All have
-the same steps and report the last weights, so the baseline is the step-matched control. Prints mean +/- sd per class, and the paired difference to
-the baseline. What is there already is not run again. One thread; the slowest run is named.
+the same steps and report the last weights, so the baseline is the step-matched control. Prints mean +/- sd per class,
+and the paired difference to the baseline. What is there already is not run again. One thread; the slowest run is named.
 """
 import argparse
 import json
