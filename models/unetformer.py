@@ -4,8 +4,8 @@
 
 Parameters have the published code's names (WangLibo1995/GeoSeg), those of the Swin trunk torchvision's; both kinds of
 file load. The decoders' arithmetic is the published one. That code stops at 224, 480 x 640 or 500: here images and
-windows that do not fill the grid are mirrored at the right and bottom, and the logits cut back to H x W. Where a side is
-224 or less, torchvision's Swin leaves out a shift that GeoSeg's makes: FTUNetFormer differs from it there.
+windows that do not fill the grid are mirrored at the right and bottom, and the logits cut back to H x W. Up to 224
+pixels a side torchvision's Swin leaves out a shift that GeoSeg's makes: there FTUNetFormer differs from it.
 """
 import re
 
