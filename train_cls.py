@@ -72,7 +72,7 @@ def parse_args(argv=None):
     model = p.add_argument_group("model")
     model.add_argument("--mode", choices=["knn", "linear", "finetune", "cnn"],
                        help="(linear with --weights, knn with --features mean, else cnn)")
-    model.add_argument("--weights", default="none", help="DINOv2/v3 file, folder or URL; none = from scratch")
+    model.add_argument("--weights", default="none", help="DINOv2/v3 (or CNN) file, folder or URL; none = from scratch")
     model.add_argument("--arch", default="nano8", choices=sorted(PRESETS), help="backbone without --weights")
     model.add_argument("--features", default="cls+patch", choices=["cls+patch", "cls", "mean"],
                        help="cls token and mean patch token, cls alone, or means of the three channels")
@@ -96,13 +96,13 @@ def parse_args(argv=None):
     opt.add_argument("--warmup", type=int, default=50, help="steps of rising rate")
     opt.add_argument("--schedule", default="cosine", choices=["cosine", "poly"])
     opt.add_argument("--clip", type=float, default=1.0, help="gradient norm limit, inf = off")
-    opt.add_argument("--label-smoothing", type=float, default=0.0)
+    opt.add_argument("--label-smoothing", type=float, default=0.0, help="of the cross-entropy")
     opt.add_argument("--amp", default="auto", choices=["auto", "bf16", "off"])
     run = p.add_argument_group("run")
     run.add_argument("--out", help="run folder (runs/<dataset>-<mode>, numbered when taken)")
     run.add_argument("--resume", metavar="RUN", help="go on with the run in this folder, with its flags")
     run.add_argument("--seed", type=int, default=0)
-    run.add_argument("--eval-every", type=int, default=300, help="steps between validations, where last.pt is written")
+    run.add_argument("--eval-every", type=int, default=375, help="steps between validations, where last.pt is written")
     run.add_argument("--log-every", type=int, default=50)
     args = p.parse_args(argv)
     if empty := [k for k, v in vars(args).items() if v == ""]:

@@ -230,7 +230,8 @@ def load_splits(root: str | Path, description: dict, pairs: dict[str, tuple], sp
     for split in description.get("unlabelled", ()):
         if split in splits and not (splits[split] and all(pairs[n][1] for n in splits[split])):
             del splits[split]
-    if split_file and "unlabelled" in description and (bare := [n for chosen in splits.values() for n in chosen if pairs[n][1] is None]):
+    chosen = [n for names in splits.values() for n in names] if "unlabelled" in description else []
+    if bare := [n for n in chosen if pairs[n][1] is None]:
         raise BadInput(f"{split_file}: {bare[0]!r} has no mask; take it out of the split")
     if val_frac and splits.get("val") and not select:
         raise BadInput("--val-frac for a data set that has a val split; leave the flag out, or take val out of splits")

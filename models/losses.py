@@ -129,6 +129,21 @@ def check_logits(logits: torch.Tensor) -> None:
                          "softmax, which it takes itself")
 
 
+def distill(logits: torch.Tensor, target: torch.Tensor, y: torch.Tensor, temperature: float = 1.0,
+            count: torch.Tensor | None = None, known: torch.Tensor | None = None) -> torch.Tensor:
+    """T^2 KL(target, softmax(logits / T)) summed over classes, over the count of valid pixels (Hinton et al. 2015).
+
+    target (B, K, H, W): probabilities, made with the same T; where they sum to m < 1 the pixel counts m times.
+    known: bool (K,), classes that the target speaks of; the softmax is taken over these alone. None = all."""
+    z = _float(logits) / temperature
+    if known is not None and not known.all():
+        z, target = z[:, known], target[:, known]
+    mass = target.sum(1)
+    # written for any m: sum q log(q / p) with q of sum m is m KL + m log m
+    kl = torch.xlogy(target, target).sum(1) - torch.xlogy(mass, mass) - (target * z.log_softmax(1)).sum(1)
+    return temperature ** 2 * kl.where(y != IGNORE, 0).sum() / _pixels(y, count)
+
+
 LOSSES = {"ce": ce, "focal": focal, "lovasz": lovasz, "dice": dice, "boundary": boundary}
 
 

@@ -3,8 +3,9 @@
     net = UNetFormer(6); info = load_pretrained(net, "resnet18-f37072fd.pth"); print(info["line"])
 
 Parameters have the published code's names (WangLibo1995/GeoSeg), those of the Swin trunk torchvision's; both kinds of
-file load. Where the published code runs, the logits are its own to 1e-6. It stops at 224, 480 x 640 or 500: here images
-and windows that do not fill the grid are mirrored at the right and bottom, and the logits cut back to H x W.
+file load. The decoders' arithmetic is the published one. That code stops at 224, 480 x 640 or 500: here images and
+windows that do not fill the grid are mirrored at the right and bottom, and the logits cut back to H x W. Up to 224
+pixels a side torchvision's Swin leaves out a shift that GeoSeg's makes: there FTUNetFormer differs from it.
 """
 import re
 

@@ -32,7 +32,8 @@ def commands(text):  # what the page shows indented, of "a && b" the last, loops
 
 
 COMMANDS = list(commands(README))
-SHORT = {"train_seg.py": "--steps 2 --eval-every 1 --batch-size 4 --crop 128 --workers 0", "eval.py": "--workers 0",
+TRAIN = "--steps 2 --eval-every 1 --batch-size 4 --crop 128 --workers 0"
+SHORT = {"train_seg.py": TRAIN, "train_points.py": TRAIN, "train_kd.py": TRAIN, "eval.py": "--workers 0",
          "train_cls.py": "--epochs 1 --batch-size 16"}
 EUROSAT = ["AnnualCrop", "Forest", "HerbaceousVegetation", "Highway", "Industrial", "Pasture", "PermanentCrop",
            "Residential", "River", "SeaLake"]
