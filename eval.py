@@ -130,10 +130,13 @@ def summary(runs):  # Markdown; runs that differ in no more than seed and place 
     for run in (r for r in map(Path, runs) if (r / "protocol.json").exists()):  # runs/data is none
         try:
             result, protocol = (json.loads((run / f"{name}.json").read_text()) for name in ("results", "protocol"))
+            if "accuracy" in result:  # of train_cls.py: the same words for the same numbers
+                result |= dict(oa=result["accuracy"], mf1=result["macro_f1"], iou=result["table"])
+                protocol |= dict(report={}, variant=None)
             place = ("seed", "out", "resume", "workers", "cache", "root")
             same = {k: v for k, v in protocol["flags"].items() if k not in place}
             same |= {k: protocol[k] for k in ("dataset", "variant", "world", "amp", "report")}
-            same |= {k: sorted(result[k]) for k in ("iou",)} | {"split": result["split"]}
+            same |= dict(classes=sorted(result["iou"]), split=result["split"])
         except FileNotFoundError:
             left_out.append(f"{run}: not finished; go on with --resume {run}")
         except (ValueError, LookupError, TypeError) as e:
@@ -146,6 +149,8 @@ def summary(runs):  # Markdown; runs that differ in no more than seed and place 
              "|" + "---|" * 10]
     for group in groups.values():
         def score(key):
+            if key not in group[0][1]:
+                return ""
             values = torch.tensor([result[key] for _, result, _ in group], dtype=torch.float64)
             return f"{values.mean():.4f}" + (f" +/- {values.std():.4f}" if len(group) > 1 else "")
 

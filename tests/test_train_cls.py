@@ -386,6 +386,8 @@ def test_predict_agrees_with_the_report(root, run, forks, tmp_path, mode):
 
 def test_eval_and_segmentation_know_a_classification_run(run, forks):
     assert "train_cls.py" in forks.run("eval", run, ok=2)
+    row = forks.run("eval", "--summary", run).splitlines()[2]
+    assert row.startswith(f"| a | tiny | test | 3 of 3 | 0 |  | {results(run)['macro_f1']:.4f} | ")
 
 
 def test_bad_files_are_named_and_may_be_skipped(tmp_path, forks):
