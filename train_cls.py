@@ -273,7 +273,7 @@ def main(args):
         say(f"        WARNING {line}")
     if args.per_class and not args.resume:  # split.json already holds the few
         splits["train"] = few(splits["train"], scenes, args.per_class, args.seed)
-    score, K = "test" if splits.get("test") else "val", len(classes)  # score: the split that is reported
+    test_split, K = "test" if splits.get("test") else "val", len(classes)  # the one that is reported
     rows = {s: np.array([at[n] for n in names]) for s, names in splits.items()}
     y = {s: torch.tensor([classes.index(scenes[n]) for n in names]) for s, names in splits.items()}
     say(f"        {K} classes, " + ", ".join(f"{len(n)} {s}" for s, n in splits.items()))
@@ -336,7 +336,7 @@ def main(args):
         task="classification", mode=args.mode, model=m, classes=[{"name": c} for c in classes], norm=pixel_norm,
         size=size, stored=pixels.shape[1], amp="bf16" if amp else "off", saved="head" if head_only else "all",
         weights=dict(path=info["path"] and str(Path(info["path"]).resolve()), sha256=info["sha256"]), dataset=dataset,
-        root=str(base), chosen_on="val", reported=score, reading=reading,
+        root=str(base), chosen_on="val", reported=test_split, reading=reading,
         splits={s: hashlib.sha256("\n".join(names).encode()).hexdigest()[:16] for s, names in splits.items()})
     if rank == 0:
         out.mkdir(parents=True, exist_ok=True)
@@ -426,7 +426,7 @@ def main(args):
             net.head.k = m["k"] = value
         save_best(0, best)
         with torch.inference_mode():
-            p = net.head(f[score]).cpu().softmax(1)
+            p = net.head(f[test_split]).cpu().softmax(1)
         meta["chosen"] = value
         title += f", step = number of the {'k' if args.mode == 'knn' else 'rate'} in {[v for v, _ in tried]}"
     else:
@@ -534,41 +534,41 @@ def main(args):
         if world > 1:
             dist.barrier()
         net.load_state_dict(load_weights(out / "best.safetensors")[0])
-        p = probabilities(score)
+        p = probabilities(test_split)
 
     # ---- report: the best weights on test, which nothing above has looked at
     if rank == 0:
-        pred, true, names = p.argmax(1), y[score], splits[score]
+        pred, true, names = p.argmax(1), y[test_split], splits[test_split]
         cm = confusion(pred, true, K)
         hits, table = (pred == true).numpy(), class_table(cm, classes)
         low, high = bootstrap(hits, [groups[n] for n in names])
         macro, base_rate = f1(cm).nanmean().item(), oa(majority(cm))
         write(out / "log.jsonl", "".join(json.dumps(row) + "\n" for row in history))
         write(out / "results.json", dict(
-            split=score, accuracy=oa(cm), accuracy_low=low, accuracy_high=high, macro_f1=macro,
+            split=test_split, accuracy=oa(cm), accuracy_low=low, accuracy_high=high, macro_f1=macro,
             classes_in_mean=int((~f1(cm).isnan()).sum()), majority_accuracy=base_rate, val_accuracy=best,
             chosen=meta.get("chosen"), images_per_second=speed, seconds=round(seconds + time.time() - began, 1),
             seed=args.seed, command=shlex.join(["python", *sys.argv]), table=table, confusion=cm.tolist()))
         write(out / "curves.png", plots.curves(history, f"{out.name}: {title}"))
-        write(out / "confusion.png", plots.confusion(cm.numpy(), classes, f"{dataset} {score}"))
+        write(out / "confusion.png", plots.confusion(cm.numpy(), classes, f"{dataset} {test_split}"))
 
         def card(i):
             words = [f"{classes[true[i]]}", f"{classes[pred[i]]} {p[i].max():.2f}"]
-            return pixels[rows[score][i]], words, not hits[i]
+            return pixels[rows[test_split][i]], words, not hits[i]
 
         wrong = sorted(np.flatnonzero(~hits), key=lambda i: -p[i].max())[:16]
         some = np.sort(np.random.default_rng(args.seed).permutation(len(names))[:16])
         write(out / "samples.png", plots.cards([
             ("most confident mistakes: true class, then what was predicted", [card(i) for i in wrong]),
-            (f"drawn at random from {score}", [card(i) for i in some])]))
+            (f"drawn at random from {test_split}", [card(i) for i in some])]))
         width = max(map(len, classes))
         print(f"{'class':{width}}     TP     FP     TN     FN  prec. recall  spec.     F1")
         for c, row in table.items():
             tail = " ".join("     -" if v is None else f"{v:6.3f}" for v in list(row.values())[4:])
             print(f"{c:{width}} " + " ".join(f"{row[k]:6d}" for k in ("tp", "fp", "tn", "fn")) + f" {tail}")
-        note = "" if score == "test" else "  (no test split: these images chose the weights)"
-        print(f"{score} accuracy {oa(cm):.4f} (95 % interval {low:.4f} to {high:.4f}), macro F1 {macro:.4f};  always "
-              f"the largest class: accuracy {base_rate:.4f}{note}")
+        note = "" if test_split == "test" else "  (no test split: these images chose the weights)"
+        print(f"{test_split} accuracy {oa(cm):.4f} (95 % interval {low:.4f} to {high:.4f}), macro F1 {macro:.4f};  "
+              f"always the largest class: accuracy {base_rate:.4f}{note}")
         print(f"look at {out}/samples.png, confusion.png, curves.png; then, on your own images:\n"
               f"  python predict.py {shlex.quote(str(out))} IMAGE_OR_FOLDER --out predictions")
     # >>> same: leave

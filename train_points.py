@@ -392,8 +392,8 @@ def main(args):
     fixed = out / "split.json" if args.resume else args.split_file  # files may have been added since the run began
     splits = load_splits(root, description, pairs, fixed, None if args.resume else args.val_frac, args.group_regex,
                          need=("train",) if args.final else ("train", "val"), final=args.final)
-    choose = None if args.final else "select" if splits.get("select") else "val"  # the split that picks the weights
-    score = next(s for s in ("test", "val", "train") if splits.get(s))  # the split that is reported
+    val_split = None if args.final else "select" if splits.get("select") else "val"  # the split that picks the weights
+    test_split = next(s for s in ("test", "val", "train") if splits.get(s))  # the split that is reported
     further, reading = description.get("report", {}), dict(bands=args.bands, input_range=args.input_range)
     K = len(labels.names)
     say(f"data    {description['name']}, {K} classes, images: " + ", ".join(f"{len(n)} {s}" for s, n in splits.items()))
@@ -420,7 +420,7 @@ def main(args):
             raise BadInput(f"--points {path}: expected a .csv or .geojson file, {', '.join(points.PATTERNS)}, or dense")
         given = points.read_points(path, pairs, labels.names)
         say(f"points  {path}, {sum(map(len, given.values()))} in all")
-    for split in {choose, score} - {None}:
+    for split in {val_split, test_split} - {None}:
         if bare := [n for n in splits[split] if pairs[n][1] is None]:
             if not any(n in given for n in splits[split]):
                 raise BadInput(f"{pairs[bare[0]][0]}: in {split}, without a mask, and no point in that split; add "
@@ -545,7 +545,7 @@ def main(args):
         amp="bf16" if amp else "off", saved="all",
         weights=dict(path=info["path"] and str(Path(info["path"]).resolve()), sha256=info["sha256"]),
         dataset=description["name"], root=str(root), source=source, variant=description.get("variant"),
-        chosen_on=choose, reported=score, reading=reading, report=further,
+        chosen_on=val_split, reported=test_split, reading=reading, report=further,
         splits={s: hashlib.sha256("\n".join(names).encode()).hexdigest()[:16] for s, names in splits.items()})
     def save_last(step):
         if rank == 0:
@@ -579,7 +579,7 @@ def main(args):
         train = SegDataset(files, labels, pixel_norm, partial(transform, **how), args.seed, **kept, **reading)
     else:
         train = PointSet(files, ps, labels, pixel_norm, partial(transform_points, **how), args.seed, **kept, **reading)
-    val = choose and part(choose)
+    val = val_split and part(val_split)
     train.read(0)  # bands or depth that need a flag are told before anything is written
     if rank == 0:
         out.mkdir(parents=True, exist_ok=True)
@@ -588,7 +588,7 @@ def main(args):
             points.write_points(out / "points.csv", given, labels.names)
         write(out / "protocol.json", meta | dict(
             command=command, flags=vars(args), tta="none",
-            selection=f"best {choose} mIoU" if choose else "last step",
+            selection=f"best {val_split} mIoU" if val_split else "last step",
             absent_class="NaN, not in the mean", torch=torch.__version__, python=sys.version.split()[0], world=world,
             device=torch.cuda.get_device_name() if device.type == "cuda" else f"{torch.get_num_threads()} CPU threads"))
     draws = StepSampler(len(train), args.batch_size, args.steps, args.seed, start, rank, world)
@@ -672,10 +672,10 @@ def main(args):
         elif due and not args.final:
             cm = evaluate(ema or net, val, args, device, amp, rank, world)
             miou = iou(cm).nanmean().item()
-            scores = {"train": averages(seen.cpu()), choose: averages(cm)}
+            scores = {"train": averages(seen.cpu()), val_split: averages(cm)}
             history.append(dict(step=done, val_miou=miou, val_oa=oa(cm), scores=scores))
             constant = "  WARNING: one class everywhere" if (cm.sum(0) > 0).sum() == 1 else ""
-            say(f"step {done:5d}  {choose} mIoU {miou:.4f}  OA {oa(cm):.4f}{constant}", flush=True)
+            say(f"step {done:5d}  {val_split} mIoU {miou:.4f}  OA {oa(cm):.4f}{constant}", flush=True)
             for split, row in scores.items():
                 say(f"  {split:6} {as_text(row)}")
             if miou > best:
@@ -684,7 +684,7 @@ def main(args):
         if due:
             seen.zero_()
         if due and rank == 0:
-            write(out / "bars.png", plots.bars(history, f"{out.name}: train on points, {choose} on full masks"))
+            write(out / "bars.png", plots.bars(history, f"{out.name}: train on points, {val_split} on full masks"))
             write(out / "curves.png", plots.curves(history, f"{out.name}: {args.head if vit else args.model}"))
         if due or stops:
             save_last(done)
@@ -702,22 +702,22 @@ def main(args):
     if world > 1:
         dist.barrier()
     net.load_state_dict(load_weights(out / "best.safetensors")[0])
-    test = part(score)
+    test = part(test_split)
     cm = evaluate(net, test, args, device, amp, rank, world)
     if rank == 0:
-        r = dict(split=score, **report(cm, labels.names, further))
+        r = dict(split=test_split, **report(cm, labels.names, further))
         write(out / "results.json", dict(
             r, scores=averages(cm), majority_scores=averages(majority(cm)), points=int(counts[:K].sum()),
             val_miou=None if args.final else best, steps=history[-1]["step"],
             seconds=round(seconds + time.time() - began, 1),
             seed=args.seed, command=command))
-        write(out / "confusion.png", plots.confusion(cm.numpy(), labels.names, f"{description['name']} {score}"))
+        write(out / "confusion.png", plots.confusion(cm.numpy(), labels.names, f"{description['name']} {test_split}"))
         write(out / "samples.png", draw_samples(net, test, args, device, amp))
         note = "  (no other split: the weights were learned or chosen on these very images)"
-        note = note if score in ("train", choose) else ""
+        note = note if test_split in ("train", val_split) else ""
         print("  ".join(f"{n} {v:.3f}" for n, v in zip(labels.names, iou(cm).tolist())))
         print(headline(r, further) + note)
-        for who, row in ((score, averages(cm)), (f"always {r['majority_class']!r}", averages(majority(cm)))):
+        for who, row in ((test_split, averages(cm)), (f"always {r['majority_class']!r}", averages(majority(cm)))):
             print(f"{who} {as_text(row)}")
         print(f"look at {out}/samples.png, confusion.png, bars.png; then, on your own images:\n"
               f"  python predict.py {shlex.quote(str(out))} IMAGE_OR_FOLDER --out predictions")

@@ -306,8 +306,8 @@ def main(args):
     fixed = out / "split.json" if args.resume else args.split_file  # files may have been added since the run began
     splits = load_splits(root, description, pairs, fixed, None if args.resume else args.val_frac, args.group_regex,
                          need=("train",) if args.final else ("train", "val"), final=args.final)
-    choose = None if args.final else "select" if splits.get("select") else "val"  # the split that picks the weights
-    score = next(s for s in ("test", "val", "train") if splits.get(s))  # the split that is reported
+    val_split = None if args.final else "select" if splits.get("select") else "val"  # the split that picks the weights
+    test_split = next(s for s in ("test", "val", "train") if splits.get(s))  # the split that is reported
     further, reading = description.get("report", {}), dict(bands=args.bands, input_range=args.input_range)
     K = len(labels.names)
     say(f"data    {description['name']}, {K} classes, images: " + ", ".join(f"{len(n)} {s}" for s, n in splits.items()))
@@ -430,7 +430,7 @@ def main(args):
         amp="bf16" if amp else "off", saved="head" if head_only else "all",
         weights=dict(path=info["path"] and str(Path(info["path"]).resolve()), sha256=info["sha256"]),
         dataset=description["name"], root=str(root), source=source, variant=description.get("variant"),
-        chosen_on=choose, reported=score, reading=reading, report=further,
+        chosen_on=val_split, reported=test_split, reading=reading, report=further,
         splits={s: hashlib.sha256("\n".join(names).encode()).hexdigest()[:16] for s, names in splits.items()})
 
     def save_last(step):
@@ -463,13 +463,13 @@ def main(args):
         write(out / "split.json", splits)
         write(out / "protocol.json", meta | dict(
             command=command, flags=vars(args), tta="none",
-            selection=f"best {choose} mIoU" if choose else "last step",
+            selection=f"best {val_split} mIoU" if val_split else "last step",
             absent_class="NaN, not in the mean", torch=torch.__version__, python=sys.version.split()[0], world=world,
             device=torch.cuda.get_device_name() if device.type == "cuda" else f"{torch.get_num_threads()} CPU threads"))
 
     # ---- loop
-    pick = partial(transform, crop=args.crop, scales=args.scale, strength=args.color, rare=rare, focus=args.focus)
-    train, val = part("train", pick, args.seed), choose and part(choose)
+    crops = partial(transform, crop=args.crop, scales=args.scale, strength=args.color, rare=rare, focus=args.focus)
+    train, val = part("train", crops, args.seed), val_split and part(val_split)
     micro_steps = args.steps * args.accum
     draws = StepSampler(len(train), args.batch_size, micro_steps, args.seed, start * args.accum, rank, world)
     say(f"loop    {args.steps} steps, {micro_steps * args.batch_size * world / len(train):.1f} crops per image")
@@ -560,7 +560,7 @@ def main(args):
             miou = iou(cm).nanmean().item()
             history.append(dict(step=done, val_miou=miou, val_oa=oa(cm)))
             constant = "  WARNING: one class everywhere" if (cm.sum(0) > 0).sum() == 1 else ""
-            say(f"step {done:5d}  {choose} mIoU {miou:.4f}  OA {oa(cm):.4f}{constant}", flush=True)
+            say(f"step {done:5d}  {val_split} mIoU {miou:.4f}  OA {oa(cm):.4f}{constant}", flush=True)
             if miou > best:
                 save_best(done, miou)
             stale = 0 if miou > best else stale + 1
@@ -582,15 +582,15 @@ def main(args):
     if world > 1:
         dist.barrier()
     net.load_state_dict(load_weights(out / "best.safetensors")[0], strict=not head_only)
-    test = part(score)
+    test = part(test_split)
     cm = evaluate(net, test, args, device, amp, rank, world)
     if rank == 0:
-        r = dict(split=score, **report(cm, labels.names, further))
+        r = dict(split=test_split, **report(cm, labels.names, further))
         write(out / "results.json", dict(
             r, val_miou=None if args.final else best, steps=history[-1]["step"],
             seconds=round(seconds + time.time() - began, 1),
             seed=args.seed, command=command))
-        write(out / "confusion.png", plots.confusion(cm.numpy(), labels.names, f"{description['name']} {score}"))
+        write(out / "confusion.png", plots.confusion(cm.numpy(), labels.names, f"{description['name']} {test_split}"))
         shown = []
         for i in even_sample(range(len(test)), 6):
             with torch.inference_mode():
@@ -598,7 +598,7 @@ def main(args):
             shown.append((*test.read(i), logits.max(0).indices.byte().cpu().numpy(), test.names[i]))
         write(out / "samples.png", plots.samples(shown, labels.names, labels.colors))
         note = "  (no other split: the weights were learned or chosen on these very images)"
-        note = note if score in ("train", choose) else ""
+        note = note if test_split in ("train", val_split) else ""
         print("  ".join(f"{n} {v:.3f}" for n, v in zip(labels.names, iou(cm).tolist())))
         print(headline(r, further) + note)
         print(f"look at {out}/samples.png, confusion.png, curves.png; then, on your own images:\n"
