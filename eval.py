@@ -84,6 +84,8 @@ def build(m):  # the "model" entry of best.safetensors -> network, weights still
 # >>> same: load
 def load_net(run, weights, build=build):  # best.safetensors or run folder -> network in eval mode, description
     state, meta = load_weights(run)
+    if (meta.get("task") == "classification") != (build.__name__ == "build_cls"):
+        raise BadWeights(f"{run}: of another kind (segmentation or classification); name a run that fits")
     if meta["saved"] == "head":
         backbone, info = load_vit(weights or meta["weights"]["path"])[1:]
         if info["sha256"] != meta["weights"]["sha256"]:

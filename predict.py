@@ -112,6 +112,8 @@ def build_cls(m):  # the "model" entry of a classification run -> network, weigh
 # >>> same: load
 def load_net(run, weights, build=build):  # best.safetensors or run folder -> network in eval mode, description
     state, meta = load_weights(run)
+    if (meta.get("task") == "classification") != (build.__name__ == "build_cls"):
+        raise BadWeights(f"{run}: of another kind (segmentation or classification); name a run that fits")
     if meta["saved"] == "head":
         backbone, info = load_vit(weights or meta["weights"]["path"])[1:]
         if info["sha256"] != meta["weights"]["sha256"]:
@@ -217,6 +219,7 @@ def main(args):
     if load_weights(args.run)[1].get("task") == "classification":
         bad = classify(args, rank, world, device)
         if world > 1:
+            dist.barrier()  # rank 0 has written
             dist.destroy_process_group()
         sys.exit(2 if bad else 0)
     net, meta = load_net(args.run, args.weights)

@@ -49,6 +49,9 @@ from models.vit import PRESETS, ViT, arch_name
 from models.weights import BadWeights, fill, load_vit, locate, read, sha256
 
 
+MOVABLE = ("out", "resume", "cache", "root", "weights")  # what a resumed run may have at another place
+
+
 def parse_args(argv=None):
     p = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     data = p.add_argument_group("data")
@@ -89,8 +92,8 @@ def parse_args(argv=None):
     opt = p.add_argument_group("optimiser")
     opt.add_argument("--epochs", type=int, help="(15; linear 100)")
     opt.add_argument("--batch-size", type=int, default=64, help="per process")
-    opt.add_argument("--lr", type=float, help="of the head (2e-3 from scratch, 1e-3 with --weights)")
-    opt.add_argument("--backbone-lr", type=float, help="(--lr from scratch, 2e-5 with --weights)")
+    opt.add_argument("--lr", type=float, help="of the head (2e-3 from scratch, 1e-3 with --weights or a CNN)")
+    opt.add_argument("--backbone-lr", type=float, help="(--lr from scratch; with --weights 2e-5, of a CNN 1e-4)")
     opt.add_argument("--layer-decay", type=float, default=1.0, help="factor on the rate per block below the last")
     opt.add_argument("--weight-decay", type=float, default=0.05)
     opt.add_argument("--warmup", type=int, default=50, help="steps of rising rate")
@@ -107,6 +110,17 @@ def parse_args(argv=None):
     args = p.parse_args(argv)
     if empty := [k for k, v in vars(args).items() if v == ""]:
         p.error(f"--{empty[0].replace('_', '-')} is empty; is the shell variable set?")
+    if args.resume:  # the stored flags become the defaults, so a flag that now differs was typed
+        stored = load_state(Path(args.resume) / "last.pt").get("args")
+        if stored is None or stored.keys() != vars(args).keys():
+            raise BadInput(f"{args.resume}/last.pt: not written by this script; name a run folder of it")
+        p.set_defaults(**stored | {"resume": args.resume})
+        args = p.parse_args(argv)
+        args.out = args.resume
+        for k in (k for k, v in stored.items() if getattr(args, k) != v and k not in MOVABLE):
+            raise BadInput(f"{args.resume}: was trained with {k} = {stored[k]}, not {getattr(args, k)}; leave the flag "
+                           "out, or start a new run")
+        return args
     ranges = [("epochs eval_every log_every per_class", 1, 2**31), ("batch_size", 2, 2**31), ("size", 8, 2**12),
               ("clip temperature", 1e-9, math.inf), ("seed split_seed warmup shift", 0, 2**31), ("lr", 1e-9, 10),
               ("label_smoothing", 0, 0.9), ("mixup cutmix", 0, 1), ("backbone_lr layer_decay weight_decay", 0, 10)]
@@ -121,17 +135,6 @@ def parse_args(argv=None):
         p.error(f"--bands {args.bands}: expected three numbers from 1, such as 4,1,2")
     if args.input_range and not -math.inf < args.input_range[0] < args.input_range[1] < math.inf:
         p.error(f"--input-range {args.input_range}: expected the lower value first")
-    if args.resume:  # the stored flags become the defaults, so a flag that now differs was typed
-        stored = load_state(Path(args.resume) / "last.pt").get("args")
-        if stored is None:
-            raise BadInput(f"{args.resume}/last.pt: not written by this script; name a run folder")
-        p.set_defaults(**stored)
-        args, typed = p.parse_args(argv), args
-        args.out, args.resume = typed.resume, typed.resume
-        for k, v in stored.items():
-            if getattr(args, k) != v and k not in ("out", "resume", "cache", "root"):
-                raise BadInput(f"{args.resume}: was trained with {k} = {v}, not {getattr(args, k)}; leave the flag "
-                               "out, or start a new run")
     return args
 
 
@@ -139,10 +142,10 @@ def numbers(text):  # "4,1,2" -> [4, 1, 2]
     return [int(n) for n in text.split(",")]
 
 
-def lr_at(step, args, steps):  # a pure function of step: a resumed run has no scheduler to restore
-    done = max(0.0, (step - args.warmup) / max(1, steps - args.warmup))
+def lr_at(step, args, steps, warmup):  # a pure function of step: a resumed run has no scheduler to restore
+    done = max(0.0, (step - warmup) / max(1, steps - warmup))
     fall = 0.5 * (1 + math.cos(math.pi * done)) if args.schedule == "cosine" else (1 - done) ** 0.9
-    return args.lr * min((step + 1) / max(1, args.warmup), fall)
+    return args.lr * min((step + 1) / max(1, warmup), fall)
 
 
 # >>> same: build_cls
@@ -221,10 +224,13 @@ def main(args):
     if not args.out:
         numbered = (out if i == 1 else Path(f"{out}-{i}") for i in itertools.count(1))
         out = next(f for f in numbered if not (f / "last.pt").exists() and not (f / "results.json").exists())
-    elif rank == 0 and not args.resume and (out / "last.pt").exists():
-        raise BadInput(f"{out}: holds a run; type --resume {out} to go on with it, or another --out")
-    elif rank == 0 and not args.resume and (out / "results.json").exists():
-        raise BadInput(f"{out}: holds a finished run; type another --out")
+    elif rank == 0 and not args.resume and out.exists():
+        if (out / "last.pt").exists():
+            raise BadInput(f"{out}: holds a run; type --resume {out} to go on with it, or another --out")
+        if (out / "results.json").exists() and (out / "protocol.json").exists():
+            raise BadInput(f"{out}: holds a finished run; type another --out")
+        if not out.is_dir() or any(out.iterdir()) and not (out / "protocol.json").exists():
+            raise BadInput(f"{out}: there, and no run of this script; name another --out")
     if world > 1:  # rank 0 may be ahead and have made the folder
         dist.broadcast_object_list(name := [str(out)])
         out = Path(name[0])
@@ -287,8 +293,9 @@ def main(args):
         say(f"        WARNING --norm {pixel_norm}, but these weights were trained with {info['norm']}")
     scratch, probe = state is None, args.mode in ("knn", "linear")
     size = size or pixels.shape[1]
-    defaults = dict(lr=2e-3 if scratch else 1e-3, stem="small" if scratch else "imagenet", unfreeze="all",
-                    epochs=100 if probe else 15, backbone_lr=args.lr or 2e-3 if scratch else 2e-5)
+    lr = args.lr or (2e-3 if scratch and args.mode != "cnn" else 1e-3)
+    defaults = dict(lr=lr, stem="small" if scratch else "imagenet", unfreeze="all", epochs=100 if probe else 15,
+                    backbone_lr=lr if scratch else 1e-4 if args.mode == "cnn" else 2e-5)
     vars(args).update({k: v for k, v in defaults.items() if getattr(args, k) is None})
     if args.features == "mean" and not (probe and scratch):
         raise BadInput(f"--features mean with --mode {args.mode}, --weights {args.weights}: nothing to train or load "
@@ -338,11 +345,19 @@ def main(args):
         weights=dict(path=info["path"] and str(Path(info["path"]).resolve()), sha256=info["sha256"]), dataset=dataset,
         root=str(base), chosen_on="val", reported=test_split, reading=reading,
         splits={s: hashlib.sha256("\n".join(names).encode()).hexdigest()[:16] for s, names in splits.items()})
+    last, command = load_state(out / "last.pt") if args.resume else None, shlex.join(["python", *sys.argv])
+    if args.resume:
+        if last["weights"] != info["sha256"]:
+            raise BadInput(f"{args.weights}: not the file this run was trained on (sha256 {last['weights']})")
+        if last["world"] != world:  # it would change the batch and the order of the samples
+            raise BadInput(f"{out}: trained by {last['world']} processes, not {world}; use as many: torchrun "
+                           f"--nproc_per_node={last['world']}, or plain python for 1")
+        command = last["command"]
     if rank == 0:
         out.mkdir(parents=True, exist_ok=True)
         write(out / "split.json", splits)
         write(out / "protocol.json", meta | dict(
-            command=shlex.join(["python", *sys.argv]), flags=vars(args), selection="best val accuracy",
+            command=command, flags=vars(args), selection="best val accuracy",
             left_out=faulty | copies, torch=torch.__version__, python=sys.version.split()[0], world=world,
             device=torch.cuda.get_device_name() if device.type == "cuda" else f"{torch.get_num_threads()} CPU threads"))
 
@@ -437,28 +452,26 @@ def main(args):
         if world > 1:
             model = DistributedDataParallel(net, device_ids=[local] if device.type == "cuda" else None)
         steps = max(1, round(args.epochs * len(rows["train"]) / (args.batch_size * world)))
+        warmup = min(args.warmup, steps // 5)  # few-shot runs are short
 
         # ---- resume
         bad = 0
         if args.resume:
-            last = load_state(out / "last.pt")
-            if last["weights"] != info["sha256"]:
-                raise BadInput(f"{args.weights}: not the file this run was trained on (sha256 {last['weights']})")
-            if last["world"] != world:  # it would change the batch and the order of the samples
-                raise BadInput(f"{out}: trained by {last['world']} processes, not {world}; use as many: torchrun "
-                               f"--nproc_per_node={last['world']}, or plain python for 1")
             net.load_state_dict(last["net"])
             opt.load_state_dict(last["opt"])
             start, best, bad, seconds = (last[k] for k in ("step", "best", "bad", "seconds"))
-            history = [r for r in map(json.loads, (out / "log.jsonl").read_text().splitlines()) if r["step"] <= start]
+            history = last["history"]
+            del last
             say(f"resume  {out} at step {start} of {steps}, best val accuracy {best:.4f}")
 
         def save_last(step):
             if rank == 0:
                 write(out / "log.jsonl", "".join(json.dumps(row) + "\n" for row in history))
                 save_state(out / "last.pt", net=net.state_dict(), opt=opt.state_dict(), step=step, best=best, bad=bad,
-                           seconds=seconds + time.time() - began, world=world, weights=info["sha256"], args=vars(args))
+                           seconds=seconds + time.time() - began, world=world, weights=info["sha256"],
+                           command=command, history=history, args=vars(args))
 
+        statistics = [*net.buffers()] if m["name"] == "cnn" else []
         stopped = []  # a signal lets the step finish, then saves and leaves
         def stop(number, frame):
             stopped.append(number)
@@ -481,17 +494,21 @@ def main(args):
                 x, target, other, share = augment.cutmix_scenes(x, target, rng)
             elif rng.random() < args.mixup:
                 x, target, other, share = augment.mixup(x, target, rng)
+            before_step = [t.clone() for t in statistics]
             with torch.autocast(device.type, torch.bfloat16, enabled=amp):  # bf16 needs no GradScaler
                 logits = model(x).float()  # (B, K)
             loss = share * F.cross_entropy(logits, target, label_smoothing=args.label_smoothing)
             if other is not None:
                 loss = loss + (1 - share) * F.cross_entropy(logits, other, label_smoothing=args.label_smoothing)
             for g in opt.param_groups:
-                g["lr"] = g["scale"] * lr_at(step, args, steps)
+                g["lr"] = g["scale"] * lr_at(step, args, steps, warmup)
             opt.zero_grad(set_to_none=True)
             loss.backward()  # DDP averages the gradients here, so `norm` is the same number on every rank ...
             norm = torch.nn.utils.clip_grad_norm_(params, args.clip)
             bad = 0 if norm.isfinite() else bad + 1  # ... and all ranks skip together, without one more collective
+            if bad:  # what it did to BatchNorm's statistics
+                for t, old in zip(statistics, before_step):
+                    t.copy_(old)
             if bad == 0:
                 opt.step()
             elif bad == 5:
@@ -507,9 +524,10 @@ def main(args):
                 took = time.time() - began
                 speed = (done - start) * args.batch_size * world / took
                 rest = round(took / (done - start) * (steps - done))
-                history.append(dict(step=done, loss=loss.item(), lr=lr_at(step, args, steps),
+                history.append(dict(step=done, loss=loss.item() if loss.isfinite() else None,
+                                    lr=lr_at(step, args, steps, warmup),
                                     grad_norm=norm.item() if norm.isfinite() else None))
-                say(f"step {done:5d} of {steps}  loss {history[-1]['loss']:.4f}  |g| {norm.item():.3f}  "
+                say(f"step {done:5d} of {steps}  loss {loss.item():.4f}  |g| {norm.item():.3f}  "
                     f"lr {history[-1]['lr']:.2e}  {speed:.0f} images/s  ETA {rest // 60}:{rest % 60:02d}",
                     flush=True)
             if due:
@@ -548,7 +566,7 @@ def main(args):
             split=test_split, accuracy=oa(cm), accuracy_low=low, accuracy_high=high, macro_f1=macro,
             classes_in_mean=int((~f1(cm).isnan()).sum()), majority_accuracy=base_rate, val_accuracy=best,
             chosen=meta.get("chosen"), images_per_second=speed, seconds=round(seconds + time.time() - began, 1),
-            seed=args.seed, command=shlex.join(["python", *sys.argv]), table=table, confusion=cm.tolist()))
+            seed=args.seed, command=command, table=table, confusion=cm.tolist()))
         write(out / "curves.png", plots.curves(history, f"{out.name}: {title}"))
         write(out / "confusion.png", plots.confusion(cm.numpy(), classes, f"{dataset} {test_split}"))
 

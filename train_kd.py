@@ -109,10 +109,10 @@ def parse_args(argv=None):
     model.add_argument("--freeze-bn", action="store_true", help="deeplabv3: keep BatchNorm's statistics (batches of 1)")
     model.add_argument("--save", default="all", choices=["all", "head"], help="head: without the frozen backbone")
     opt = p.add_argument_group("optimiser")
-    opt.add_argument("--steps", type=int, default=1300)
-    opt.add_argument("--batch-size", type=int, default=4, help="per process and micro-batch")
+    opt.add_argument("--steps", type=int, default=720)
+    opt.add_argument("--batch-size", type=int, default=8, help="per process and micro-batch")
     opt.add_argument("--accum", type=int, default=1, help="micro-batches per step")
-    opt.add_argument("--lr", type=float, help="of the head (2e-3 from scratch, 1e-3 with --weights or a CNN)")
+    opt.add_argument("--lr", type=float, help="of the head (3e-3 from scratch, 1e-3 with --weights or a CNN)")
     opt.add_argument("--backbone-lr", type=float, help="(--lr from scratch; with --weights 2e-5, of a CNN 1e-4)")
     opt.add_argument("--layer-decay", type=float, default=1.0, help="factor on the rate per block below the last")
     opt.add_argument("--weight-decay", type=float, default=0.05)
@@ -123,17 +123,17 @@ def parse_args(argv=None):
     opt.add_argument("--lookahead", type=int, default=0, help="steps between synchronisations, 5 as published; 0 = off")
     opt.add_argument("--clip", type=float, default=1.0, help="gradient norm limit, inf = off")
     opt.add_argument("--loss", default="ce+dice", help="ce, focal, dice, lovasz, boundary: ce+0.5*dice")
-    opt.add_argument("--class-weights", default="none", choices=["none", "inverse", "sqrt", "median", "effective"],
-                     help="for ce and focal")
+    opt.add_argument("--class-weights", choices=["none", "inverse", "sqrt", "median", "effective"],
+                     help="for ce and focal (none; sqrt for the demo, whose cars are .3 %% of it)")
     opt.add_argument("--label-smoothing", type=float, default=0.0, help="of the cross-entropy")
     opt.add_argument("--ema", type=float, default=0.0, help="decay of averaged weights, evaluated and kept; 0 = off")
     opt.add_argument("--amp", default="auto", choices=["auto", "bf16", "off"])
     opt.add_argument("--compile", action="store_true", help="torch.compile the network")
     run = p.add_argument_group("run")
-    run.add_argument("--out", help="run folder (runs/<dataset>, numbered when taken)")
+    run.add_argument("--out", help="run folder (runs/<dataset>-kd, numbered when taken)")
     run.add_argument("--resume", metavar="RUN", help="go on with the run in this folder, with its flags")
     run.add_argument("--seed", type=int, default=0)
-    run.add_argument("--eval-every", type=int, default=650, help="steps between validations, where last.pt is written")
+    run.add_argument("--eval-every", type=int, default=360, help="steps between validations, where last.pt is written")
     run.add_argument("--patience", type=int, default=0, help="stop after so many validations without gain, 0 = off")
     run.add_argument("--overlap", type=float, default=0.25, help="of evaluation windows, as a part of --crop")
     run.add_argument("--log-every", type=int, default=50)
@@ -142,8 +142,8 @@ def parse_args(argv=None):
         p.error(f"--{empty[0].replace('_', '-')} is empty; is the shell variable set?")
     if args.resume:  # the stored flags become the defaults, so a flag that now differs was typed
         stored = load_state(Path(args.resume) / "last.pt").get("args")
-        if stored is None:
-            raise BadInput(f"{args.resume}/last.pt: not written by this script; name a run folder")
+        if stored is None or stored.keys() != vars(args).keys():
+            raise BadInput(f"{args.resume}/last.pt: not written by this script; name a run folder of it")
         p.set_defaults(**stored | {"resume": args.resume})
         args = p.parse_args(argv)
         args.out = args.resume
@@ -162,6 +162,12 @@ def parse_args(argv=None):
     for flag, low, high in ((f, *limits) for flags, *limits in ranges for f in flags.split()):
         if getattr(args, flag) is not None and not low <= getattr(args, flag) <= high:
             p.error(f"--{flag.replace('_', '-')} {getattr(args, flag)}: expected {low} to {high}")
+    if args.schedule == "restarts" and args.cycle[0] > args.steps:
+        p.error(f"--cycle {args.cycle[0]} is longer than --steps {args.steps}: no cycle would end")
+    if args.lookahead and (args.steps % args.lookahead or args.eval_every % args.lookahead):
+        p.error(f"--lookahead {args.lookahead}: --steps and --eval-every must be multiples of it, where fast and slow "
+                "weights meet")
+    difficulty_weights(np.zeros(1, int), args.hard_limits, args.hard_weights)  # raises where they do not fit
     if args.bands and (len(args.bands) != 3 or min(args.bands) < 1):
         p.error(f"--bands {args.bands}: expected three numbers from 1, such as 4,1,2")
     if args.input_range and not -math.inf < args.input_range[0] < args.input_range[1] < math.inf:
@@ -212,6 +218,8 @@ def build(m):  # the "model" entry of best.safetensors -> network, weights still
 # >>> same: load
 def load_net(run, weights, build=build):  # best.safetensors or run folder -> network in eval mode, description
     state, meta = load_weights(run)
+    if (meta.get("task") == "classification") != (build.__name__ == "build_cls"):
+        raise BadWeights(f"{run}: of another kind (segmentation or classification); name a run that fits")
     if meta["saved"] == "head":
         backbone, info = load_vit(weights or meta["weights"]["path"])[1:]
         if info["sha256"] != meta["weights"]["sha256"]:
@@ -353,6 +361,7 @@ def main(args):
     if args.variant and source not in public.SETS:
         raise BadInput(f"--variant {args.variant} goes with a public --dataset, not {source}; leave it out")
     root = (demo.make(args.root or "runs/data/demo") if source == "demo" else Path(args.root)).resolve()
+    args.class_weights = args.class_weights or ("sqrt" if source == "demo" else "none")
     description = public.describe(source, root, args.variant) if source in public.SETS else read_description(root)
     out = Path(args.out or f"runs/{description['name']}-kd")
     if not args.out:
@@ -421,7 +430,7 @@ def main(args):
                        "--norm sat for SAT-493M")
     if info["norm"] not in (None, pixel_norm):
         say(f"        WARNING --norm {pixel_norm}, but these weights were trained with {info['norm']}")
-    lr = args.lr or (2e-3 if scratch and vit else 1e-3)
+    lr = args.lr or (3e-3 if scratch and vit else 1e-3)
     defaults = dict(crop=128 if scratch else 518 if vit and backbone["patch"] == 14 else 512, lr=lr,
                     unfreeze="all" if scratch else "0", backbone_lr=lr if scratch else 2e-5 if vit else 1e-4)
     vars(args).update({k: v for k, v in defaults.items() if getattr(args, k) is None})
@@ -451,6 +460,9 @@ def main(args):
             raise BadInput("--teacher is missing; name the run folder of a trained network, or type --alpha 0")
         teacher, theirs = load_net(args.teacher, args.teacher_weights)  # in eval mode, and it stays there
         teacher.to(device).requires_grad_(False)
+        if theirs["reading"] != reading:
+            raise BadInput(f"{args.teacher}: reads images with {theirs['reading']}, this run with {reading}; type the "
+                           "same --bands and --input-range")
         file = Path(args.teacher) / "best.safetensors" if Path(args.teacher).is_dir() else Path(args.teacher)
         names = [c["name"] for c in theirs["classes"]]
         say(f"teacher {args.teacher}: {sum(p.numel() for p in teacher.parameters()) / 1e6:.2f} M parameters, "
@@ -519,6 +531,9 @@ def main(args):
             scored = json.loads((out / "difficulty.json").read_text())
         elif args.difficulty:
             judge, judged = load_net(args.difficulty, None)
+            if judged["reading"] != reading:
+                raise BadInput(f"{args.difficulty}: reads images with {judged['reading']}, this run with {reading}; "
+                               "type the same --bands and --input-range")
             if [c["name"] for c in judged["classes"]] != labels.names:
                 raise BadInput(f"{args.difficulty}: trained on the classes {[c['name'] for c in judged['classes']]}, "
                                f"these are {labels.names}; score the images with a network of the same classes")
@@ -640,7 +655,7 @@ def main(args):
     # known by their pixels and kept as fp16, also before the first use: a resumed run learns from the same numbers.
     tiles, room = {}, 4 << 30  # bytes
     still = args.scale == [1, 1] and args.color == args.mixup == args.cutmix == 0 and all(
-        max(open_image(pair[0]).size) <= args.crop for pair in train.files)
+        max(open_image(pair[0], deep=True).size) <= args.crop for pair in train.files)
     if teacher is not None and still:
         say("        no random crop: the teacher's probabilities are kept")
 
@@ -719,6 +734,8 @@ def main(args):
         if bad:  # what it did to BatchNorm's statistics
             for t, old in zip(statistics, before_step):
                 t.copy_(old)
+        if bad and args.lookahead:
+            opt.step(skip=True)
         if bad == 0:
             opt.step()
             if ema is not None:  # young averages forget the initial weights faster

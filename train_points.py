@@ -97,9 +97,9 @@ def parse_args(argv=None):
     model.add_argument("--output-stride", type=int, default=16, choices=[8, 16], help="of deeplabv3, 8 as torchvision")
     model.add_argument("--freeze-bn", action="store_true", help="deeplabv3: keep BatchNorm's statistics (batches of 1)")
     opt = p.add_argument_group("optimiser")
-    opt.add_argument("--steps", type=int, default=1300)
-    opt.add_argument("--batch-size", type=int, default=4, help="per process and micro-batch")
-    opt.add_argument("--lr", type=float, help="of the head (2e-3 from scratch, 1e-3 with --weights or a CNN)")
+    opt.add_argument("--steps", type=int, default=720)
+    opt.add_argument("--batch-size", type=int, default=8, help="per process and micro-batch")
+    opt.add_argument("--lr", type=float, help="of the head (3e-3 from scratch, 1e-3 with --weights or a CNN)")
     opt.add_argument("--backbone-lr", type=float, help="(--lr from scratch; with --weights 2e-5, of a CNN 1e-4)")
     opt.add_argument("--layer-decay", type=float, default=1.0, help="factor on the rate per block below the last")
     opt.add_argument("--weight-decay", type=float, default=0.05)
@@ -107,8 +107,8 @@ def parse_args(argv=None):
     opt.add_argument("--schedule", default="cosine", choices=["cosine", "poly"])
     opt.add_argument("--clip", type=float, default=1.0, help="gradient norm limit, inf = off")
     opt.add_argument("--loss", default="ce", help="ce, focal, dice, lovasz: ce+0.5*dice; each over labelled points")
-    opt.add_argument("--class-weights", default="none", choices=["none", "inverse", "sqrt", "median", "effective"],
-                     help="for ce and focal")
+    opt.add_argument("--class-weights", choices=["none", "inverse", "sqrt", "median", "effective"],
+                     help="for ce and focal (none; sqrt for the demo, whose cars are .3 %% of it)")
     opt.add_argument("--ema", type=float, default=0.0, help="decay of averaged weights, evaluated and kept; 0 = off")
     opt.add_argument("--grow", type=float, default=0.0,
                      help="weight of the second stage: cross-entropy where the averaged weights are sure; 0 = off")
@@ -116,10 +116,10 @@ def parse_args(argv=None):
     opt.add_argument("--grow-above", type=float, default=0.8, help="probability that counts as sure")
     opt.add_argument("--amp", default="auto", choices=["auto", "bf16", "off"])
     run = p.add_argument_group("run")
-    run.add_argument("--out", help="run folder (runs/<dataset>, numbered when taken)")
+    run.add_argument("--out", help="run folder (runs/<dataset>-points, numbered when taken)")
     run.add_argument("--resume", metavar="RUN", help="go on with the run in this folder, with its flags")
     run.add_argument("--seed", type=int, default=0)
-    run.add_argument("--eval-every", type=int, default=650, help="steps between validations, where last.pt is written")
+    run.add_argument("--eval-every", type=int, default=360, help="steps between validations, where last.pt is written")
     run.add_argument("--overlap", type=float, default=0.25, help="of evaluation windows, as a part of --crop")
     run.add_argument("--log-every", type=int, default=50)
     args = p.parse_args(argv)
@@ -127,8 +127,8 @@ def parse_args(argv=None):
         p.error(f"--{empty[0].replace('_', '-')} is empty; is the shell variable set?")
     if args.resume:  # the stored flags become the defaults, so a flag that now differs was typed
         stored = load_state(Path(args.resume) / "last.pt").get("args")
-        if stored is None or "points" not in stored:
-            raise BadInput(f"{args.resume}/last.pt: not written by this script; name a run folder")
+        if stored is None or stored.keys() != vars(args).keys():
+            raise BadInput(f"{args.resume}/last.pt: not written by this script; name a run folder of it")
         p.set_defaults(**stored | {"resume": args.resume})
         args = p.parse_args(argv)
         args.out = args.resume
@@ -371,6 +371,7 @@ def main(args):
     if args.variant and source not in public.SETS:
         raise BadInput(f"--variant {args.variant} goes with a public --dataset, not {source}; leave it out")
     root = (demo.make(args.root or "runs/data/demo") if source == "demo" else Path(args.root)).resolve()
+    args.class_weights = args.class_weights or ("sqrt" if source == "demo" else "none")
     description = public.describe(source, root, args.variant) if source in public.SETS else read_description(root)
     out = Path(args.out or f"runs/{description['name']}-points")
     if not args.out:
@@ -404,7 +405,8 @@ def main(args):
     # ---- points
     files, dense, given = {n: pairs[n] for n in splits["train"]}, args.points == "dense", {}
     if dense:
-        counts = class_counts(files, labels, 64).sum(0)
+        by_image = class_counts(files, labels, 64 if args.class_weights == "none" else None)
+        counts = by_image.sum(0)
         say("points  none: every pixel of the masks")
     elif args.points in points.PATTERNS and not args.resume:
         by_instance = {}
@@ -428,7 +430,8 @@ def main(args):
             say(f"        WARNING no masks for {split}: scored on its points, which tell little of edges")
     ps = {n: given[n] for n in files if n in given}
     if not dense:
-        counts = np.bincount(np.concatenate([p[:, 2] for p in ps.values()] or [[]]).astype(int), minlength=K + 1)
+        by_image = np.array([np.bincount(p[:, 2], minlength=K + 1) for p in ps.values()], int).reshape(-1, K + 1)
+        counts = by_image.sum(0)
         n, bare = counts.sum(), [name for name in files if not len(ps.get(name, ()))]
         if n == 0:
             raise BadInput(f"{args.points}: no point in a training image; check the image names in it")
@@ -473,7 +476,7 @@ def main(args):
                        "--norm sat for SAT-493M")
     if info["norm"] not in (None, pixel_norm):
         say(f"        WARNING --norm {pixel_norm}, but these weights were trained with {info['norm']}")
-    lr = args.lr or (2e-3 if scratch and vit else 1e-3)
+    lr = args.lr or (3e-3 if scratch and vit else 1e-3)
     defaults = dict(crop=128 if scratch else 518 if vit and backbone["patch"] == 14 else 512, lr=lr,
                     unfreeze="all" if scratch else "0", backbone_lr=lr if scratch else 2e-5 if vit else 1e-4)
     vars(args).update({k: v for k, v in defaults.items() if getattr(args, k) is None})
@@ -500,7 +503,7 @@ def main(args):
     terms = parse_loss(args.loss)
     class_w = None
     if args.class_weights != "none":
-        class_w = class_weights(torch.tensor(counts[:K]), args.class_weights).to(device)
+        class_w = class_weights(torch.tensor(by_image[:, :K]), args.class_weights).to(device)
         say("        class weights " + "  ".join(f"{n} {w:.2f}" for n, w in zip(labels.names, class_w.tolist())))
     ema = copy.deepcopy(net).requires_grad_(False).eval() if args.ema else None  # with --grow it also teaches
     if ema is not None and frozen:
@@ -707,7 +710,8 @@ def main(args):
     if rank == 0:
         r = dict(split=test_split, **report(cm, labels.names, further))
         write(out / "results.json", dict(
-            r, scores=averages(cm), majority_scores=averages(majority(cm)), points=int(counts[:K].sum()),
+            r, scores=averages(cm), majority_scores=averages(majority(cm)),
+            points=None if dense else int(counts[:K].sum()),
             val_miou=None if args.final else best, steps=history[-1]["step"],
             seconds=round(seconds + time.time() - began, 1),
             seed=args.seed, command=command))

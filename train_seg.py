@@ -91,10 +91,10 @@ def parse_args(argv=None):
     model.add_argument("--freeze-bn", action="store_true", help="deeplabv3: keep BatchNorm's statistics (batches of 1)")
     model.add_argument("--save", default="all", choices=["all", "head"], help="head: without the frozen backbone")
     opt = p.add_argument_group("optimiser")
-    opt.add_argument("--steps", type=int, default=1300)
-    opt.add_argument("--batch-size", type=int, default=4, help="per process and micro-batch")
+    opt.add_argument("--steps", type=int, default=720)
+    opt.add_argument("--batch-size", type=int, default=8, help="per process and micro-batch")
     opt.add_argument("--accum", type=int, default=1, help="micro-batches per step")
-    opt.add_argument("--lr", type=float, help="of the head (2e-3 from scratch, 1e-3 with --weights or a CNN)")
+    opt.add_argument("--lr", type=float, help="of the head (3e-3 from scratch, 1e-3 with --weights or a CNN)")
     opt.add_argument("--backbone-lr", type=float, help="(--lr from scratch; with --weights 2e-5, of a CNN 1e-4)")
     opt.add_argument("--layer-decay", type=float, default=1.0, help="factor on the rate per block below the last")
     opt.add_argument("--weight-decay", type=float, default=0.05)
@@ -102,8 +102,8 @@ def parse_args(argv=None):
     opt.add_argument("--schedule", default="cosine", choices=["cosine", "poly"])
     opt.add_argument("--clip", type=float, default=1.0, help="gradient norm limit, inf = off")
     opt.add_argument("--loss", default="ce+dice", help="ce, focal, dice, lovasz, boundary: ce+0.5*dice")
-    opt.add_argument("--class-weights", default="none", choices=["none", "inverse", "sqrt", "median", "effective"],
-                     help="for ce and focal")
+    opt.add_argument("--class-weights", choices=["none", "inverse", "sqrt", "median", "effective"],
+                     help="for ce and focal (none; sqrt for the demo, whose cars are .3 %% of it)")
     opt.add_argument("--label-smoothing", type=float, default=0.0, help="of the cross-entropy")
     opt.add_argument("--ema", type=float, default=0.0, help="decay of averaged weights, evaluated and kept; 0 = off")
     opt.add_argument("--amp", default="auto", choices=["auto", "bf16", "off"])
@@ -112,7 +112,7 @@ def parse_args(argv=None):
     run.add_argument("--out", help="run folder (runs/<dataset>, numbered when taken)")
     run.add_argument("--resume", metavar="RUN", help="go on with the run in this folder, with its flags")
     run.add_argument("--seed", type=int, default=0)
-    run.add_argument("--eval-every", type=int, default=650, help="steps between validations, where last.pt is written")
+    run.add_argument("--eval-every", type=int, default=360, help="steps between validations, where last.pt is written")
     run.add_argument("--patience", type=int, default=0, help="stop after so many validations without gain, 0 = off")
     run.add_argument("--overlap", type=float, default=0.25, help="of evaluation windows, as a part of --crop")
     run.add_argument("--log-every", type=int, default=50)
@@ -121,8 +121,8 @@ def parse_args(argv=None):
         p.error(f"--{empty[0].replace('_', '-')} is empty; is the shell variable set?")
     if args.resume:  # the stored flags become the defaults, so a flag that now differs was typed
         stored = load_state(Path(args.resume) / "last.pt").get("args")
-        if stored is None:
-            raise BadInput(f"{args.resume}/last.pt: not written by this script; name a run folder")
+        if stored is None or stored.keys() != vars(args).keys():
+            raise BadInput(f"{args.resume}/last.pt: not written by this script; name a run folder of it")
         p.set_defaults(**stored | {"resume": args.resume})
         args = p.parse_args(argv)
         args.out = args.resume
@@ -289,6 +289,7 @@ def main(args):
     if args.variant and source not in public.SETS:
         raise BadInput(f"--variant {args.variant} goes with a public --dataset, not {source}; leave it out")
     root = (demo.make(args.root or "runs/data/demo") if source == "demo" else Path(args.root)).resolve()
+    args.class_weights = args.class_weights or ("sqrt" if source == "demo" else "none")
     description = public.describe(source, root, args.variant) if source in public.SETS else read_description(root)
     out = Path(args.out or f"runs/{description['name']}")
     if not args.out:
@@ -357,7 +358,7 @@ def main(args):
                        "--norm sat for SAT-493M")
     if info["norm"] not in (None, pixel_norm):
         say(f"        WARNING --norm {pixel_norm}, but these weights were trained with {info['norm']}")
-    lr = args.lr or (2e-3 if scratch and vit else 1e-3)
+    lr = args.lr or (3e-3 if scratch and vit else 1e-3)
     defaults = dict(crop=128 if scratch else 518 if vit and backbone["patch"] == 14 else 512, lr=lr,
                     unfreeze="all" if scratch else "0", backbone_lr=lr if scratch else 2e-5 if vit else 1e-4)
     vars(args).update({k: v for k, v in defaults.items() if getattr(args, k) is None})

@@ -50,7 +50,7 @@ def read_points(path: str | Path, files: dict[str, tuple], names: list[str]) -> 
             raise bad(f"unknown class {label!r}; expected one of: {', '.join(names)}")
         if name not in sizes:
             file, _, *box = files[name]
-            sizes[name] = box[0][2:] if box else open_image(file).size[::-1]
+            sizes[name] = box[0][2:] if box else open_image(file, deep=True).size[::-1]
         (H, W), at = sizes[name], []
         for value in (x, y):
             try:
@@ -128,7 +128,7 @@ def simulate(files: dict[str, tuple], labels: Labels, pattern: str, n: int | Non
     def one(name):
         image, mask, *box = files[name]
         ids, parts = load(mask), None
-        if open_image(image).mode in ("RGBA", "LA"):
+        if open_image(image, deep=True).mode in ("RGBA", "LA"):
             valid = read_valid(image, **reading)[1]
             ids = ids if valid is None else np.where(valid, ids, IGNORE)
         if name in instances:

@@ -50,7 +50,11 @@ def find_scenes(root: str | Path) -> tuple[Path, dict[str, str], dict[str, list[
     """
     base, scenes, splits, stray, count = base_of(root), {}, {}, [], Counter()
     tops = folders(base)
-    official = all(top.name.lower() in SPLITS for top in tops)
+    known = [top for top in tops if top.name.lower() in SPLITS]
+    official = len(known) == len(tops)
+    if not official and {SPLITS[top.name.lower()] for top in known} >= {"train", "val"}:
+        other = next(top for top in tops if top not in known)
+        raise BadInput(f"{other}: beside {known[0].name}/; move it away, or name --root the folder of classes")
     for top in tops:
         for folder in folders(top) if official else [top]:
             files = sorted(f for f in folder.rglob("*") if f.is_file() and f.name[0] not in "._")
@@ -119,7 +123,10 @@ def load_splits(scenes: dict[str, str], given: dict[str, list[str]], shares: dic
     """The given splits as far as they are in scenes; without any a draw of all; without val a part of train for it."""
     splits = {split: [n for n in names if n in scenes] for split, names in given.items()}
     if not given:
-        return draw_splits(scenes, groups, {split: share for split, share in shares.items() if share}, seed)
+        splits = draw_splits(scenes, groups, {split: share for split, share in shares.items() if share}, seed)
+        if empty := [split for split in ("train", "val") if not splits[split]]:
+            raise BadInput(f"{len(set(groups.values()))} scenes leave {empty[0]} empty; change --group-regex or "
+                           "--fractions, or give --split-file")
     if not splits.get("train"):
         raise BadInput(f"splits {', '.join(given)}: no images in train; expected train, val and test")
     if not splits.get("val"):
@@ -214,6 +221,8 @@ def faults(base: Path, scenes: dict[str, str], digests: np.ndarray, reading: dic
             read_image(base / names[i], **reading)
         except BadInput as e:
             bad[names[i]] = str(e)
+        else:  # a network disk that hung, or a newer Pillow
+            bad[names[i]] = f"{base / names[i]}: could not be read when the cache was made; type --cache off"
     for group in twins(digests):
         first, *others = (names[i] for i in group)
         if len({scenes[names[i]] for i in group}) == 1:

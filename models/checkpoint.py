@@ -58,7 +58,6 @@ def load_state(path: str | Path) -> dict:
     if not Path(path).exists():
         raise BadWeights(f"{path}: no such file, so there is nothing to resume; start without --resume")
     try:
-        state = torch.load(path, map_location="cpu", weights_only=True)
-        return dict(state) if "step" in state else {}["step"]
+        return dict(torch.load(path, map_location="cpu", weights_only=True))
     except (RuntimeError, EOFError, OSError, ValueError, TypeError, LookupError, pickle.UnpicklingError) as e:
         raise BadWeights(f"{path}: no last.pt of a run, or truncated ({type(e).__name__}); start a new run") from None

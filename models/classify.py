@@ -46,7 +46,9 @@ class Classifier(nn.Module):
         return torch.cat(parts, dim=1)
 
     def forward(self, x):
-        return self.head(self.features(x)).float()
+        f = self.features(x)
+        with torch.autocast(x.device.type, enabled=False):  # a probe's standardisation, folded in, needs all digits
+            return self.head(f)
 
 
 class Knn(nn.Module):
@@ -136,6 +138,11 @@ class NanoCnn(nn.Module):
         self.stem = nn.Sequential(nn.Conv2d(3, widths[0], 3, 1, 1, bias=False), nn.BatchNorm2d(widths[0]), nn.ReLU())
         self.stages = nn.Sequential(*(Residual(a, b, 2) for a, b in zip(widths, widths[1:])))
         self.fc = nn.Linear(widths[-1], classes)
+        for m in self.modules():  # PyTorch's own start is so small that Adam's first steps turn the weights over
+            if isinstance(m, nn.Conv2d):
+                nn.init.kaiming_normal_(m.weight, nonlinearity="relu")
+            elif isinstance(m, Residual):
+                nn.init.zeros_(m.bn2.weight)
 
     def forward(self, x):  # (B, 3, H, W) -> (B, K)
         return self.fc(self.stages(self.stem(x)).mean((2, 3)))

@@ -28,8 +28,10 @@ class Lookahead:
         self.inner.zero_grad(set_to_none)
 
     @torch.no_grad()
-    def step(self):
-        self.inner.step()
+    def step(self, skip: bool = False):
+        """`skip` counts the step without taking it, so that a bad one does not move the synchronisation."""
+        if not skip:
+            self.inner.step()
         self.count += 1
         if self.count % self.k == 0:
             for slow, fast in zip(self.slow, self.fast()):

@@ -212,7 +212,7 @@ def test_killed_and_resumed_with_everything_on(demo, forks, tmp_path, teacher, s
     write(tmp_path / "map.json", {"map": MAP})
     flags = ["--root", demo, *TINY, "--steps", 14, "--teacher", stranger, "--map", tmp_path / "map.json",
              "--focus", 0.7, "--sampler", "weighted", "--difficulty", teacher, "--replicate", tmp_path / "list.txt",
-             "--lookahead", 5, "--schedule", "restarts", "--cycle", 4, 2]
+             "--lookahead", 2, "--schedule", "restarts", "--cycle", 4, 2]
     text = forks.run("train_kd", *flags, "--out", tmp_path / "a")
     assert "warm restarts: 12 of 14 steps, since cycles end at 4, 12" in text
     assert "48 crops drawn with replacement, an image" in text
