@@ -123,7 +123,7 @@ def test_a_flag_means_the_same_in_all_scripts(monkeypatch):
     training = [f for f in SCRIPTS if f.name.startswith("train")]
     # a classification run has its own kind of folder, batch, split and fine-tuning; on points: ce alone
     assert differ(training) == {"--root", "--out", "--batch-size", "--group-regex", "--unfreeze", "--loss", "--lr",
-                                "--eval-every", "--backbone-lr", "--temperature"}  # of k-NN, and of distillation
+                                "--eval-every", "--temperature"}  # of k-NN, and of distillation
     assert differ(set(SCRIPTS) - set(training)) == {"--out"}
     # a trained model brings its own values, which eval and predict take by default
     assert differ(SCRIPTS) == differ(training) | {"--overlap", "--weights", "--amp"}
