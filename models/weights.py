@@ -124,8 +124,9 @@ def read(path: Path) -> dict[str, torch.Tensor]:
     try:
         if safe:
             with safe_open(path, "pt") as f:
-                return {k: f.get_tensor(k) for k in f.keys()}
-        return flatten(torch.load(path, map_location="cpu", weights_only=True))
+                state = {k: f.get_tensor(k) for k in f.keys()}
+        else:
+            state = flatten(torch.load(path, map_location="cpu", weights_only=True))
     except pickle.UnpicklingError:
         raise BadWeights(f"{path}: holds Python objects beside tensors, which are never run here; "
                          "save the plain state_dict or a .safetensors file") from None
@@ -133,6 +134,10 @@ def read(path: Path) -> dict[str, torch.Tensor]:
         why = (str(e) or type(e).__name__).splitlines()[0][:120]
         raise BadWeights(f"{path}: not a readable weight file ({path.stat().st_size} bytes, truncated?): {why}; "
                          "download it again") from None
+    for k, t in state.items():  # DINOv3's key biases may be NaN under their mask, and are not used
+        if t.is_floating_point() and not k.endswith(("qkv.bias", "bias_mask")) and not t.isfinite().all():
+            raise BadWeights(f"{path}: {k} holds NaN or infinity; take an earlier file")
+    return state
 
 
 def flatten(obj) -> dict[str, torch.Tensor]:  # {"teacher": {...}} or {"model": {...}, "optimizer": {...}} -> tensors
@@ -335,8 +340,6 @@ def fill(net: torch.nn.Module, state: dict, info: dict) -> None:
         say += [f"unknown tensor {unknown[0]} ({len(unknown)} in all)"] if unknown else []
         say += [f"{origin.get(k, k)} is {tuple(state[k].shape)}, expected {tuple(want[k].shape)}" for k in wrong[:1]]
         raise BadWeights(f"{info['path']}: {'; '.join(say)}: of another network, or altered; name the right file")
-    if bad := [k for k in want if state[k].is_floating_point() and not state[k].isfinite().all()]:
-        raise BadWeights(f"{info['path']}: {origin.get(bad[0], bad[0])} holds NaN or infinity; take an earlier file")
     net.load_state_dict(state)
 
 

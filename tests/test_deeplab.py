@@ -197,6 +197,14 @@ def test_what_does_not_fit_stops_in_one_line(trunk, tmp_path, change, said):
     assert "\n" not in str(e.value) and "f.pth" in str(e.value)
 
 
+def test_weights_that_have_become_nan_are_refused(trunk, tmp_path):
+    state = dict(trunk[0].state_dict())
+    state["layer3.2.bn1.running_mean"] = torch.full_like(state["layer3.2.bn1.running_mean"], float("nan"))
+    torch.save(state, tmp_path / "f.pth")
+    with pytest.raises(BadWeights, match="f.pth: layer3.2.bn1.running_mean holds NaN"):
+        load_pretrained(DeepLabV3(2), str(tmp_path / "f.pth"))
+
+
 def test_the_hash_in_the_name_is_checked(trunk, tmp_path):
     (tmp_path / "resnet50-0676ba61.pth").symlink_to(trunk[1])
     with pytest.raises(BadWeights, match="its name says 0676ba61"):
