@@ -92,7 +92,7 @@ def parse_args(argv=None):
     opt = p.add_argument_group("optimiser")
     opt.add_argument("--epochs", type=int, help="(15; linear 100)")
     opt.add_argument("--batch-size", type=int, default=64, help="per process")
-    opt.add_argument("--lr", type=float, help="of the head (2e-3 from scratch, 1e-3 with --weights or a CNN)")
+    opt.add_argument("--lr", type=float, help="of the head (2e-3 from scratch, 1e-3 with --weights)")
     opt.add_argument("--backbone-lr", type=float, help="(--lr from scratch; with --weights 2e-5, of a CNN 1e-4)")
     opt.add_argument("--layer-decay", type=float, default=1.0, help="factor on the rate per block below the last")
     opt.add_argument("--weight-decay", type=float, default=0.05)
@@ -293,7 +293,7 @@ def main(args):
         say(f"        WARNING --norm {pixel_norm}, but these weights were trained with {info['norm']}")
     scratch, probe = state is None, args.mode in ("knn", "linear")
     size = size or pixels.shape[1]
-    lr = args.lr or (2e-3 if scratch and args.mode != "cnn" else 1e-3)
+    lr = args.lr or (2e-3 if scratch else 1e-3)
     defaults = dict(lr=lr, stem="small" if scratch else "imagenet", unfreeze="all", epochs=100 if probe else 15,
                     backbone_lr=lr if scratch else 1e-4 if args.mode == "cnn" else 2e-5)
     vars(args).update({k: v for k, v in defaults.items() if getattr(args, k) is None})

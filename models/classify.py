@@ -138,11 +138,6 @@ class NanoCnn(nn.Module):
         self.stem = nn.Sequential(nn.Conv2d(3, widths[0], 3, 1, 1, bias=False), nn.BatchNorm2d(widths[0]), nn.ReLU())
         self.stages = nn.Sequential(*(Residual(a, b, 2) for a, b in zip(widths, widths[1:])))
         self.fc = nn.Linear(widths[-1], classes)
-        for m in self.modules():  # PyTorch's own start is so small that Adam's first steps turn the weights over
-            if isinstance(m, nn.Conv2d):
-                nn.init.kaiming_normal_(m.weight, nonlinearity="relu")
-            elif isinstance(m, Residual):
-                nn.init.zeros_(m.bn2.weight)
 
     def forward(self, x):  # (B, 3, H, W) -> (B, K)
         return self.fc(self.stages(self.stem(x)).mean((2, 3)))

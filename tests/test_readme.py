@@ -32,7 +32,7 @@ def commands(text):  # what the page shows indented, of "a && b" the last, loops
 
 
 COMMANDS = list(commands(README))
-TRAIN = "--steps 2 --eval-every 1 --batch-size 4 --crop 128 --workers 0"
+TRAIN = "--steps 2 --eval-every 2 --batch-size 4 --crop 128 --workers 0"
 SHORT = {"train_seg.py": TRAIN, "train_points.py": TRAIN, "train_kd.py": TRAIN, "eval.py": "--workers 0",
          "train_cls.py": "--epochs 1 --batch-size 16"}
 EUROSAT = ["AnnualCrop", "Forest", "HerbaceousVegetation", "Highway", "Industrial", "Pasture", "PermanentCrop",
@@ -54,6 +54,10 @@ def place(tmp_path_factory):
     for name in re.findall(r"SETS/(\w+)", " ".join(COMMANDS)):
         make_public(place / "SETS" / name, name, next(form for n, form in FORMS if n == name))
     (place / "D/dataset.json").unlink()
+    small = make(place / "runs/data/demo", scenes=(12, 3, 4), size=128)  # taken for the whole demo
+    d = json.loads((small / "dataset.json").read_text())
+    d["made_by"] |= {"scenes": [96, 16, 24], "size": 256}
+    (small / "dataset.json").write_text(json.dumps(d))
     for name in re.findall(r"\S+\.pth", " ".join(COMMANDS)):
         family, patch = ("dinov3", 16) if "dinov3" in name else ("dinov2", 14)
         cfg = preset(family, patch, 64, 4, 1, registers=4 * (family == "dinov3"), grid=3 * (family == "dinov2"))
