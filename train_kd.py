@@ -237,6 +237,7 @@ PRETRAINED = {"deeplabv3": deeplab.load_pretrained, "unetformer": unetformer.loa
 AUX = 0.4  # weight of the auxiliary head's cross-entropy, as UNetFormer was published
 
 
+# >>> same: param_groups
 def param_groups(net, args):  # no decay on norms, biases and tokens; "scale" is the group's share of --lr
     groups = {}
     for name, p in net.named_parameters():
@@ -252,6 +253,7 @@ def param_groups(net, args):  # no decay on norms, biases and tokens; "scale" is
         decay = args.weight_decay if p.ndim > 1 and "token" not in name and "pos_embed" not in name else 0.0
         groups.setdefault((scale, decay), []).append(p)
     return [dict(params=ps, scale=scale, weight_decay=decay) for (scale, decay), ps in groups.items()]
+# <<< same: param_groups
 
 
 def transform(image, mask, rng, crop, scales, strength, rare, focus):  # uint8 arrays; all randomness comes from rng
@@ -260,9 +262,11 @@ def transform(image, mask, rng, crop, scales, strength, rare, focus):  # uint8 a
     return augment.color(image, rng, strength), mask
 
 
+# >>> same: leave_signals
 def leave_signals_to_main(worker_id):  # Ctrl-C goes to a process group: here only main gets it, and saves
     if hasattr(os, "setpgid"):  # ignoring signals would not do: SIGTERM is how main's exit ends reading processes
         os.setpgid(0, 0)
+# <<< same: leave_signals
 
 
 # >>> same: fast_bf16
@@ -294,6 +298,7 @@ def logits_of(net, x, crop, overlap, batch, amp):  # image (3, H, W) -> (K, H, W
 # <<< same: logits_of
 
 
+# >>> same: evaluate
 @torch.inference_mode()
 def evaluate(net, data, args, device, amp, rank, world):  # -> (K, K) confusion matrix of the whole split, on every rank
     was_training = net.training
@@ -312,6 +317,7 @@ def evaluate(net, data, args, device, amp, rank, world):  # -> (K, K) confusion 
         raise BadInput(f"{data.names[0]} and {len(data) - 1} more: every pixel is ignored; correct \"ignore\"")
     net.train(was_training)
     return cm.cpu()
+# <<< same: evaluate
 
 
 @torch.inference_mode()
