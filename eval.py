@@ -82,9 +82,9 @@ def build(m):  # the "model" entry of best.safetensors -> network, weights still
 
 
 # >>> same: load
-def load_net(run, weights, build=build):  # best.safetensors or run folder -> network in eval mode, description
+def load_net(run, weights, build=build, task=None):  # best.safetensors or run folder -> network in eval mode, its meta
     state, meta = load_weights(run)
-    if (meta.get("task") == "classification") != (build.__name__ == "build_cls"):
+    if meta.get("task") != task:
         raise BadWeights(f"{run}: of another kind (segmentation or classification); name a run that fits")
     if meta["saved"] == "head":
         backbone, info = load_vit(weights or meta["weights"]["path"])[1:]
@@ -185,7 +185,7 @@ def main(args):
     # <<< same: setup
 
     # ---- model and data
-    meta = load_weights(args.run)[1]
+    meta = load_weights(args.run, header_only=True)[1]
     if meta.get("task") == "classification":
         raise BadInput(f"{args.run}: a run of train_cls.py, which has written its own results.json; type python "
                        f"predict.py {args.run} IMAGES for others")

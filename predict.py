@@ -110,9 +110,9 @@ def build_cls(m):  # the "model" entry of a classification run -> network, weigh
 
 
 # >>> same: load
-def load_net(run, weights, build=build):  # best.safetensors or run folder -> network in eval mode, description
+def load_net(run, weights, build=build, task=None):  # best.safetensors or run folder -> network in eval mode, its meta
     state, meta = load_weights(run)
-    if (meta.get("task") == "classification") != (build.__name__ == "build_cls"):
+    if meta.get("task") != task:
         raise BadWeights(f"{run}: of another kind (segmentation or classification); name a run that fits")
     if meta["saved"] == "head":
         backbone, info = load_vit(weights or meta["weights"]["path"])[1:]
@@ -157,7 +157,7 @@ def logits_of(net, x, crop, overlap, batch, amp):  # image (3, H, W) -> (K, H, W
 
 @torch.inference_mode()
 def classify(args, rank, world, device):  # a run of train_cls.py: writes predictions.csv, montage.png -> files left out
-    net, meta = load_net(args.run, args.weights, build_cls)
+    net, meta = load_net(args.run, args.weights, build_cls, "classification")
     net.to(device)
     names, out = [c["name"] for c in meta["classes"]], Path(args.out)
     amp = args.amp == "bf16" or args.amp == "auto" and meta["amp"] == "bf16" and fast_bf16(device)
@@ -216,7 +216,7 @@ def main(args):
     say = print if rank == 0 else lambda *a, **k: None
     # <<< same: setup
 
-    if load_weights(args.run)[1].get("task") == "classification":
+    if load_weights(args.run, header_only=True)[1].get("task") == "classification":
         bad = classify(args, rank, world, device)
         if world > 1:
             dist.barrier()  # rank 0 has written
@@ -236,6 +236,8 @@ def main(args):
                        "name another --out, or the images without earlier results")
     if not (out / "classes.json").exists() and (there := [f for f in outputs if f.exists()]):
         raise BadInput(f"{there[0]}: would be overwritten, and predict.py has not written it; name another --out")
+    if world > 1:
+        dist.barrier()  # what another rank writes from here on is no old file
     if rank == 0:
         values = [dict(value=c.get("id", c.get("color")) if args.label_out == "raw" else i, train_id=i, **c)
                   for i, c in enumerate(labels.classes)]

@@ -46,7 +46,7 @@ from data.scenes import (augment_scenes, check_classes, decode_scenes, faults, f
 from models.checkpoint import load_state, load_weights, save_state, save_weights
 from models.classify import CNNS, ChannelMeans, Classifier, Knn, cnn, fit_linear
 from models.vit import PRESETS, ViT, arch_name
-from models.weights import BadWeights, fill, load_vit, locate, read, sha256
+from models.weights import BadWeights, checked_sha256, fill, load_vit, locate, read
 
 
 MOVABLE = ("out", "resume", "cache", "root", "weights")  # what a resumed run may have at another place
@@ -110,6 +110,7 @@ def parse_args(argv=None):
     args = p.parse_args(argv)
     if empty := [k for k, v in vars(args).items() if v == ""]:
         p.error(f"--{empty[0].replace('_', '-')} is empty; is the shell variable set?")
+    # >>> same: resume_flags
     if args.resume:  # the stored flags become the defaults, so a flag that now differs was typed
         stored = load_state(Path(args.resume) / "last.pt").get("args")
         if stored is None or stored.keys() != vars(args).keys():
@@ -121,6 +122,7 @@ def parse_args(argv=None):
             raise BadInput(f"{args.resume}: was trained with {k} = {stored[k]}, not {getattr(args, k)}; leave the flag "
                            "out, or start a new run")
         return args
+    # <<< same: resume_flags
     ranges = [("epochs eval_every log_every per_class", 1, 2**31), ("batch_size", 2, 2**31), ("size", 8, 2**12),
               ("clip temperature", 1e-9, math.inf), ("seed split_seed warmup shift", 0, 2**31), ("lr", 1e-9, 10),
               ("label_smoothing", 0, 0.9), ("mixup cutmix", 0, 1), ("backbone_lr layer_decay weight_decay", 0, 10)]
@@ -240,13 +242,13 @@ def main(args):
             raise BadInput(f"--weights {args.weights} with --cnn nano, which nobody has published weights of; type "
                            "--cnn resnet18 or resnet50, as the file is")
         file = locate(args.weights)
-        state, info = read(file), dict(norm="imagenet", path=str(file), sha256=sha256(file))
+        state, info = read(file), dict(norm="imagenet", path=str(file), sha256=checked_sha256(file)[0])
     elif args.weights != "none":
         backbone, state, info = load_vit(args.weights)
     size = args.size or (224 if state is not None else None)
     if state is not None and not args.size:
         with suppress(BadWeights):  # a run of this project knows the size of its images
-            size = load_weights(args.weights)[1].get("size", size)
+            size = load_weights(args.weights, header_only=True)[1].get("size", size)
 
     keep = (lambda paths, decode, tag: decode(*paths)) if args.cache == "off" else Cache(args.cache)
     decode = partial(decode_scenes, side=size, **reading)

@@ -140,6 +140,7 @@ def parse_args(argv=None):
     args = p.parse_args(argv)
     if empty := [k for k, v in vars(args).items() if v == ""]:
         p.error(f"--{empty[0].replace('_', '-')} is empty; is the shell variable set?")
+    # >>> same: resume_flags
     if args.resume:  # the stored flags become the defaults, so a flag that now differs was typed
         stored = load_state(Path(args.resume) / "last.pt").get("args")
         if stored is None or stored.keys() != vars(args).keys():
@@ -151,6 +152,7 @@ def parse_args(argv=None):
             raise BadInput(f"{args.resume}: was trained with {k} = {stored[k]}, not {getattr(args, k)}; leave the flag "
                            "out, or start a new run")
         return args
+    # <<< same: resume_flags
     try:
         parse_loss(args.loss)
     except ValueError as e:
@@ -216,9 +218,9 @@ def build(m):  # the "model" entry of best.safetensors -> network, weights still
 
 
 # >>> same: load
-def load_net(run, weights, build=build):  # best.safetensors or run folder -> network in eval mode, description
+def load_net(run, weights, build=build, task=None):  # best.safetensors or run folder -> network in eval mode, its meta
     state, meta = load_weights(run)
-    if (meta.get("task") == "classification") != (build.__name__ == "build_cls"):
+    if meta.get("task") != task:
         raise BadWeights(f"{run}: of another kind (segmentation or classification); name a run that fits")
     if meta["saved"] == "head":
         backbone, info = load_vit(weights or meta["weights"]["path"])[1:]
@@ -232,9 +234,11 @@ def load_net(run, weights, build=build):  # best.safetensors or run folder -> ne
 # <<< same: load
 
 
+# >>> same: pretrained
 PRETRAINED = {"deeplabv3": deeplab.load_pretrained, "unetformer": unetformer.load_pretrained,
               "ftunetformer": unetformer.load_pretrained, "effunet": efficientnet_unet.load_pretrained}
 AUX = 0.4  # weight of the auxiliary head's cross-entropy, as UNetFormer was published
+# <<< same: pretrained
 
 
 # >>> same: param_groups
@@ -256,10 +260,12 @@ def param_groups(net, args):  # no decay on norms, biases and tokens; "scale" is
 # <<< same: param_groups
 
 
+# >>> same: transform
 def transform(image, mask, rng, crop, scales, strength, rare, focus):  # uint8 arrays; all randomness comes from rng
     image, mask = random_crop(image, mask, crop, scales, rng, rare, focus)
     image, mask = augment.dihedral(image, mask, rng)
     return augment.color(image, rng, strength), mask
+# <<< same: transform
 
 
 # >>> same: leave_signals
@@ -381,6 +387,7 @@ def main(args):
     if world > 1:  # rank 0 may be ahead and have made the folder
         dist.broadcast_object_list(name := [str(out)])
         out = Path(name[0])
+    # >>> same: splits
     pairs, labels = find_pairs(root, description), Labels(description["classes"], description["ignore"])
     fixed = out / "split.json" if args.resume else args.split_file  # files may have been added since the run began
     splits = load_splits(root, description, pairs, fixed, None if args.resume else args.val_frac, args.group_regex,
@@ -408,8 +415,10 @@ def main(args):
         say(f"        {args.focus:.0%} of the crops lie around {', '.join(labels.names[c] for c in rare)} (--focus)")
     if args.val_frac and not args.group_regex:
         say("        WARNING --val-frac without --group-regex: neighbouring images may stand on both sides")
+    # <<< same: splits
 
     # ---- model
+    # >>> same: model
     scratch, vit, backbone = args.weights == "none", args.model == "vit", PRESETS[args.arch]
     info = dict(norm="imagenet", path=None, sha256=None,
                 line="FROM RANDOM WEIGHTS: everything is learned from these images (--weights loads trained ones)")
@@ -458,6 +467,7 @@ def main(args):
         f"{sum(p.numel() for p in trainable.values()) / 1e6:.2f} M of "
         f"{sum(p.numel() for p in net.parameters()) / 1e6:.2f} M parameters train, normalisation {pixel_norm}, "
         f"{'bf16' if amp else 'fp32'} on {device}")
+    # <<< same: model
 
     # ---- teacher, after the student: with --alpha 0 the same random numbers as in train_seg.py
     teacher, taught = None, {}
@@ -573,6 +583,7 @@ def main(args):
     if args.compile:
         model = torch.compile(model)
 
+    # >>> same: restore
     def changing(n):  # what training alters; the frozen rest comes from --weights
         keep = {name for name, _ in n.named_buffers()} | set(trainable)
         return {name: t for name, t in n.state_dict().items() if name in keep}
@@ -584,6 +595,7 @@ def main(args):
                     raise BadInput(f"{out}/last.pt: not of this network; start a new run")
                 n.load_state_dict(state, strict=False)
         opt.load_state_dict(last["opt"])
+    # <<< same: restore
 
     # ---- resume
     start, best, stale, bad, rate, seconds, history = 0, -1.0, 0, 0, 1.0, 0.0, []
@@ -667,7 +679,7 @@ def main(args):
 
     def targets_of(x):  # (B, 3, H, W) as the student gets it -> (B, K, H, W) on the device
         if not still:
-            return soft_targets(teacher, x.to(device), change, shares, args.temperature, amp)
+            return soft_targets(teacher, x, change, shares, args.temperature, amp)
         rows = []
         for tile in x:
             key = hashlib.sha256(tile.numpy().tobytes()).digest()
@@ -719,6 +731,7 @@ def main(args):
         for i, (x, targets) in enumerate(micro):
             wait = world > 1 and i + 1 < args.accum  # gradients cross ranks once, in the last micro-batch
             with model.no_sync() if wait else nullcontext():
+                x = x if still else x.to(device, non_blocking=True)  # kept targets are found by their pixels on the CPU
                 with torch.autocast(device.type, torch.bfloat16, enabled=amp):  # bf16 needs no GradScaler
                     logits = model(x.to(device, non_blocking=True))  # (B, K, H, W) fp32, of some CNNs two of them
                 logits, *aux = logits if isinstance(logits, tuple) else (logits,)

@@ -41,8 +41,8 @@ from torch.utils.data import DataLoader
 
 from data import augment, crops, demo, plots, points, public
 from data.cache import Cache
-from data.datasets import (NORMS, SegDataset, check_sizes, class_counts, find_pairs, load_splits, match_pairs,
-                           normalise, read_description)
+from data.datasets import (NORMS, SegDataset, check_sizes, class_counts, even_sample, find_pairs, load_splits,
+                           match_pairs, normalise, read_description)
 from data.io import IGNORE, BadInput, Labels, read_valid, write
 from data.metrics import averages, confusion, headline, iou, majority, oa, report
 from data.samplers import StepSampler
@@ -125,6 +125,7 @@ def parse_args(argv=None):
     args = p.parse_args(argv)
     if empty := [k for k, v in vars(args).items() if v == ""]:
         p.error(f"--{empty[0].replace('_', '-')} is empty; is the shell variable set?")
+    # >>> same: resume_flags
     if args.resume:  # the stored flags become the defaults, so a flag that now differs was typed
         stored = load_state(Path(args.resume) / "last.pt").get("args")
         if stored is None or stored.keys() != vars(args).keys():
@@ -136,6 +137,7 @@ def parse_args(argv=None):
             raise BadInput(f"{args.resume}: was trained with {k} = {stored[k]}, not {getattr(args, k)}; leave the flag "
                            "out, or start a new run")
         return args
+    # <<< same: resume_flags
     try:
         parse_loss(args.loss)
     except ValueError as e:
@@ -192,9 +194,11 @@ def build(m):  # the "model" entry of best.safetensors -> network, weights still
 # <<< same: build
 
 
+# >>> same: pretrained
 PRETRAINED = {"deeplabv3": deeplab.load_pretrained, "unetformer": unetformer.load_pretrained,
               "ftunetformer": unetformer.load_pretrained, "effunet": efficientnet_unet.load_pretrained}
 AUX = 0.4  # weight of the auxiliary head's cross-entropy, as UNetFormer was published
+# <<< same: pretrained
 
 
 # >>> same: param_groups
@@ -344,7 +348,7 @@ def evaluate(net, data, args, device, amp, rank, world):  # -> (K, K) confusion 
 def draw_samples(net, data, args, device, amp, n=6):  # contact sheet of images spread over the split
     net.eval()
     rows = []
-    for i in sorted({round(i) for i in np.linspace(0, len(data) - 1, n)}):
+    for i in even_sample(range(len(data)), n):
         logits = logits_of(net, data[i][0].to(device), args.crop, args.overlap, args.batch_size, amp)
         image, mask = data.read(i)
         truth = None if isinstance(data, PointSet) else mask  # single pixels would not be seen
@@ -516,6 +520,7 @@ def main(args):
         ema.backbone = net.backbone
     model = DistributedDataParallel(net, device_ids=[local] if device.type == "cuda" else None) if world > 1 else net
 
+    # >>> same: restore
     def changing(n):  # what training alters; the frozen rest comes from --weights
         keep = {name for name, _ in n.named_buffers()} | set(trainable)
         return {name: t for name, t in n.state_dict().items() if name in keep}
@@ -527,6 +532,7 @@ def main(args):
                     raise BadInput(f"{out}/last.pt: not of this network; start a new run")
                 n.load_state_dict(state, strict=False)
         opt.load_state_dict(last["opt"])
+    # <<< same: restore
 
     # ---- resume
     start, best, bad, rate, seconds, history = 0, -1.0, 0, 1.0, 0.0, []

@@ -119,6 +119,7 @@ def parse_args(argv=None):
     args = p.parse_args(argv)
     if empty := [k for k, v in vars(args).items() if v == ""]:
         p.error(f"--{empty[0].replace('_', '-')} is empty; is the shell variable set?")
+    # >>> same: resume_flags
     if args.resume:  # the stored flags become the defaults, so a flag that now differs was typed
         stored = load_state(Path(args.resume) / "last.pt").get("args")
         if stored is None or stored.keys() != vars(args).keys():
@@ -130,6 +131,7 @@ def parse_args(argv=None):
             raise BadInput(f"{args.resume}: was trained with {k} = {stored[k]}, not {getattr(args, k)}; leave the flag "
                            "out, or start a new run")
         return args
+    # <<< same: resume_flags
     try:
         parse_loss(args.loss)
     except ValueError as e:
@@ -182,9 +184,11 @@ def build(m):  # the "model" entry of best.safetensors -> network, weights still
 # <<< same: build
 
 
+# >>> same: pretrained
 PRETRAINED = {"deeplabv3": deeplab.load_pretrained, "unetformer": unetformer.load_pretrained,
               "ftunetformer": unetformer.load_pretrained, "effunet": efficientnet_unet.load_pretrained}
 AUX = 0.4  # weight of the auxiliary head's cross-entropy, as UNetFormer was published
+# <<< same: pretrained
 
 
 # >>> same: param_groups
@@ -206,10 +210,12 @@ def param_groups(net, args):  # no decay on norms, biases and tokens; "scale" is
 # <<< same: param_groups
 
 
+# >>> same: transform
 def transform(image, mask, rng, crop, scales, strength, rare, focus):  # uint8 arrays; all randomness comes from rng
     image, mask = random_crop(image, mask, crop, scales, rng, rare, focus)
     image, mask = augment.dihedral(image, mask, rng)
     return augment.color(image, rng, strength), mask
+# <<< same: transform
 
 
 # >>> same: leave_signals
@@ -309,6 +315,7 @@ def main(args):
     if world > 1:  # rank 0 may be ahead and have made the folder
         dist.broadcast_object_list(name := [str(out)])
         out = Path(name[0])
+    # >>> same: splits
     pairs, labels = find_pairs(root, description), Labels(description["classes"], description["ignore"])
     fixed = out / "split.json" if args.resume else args.split_file  # files may have been added since the run began
     splits = load_splits(root, description, pairs, fixed, None if args.resume else args.val_frac, args.group_regex,
@@ -324,8 +331,8 @@ def main(args):
     counts = None
     if args.check_data or args.focus or args.class_weights != "none":
         limit = (args.check_data or 64) if args.class_weights == "none" else None  # class weights need every mask
-        rows = class_counts({n: pairs[n] for n in splits["train"]}, labels, limit)  # (N, K+1) pixels
-        counts = rows.sum(0)
+        by_mask = class_counts({n: pairs[n] for n in splits["train"]}, labels, limit)  # (N, K+1) pixels
+        counts = by_mask.sum(0)
         for split in splits.keys() - {"train"}:  # a bad mask there would stop the run only when it is scored
             class_counts({n: pairs[n] for n in splits[split]}, labels, args.check_data or 1)
         say("        " + "  ".join(f"{n} {c:.2%}" for n, c in zip([*labels.names, "ignored"], counts / counts.sum())))
@@ -336,8 +343,10 @@ def main(args):
         say(f"        {args.focus:.0%} of the crops lie around {', '.join(labels.names[c] for c in rare)} (--focus)")
     if args.val_frac and not args.group_regex:
         say("        WARNING --val-frac without --group-regex: neighbouring images may stand on both sides")
+    # <<< same: splits
 
     # ---- model
+    # >>> same: model
     scratch, vit, backbone = args.weights == "none", args.model == "vit", PRESETS[args.arch]
     info = dict(norm="imagenet", path=None, sha256=None,
                 line="FROM RANDOM WEIGHTS: everything is learned from these images (--weights loads trained ones)")
@@ -386,6 +395,7 @@ def main(args):
         f"{sum(p.numel() for p in trainable.values()) / 1e6:.2f} M of "
         f"{sum(p.numel() for p in net.parameters()) / 1e6:.2f} M parameters train, normalisation {pixel_norm}, "
         f"{'bf16' if amp else 'fp32'} on {device}")
+    # <<< same: model
 
     # ---- optimiser
     params = list(trainable.values())
@@ -393,7 +403,7 @@ def main(args):
     terms = parse_loss(args.loss)
     class_w = None
     if args.class_weights != "none":
-        class_w = class_weights(torch.tensor(rows[:, :K]), args.class_weights).to(device)
+        class_w = class_weights(torch.tensor(by_mask[:, :K]), args.class_weights).to(device)
         say("        class weights " + "  ".join(f"{n} {w:.2f}" for n, w in zip(labels.names, class_w.tolist())))
     ema = copy.deepcopy(net).requires_grad_(False) if args.ema else None
     if ema is not None and frozen:
@@ -402,6 +412,7 @@ def main(args):
     if args.compile:
         model = torch.compile(model)
 
+    # >>> same: restore
     def changing(n):  # what training alters; the frozen rest comes from --weights
         keep = {name for name, _ in n.named_buffers()} | set(trainable)
         return {name: t for name, t in n.state_dict().items() if name in keep}
@@ -413,6 +424,7 @@ def main(args):
                     raise BadInput(f"{out}/last.pt: not of this network; start a new run")
                 n.load_state_dict(state, strict=False)
         opt.load_state_dict(last["opt"])
+    # <<< same: restore
 
     # ---- resume
     start, best, stale, bad, rate, seconds, history = 0, -1.0, 0, 0, 1.0, 0.0, []

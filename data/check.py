@@ -279,10 +279,10 @@ def check_shares(counts: dict[str, np.ndarray], images: dict[str, int], labels: 
         complaints["warning", "single"].append(f'{line}from "ignore" to "classes"')
 
 
-def check(root: Path, description: dict, limit: int | None, reading: dict, flags: str) -> int:
+def check(root: Path, description: dict, limit: int | None, reading: dict, source: str, more: list[str]) -> int:
     """Hold a description against all files, list every fault at once and show the shares of the classes -> exit code.
 
-    `reading`: bands and input_range; `flags`: of the training command to type when all is well.
+    `reading`: bands and input_range; `source` and `more`: --dataset, and further flags of the commands to type next.
     """
     complaints = defaultdict(list)
     pairs, orphans = match_pairs(root, description)
@@ -322,10 +322,10 @@ def check(root: Path, description: dict, limit: int | None, reading: dict, flags
         counts = {split: sum((f["counts"] for f in part), none) for split, part in members.items()}
     if labels and not isinstance(counts, BadInput):  # else inspect has found the fault
         check_shares(counts, {split: len(part) for split, part in members.items()}, labels, complaints)
-    hold_out = "" if "val" in description["splits"] or "select" in description else " --val-frac 0.2"
-    again = f"python -m data.check {quote(str(root))}" + flags.replace(f" --root {quote(str(root))}", "")
-    again = again.replace(" --dataset folder", "")
-    return show(complaints, len(pairs), again, f"python train_seg.py{flags}{hold_out}")
+    train = ["python train_seg.py --dataset", source, "--root", quote(str(root)), *more]
+    train += [] if "val" in description["splits"] or "select" in description else ["--val-frac 0.2"]
+    again = ["python -m data.check", quote(str(root)), *([] if source == "folder" else ["--dataset", source]), *more]
+    return show(complaints, len(pairs), " ".join(again), " ".join(train))
 
 
 def main(argv=None) -> int:  # the exit code: 2 if something must be corrected first
@@ -335,12 +335,11 @@ def main(argv=None) -> int:  # the exit code: 2 if something must be corrected f
         if folder and (args.force or not (args.root / "dataset.json").exists()):
             return draft(args.root, args.limit)
         description = read_description(args.root) if folder else describe(args.dataset, args.root, args.variant)
-        flags = ["", "--dataset", args.dataset, "--root", quote(str(args.root))]
-        flags += ["--variant", description["variant"]] if description.get("variant") else []
+        flags = ["--variant", description["variant"]] if description.get("variant") else []
         flags += ["--bands", ",".join(map(str, args.bands))] if args.bands else []
         flags += ["--input-range", *map(str, args.input_range)] if args.input_range else []
         reading = dict(bands=args.bands, input_range=args.input_range)
-        return check(args.root, description, args.limit, reading, " ".join(flags))
+        return check(args.root, description, args.limit, reading, args.dataset, flags)
     except BadInput as e:
         print(f"error: {e}", file=sys.stderr)
         return 2

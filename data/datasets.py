@@ -21,7 +21,7 @@ from typing import Callable
 import numpy as np
 import torch
 
-from .io import IGNORE, BadInput, Labels, open_image, read_valid
+from .io import IGNORE, BadInput, Labels, by_stem, open_image, read_valid
 
 NORMS = {"imagenet": ((0.485, 0.456, 0.406), (0.229, 0.224, 0.225)),  # DINOv2, DINOv3 LVD-1689M, torchvision
          "sat": ((0.430, 0.411, 0.296), (0.213, 0.156, 0.143))}  # DINOv3 SAT-493M
@@ -49,7 +49,7 @@ def read_description(root: str | Path) -> dict:
     means = d.get("report", {})
     checks = {  # of keys that stand for themselves
         "name": isinstance(d["name"], str) and d["name"] and not set(d["name"]) & set("/\\"),
-        "splits": set(d["splits"]) <= {"train", "val", "test", "select"} or not d["splits"].get("train") is None,
+        "splits": set(d["splits"]) <= {"train", "val", "test", "select"} or d["splits"].get("train") is not None,
         "unlabelled": set(d.get("unlabelled", ())) <= set(d["splits"]),
         "tiles": type(d.get("tiles", 1)) is int and d.get("tiles", 1) > 0,
         "variant": isinstance(d.get("variant", ""), str),
@@ -160,9 +160,7 @@ def split_names(root: str | Path, description: dict, names: list[str]) -> dict[s
 def read_list(path: Path, names: list[str]) -> list[str]:  # lines may be full names, names with suffix, or bare stems
     if not path.exists():
         raise BadInput(f"{path}: no such split file")
-    stems = Counter(n.rsplit("/", 1)[-1] for n in names)
-    known = {n.rsplit("/", 1)[-1]: n for n in names if stems[n.rsplit("/", 1)[-1]] == 1} | {n: n for n in names}
-    out = []
+    known, out = by_stem(names), []
     try:
         text = path.read_text("utf-8-sig")
     except UnicodeDecodeError:

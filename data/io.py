@@ -5,7 +5,9 @@ import json
 import os
 import re
 import sys
+from collections import Counter
 from pathlib import Path
+from typing import Iterable
 
 import numpy as np
 from PIL import Image, ImageFile, TiffImagePlugin
@@ -22,6 +24,13 @@ for order in (b"II", b"MM"):  # else Pillow drops the fourth band of a TIFF wher
 
 class BadInput(ValueError):
     """A user's file or flag that cannot be used: one line with what was found, what was expected and what to type."""
+
+
+def by_stem(names: Iterable[str]) -> dict[str, str]:
+    """{name: itself} and {last part of a path: name} where only one name has it: how lists and tables call images."""
+    stems = {n: n.rsplit("/", 1)[-1] for n in names}
+    count = Counter(stems.values())
+    return {stem: n for n, stem in stems.items() if count[stem] == 1} | {n: n for n in stems}
 
 
 def open_image(path: str | Path, max_pixels: int = MAX_PIXELS, deep: bool = False) -> Image.Image:

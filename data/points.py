@@ -11,14 +11,13 @@ import hashlib
 import io
 import json
 import os
-from collections import Counter
 from concurrent.futures import ThreadPoolExecutor
 from functools import lru_cache
 from pathlib import Path
 
 import numpy as np
 
-from .io import IGNORE, BadInput, Labels, open_image, pixels, read_valid, write
+from .io import IGNORE, BadInput, Labels, by_stem, open_image, pixels, read_valid, write
 
 PATTERNS = {
     "class-balanced": "n pixels of every class in the image",
@@ -36,9 +35,7 @@ def read_points(path: str | Path, files: dict[str, tuple], names: list[str]) -> 
     files {name: (image, mask)} or {name: (image, mask, (top, left, h, w))} as data/datasets.py has them: a point counts
     from the corner of its box. `names`: the classes.
     """
-    stems = Counter(n.rsplit("/", 1)[-1] for n in files)
-    known = {n.rsplit("/", 1)[-1]: n for n in files if stems[n.rsplit("/", 1)[-1]] == 1} | {n: n for n in files}
-    sizes, found = {}, {}
+    known, sizes, found = by_stem(files), {}, {}
     for row, image, x, y, label in read_rows(Path(path)):
         def bad(what):
             return BadInput(f"{path} {row}: {what}")

@@ -30,14 +30,15 @@ def replace(path: str | Path, write) -> None:
         raise OSError(f"{path}: cannot be written ({str(e)[:100]}); is the disk full or read-only?") from None
 
 
-def load_weights(path: str | Path) -> tuple[dict[str, torch.Tensor], dict]:
-    """best.safetensors, or the run folder that holds it -> tensors, meta."""
+def load_weights(path: str | Path, header_only: bool = False) -> tuple[dict[str, torch.Tensor], dict]:
+    """best.safetensors, or the run folder that holds it -> tensors, meta; `header_only` reads no tensor."""
     path = Path(path) / "best.safetensors" if Path(path).is_dir() else Path(path)
     if not path.exists():
         raise BadWeights(f"{path}: no such file; train first, or name a run folder or its best.safetensors")
     try:
         with safe_open(path, "pt") as f:
-            meta, tensors = (f.metadata() or {}).get("nanors"), {k: f.get_tensor(k) for k in f.keys()}
+            meta = (f.metadata() or {}).get("nanors")
+            tensors = {} if header_only else {k: f.get_tensor(k) for k in f.keys()}
     except (SafetensorError, OSError) as e:
         raise BadWeights(f"{path}: not readable ({str(e)[:100]}); expected the best.safetensors of a run") from None
     if meta is None:

@@ -172,11 +172,17 @@ def checked_sha256(file: Path) -> tuple[str, bool]:
 
 # ---- recognising and renaming
 
-def strip(sd: dict) -> dict:
-    """Remove leading wrapper prefixes; out of a whole network keep only its backbone."""
-    for prefix in ("module.", "_orig_mod.", "module.", "model.", "dinov2.", "dinov2_with_registers.", "dinov3_vit."):
+def unwrap(sd: dict, *more: str) -> dict:
+    """Remove the leading prefixes of DDP, torch.compile and `more` where every tensor has them."""
+    for prefix in ("module.", "_orig_mod.", "module.", *more):
         if all(k.startswith(prefix) for k in sd):
             sd = {k.removeprefix(prefix): v for k, v in sd.items()}
+    return sd
+
+
+def strip(sd: dict) -> dict:
+    """Remove leading wrapper prefixes; out of a whole network keep only its backbone."""
+    sd = unwrap(sd, "model.", "dinov2.", "dinov2_with_registers.", "dinov3_vit.")
     if any(k.startswith("backbone.") for k in sd):  # best.safetensors, or a training checkpoint with a DINO head
         sd = {k.removeprefix("backbone."): v for k, v in sd.items() if k.startswith("backbone.")}
     return {re.sub(r"^model\.layer\.", "layer.", k): v for k, v in sd.items()}  # transformers 5 in memory
@@ -351,10 +357,7 @@ def load_cnn(net: torch.nn.Module, path: str, convert: Callable, last: tuple[str
     """
     file = locate(path)
     digest, named = checked_sha256(file)
-    sd = read(file)
-    for prefix in ("module.", "_orig_mod.", "module.", "net.", "model."):
-        if all(k.startswith(prefix) for k in sd):
-            sd = {k.removeprefix(prefix): t for k, t in sd.items()}
+    sd = unwrap(read(file), "net.", "model.")
     try:
         layout, state, dropped, new = convert(sd)
     except BadWeights as e:
