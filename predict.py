@@ -66,7 +66,7 @@ def parse_args(argv=None):
     return args
 
 
-def find_images(inputs):  # -> {name below --out: file}
+def find_images(inputs):  # -> {file: name below --out}
     found = {}
     for text in inputs:
         path = Path(text)
@@ -75,9 +75,7 @@ def find_images(inputs):  # -> {name below --out: file}
         if not files:
             raise BadInput(f"{text}: no image there; expected a file, folder or pattern ({' '.join(sorted(SUFFIXES))})")
         for f in files:
-            name = (f.relative_to(path) if path.is_dir() else Path(f.name)).with_suffix("").as_posix()
-            if found.setdefault(name, f) != f:
-                raise BadInput(f"{f} and {found[name]}: both would become {name}.png; predict them into two folders")
+            found.setdefault(f, (f.relative_to(path) if path.is_dir() else Path(f.name)).with_suffix("").as_posix())
     return found
 
 
@@ -161,8 +159,8 @@ def classify(args, rank, world, device):  # a run of train_cls.py: writes predic
     net.to(device)
     names, out = [c["name"] for c in meta["classes"]], Path(args.out)
     amp = args.amp == "bf16" or args.amp == "auto" and meta["amp"] == "bf16" and fast_bf16(device)
-    files, table, bad, began = list(find_images(args.inputs).values()), [], [], time.time()
-    mine = files[rank::world]
+    files, table, bad, began = list(find_images(args.inputs)), [], [], time.time()
+    mine, shown = files[rank::world], began
     for i in range(0, len(mine), args.batch_size):
         images = []
         for file in mine[i:i + args.batch_size]:
@@ -176,8 +174,12 @@ def classify(args, rank, world, device):  # a run of train_cls.py: writes predic
             with torch.autocast(device.type, torch.bfloat16, enabled=amp):
                 logits = net(prepare(x, NORMS[meta["norm"]], meta["size"]))
             p, order = logits.float().softmax(1).cpu().sort(dim=1, descending=True)
-            table += [(str(file), ps.tolist(), [names[c] for c in cs], image if args.montage else None)
-                      for (file, image), ps, cs in zip(images, p, order)]
+            table += [(str(file), ps.tolist(), [names[c] for c in cs])
+                      for (file, _), ps, cs in zip(images, p, order)]
+        if rank == 0 and time.time() - shown > 10:
+            shown, done = time.time(), min(i + args.batch_size, len(mine))
+            rest = round((shown - began) / done * (len(mine) - done))
+            print(f"{done * world} of {len(files)}  ETA {rest // 60}:{rest % 60:02d}", flush=True)
     speed = len(mine) / (time.time() - began)
     if world > 1:
         dist.all_gather_object(parts := [None] * world, table)
@@ -186,13 +188,14 @@ def classify(args, rank, world, device):  # a run of train_cls.py: writes predic
         text, top = io.StringIO(), min(args.top, len(names))
         rows = csv.writer(text, lineterminator="\n")
         rows.writerow(["file", *(f"{column}_{i + 1}" for i in range(top) for column in ("class", "probability"))])
-        rows.writerows([file, *(v for c, p in zip(cs[:top], ps) for v in (c, f"{p:.4f}"))] for file, ps, cs, _ in table)
+        rows.writerows([file, *(v for c, p in zip(cs[:top], ps) for v in (c, f"{p:.4f}"))] for file, ps, cs in table)
         write(out / "predictions.csv", text.getvalue())
         if args.montage:
             by_class = {c: sorted((r for r in table if r[2][0] == c), key=lambda r: -r[1][0]) for c in names}
             write(out / "montage.png", plots.cards(
-                [(f"{c}: {len(found)} images", [(image, [Path(file).name, f"{ps[0]:.3f}"], False)
-                                                for file, ps, _, image in found[:args.montage]])
+                [(f"{c}: {len(found)} images", [(square(read_image(file, **meta["reading"]), meta["stored"]),
+                                                 [Path(file).name, f"{ps[0]:.3f}"], False)
+                                                for file, ps, _ in found[:args.montage]])
                  for c, found in by_class.items()]))
         print(f"wrote {out}/predictions.csv{' and montage.png' if args.montage else ''}: {len(table)} images, "
               f"{speed:.0f} images/s on {device}, reading included")
@@ -228,8 +231,11 @@ def main(args):
     amp = args.amp == "bf16" or args.amp == "auto" and meta["amp"] == "bf16" and fast_bf16(device)
     overlap = meta["overlap"] if args.overlap is None else args.overlap
     images = find_images(args.inputs)
-    outputs = [(out / f"{name}{end}").resolve() for name in images for end in (".png", "_color.png", "_overlay.jpg")]
-    clash = {f.resolve() for f in images.values()} & set(outputs)
+    if twice := {n: [f for f in images if images[f] == n] for n, k in Counter(images.values()).items() if k > 1}:
+        name, (a, b, *_) = min(twice.items())
+        raise BadInput(f"{a} and {b}: both would become {name}.png; predict them into two folders")
+    outputs = [(out / f"{n}{end}").resolve() for n in images.values() for end in (".png", "_color.png", "_overlay.jpg")]
+    clash = {f.resolve() for f in images} & set(outputs)
     if clash or len(set(outputs)) < len(outputs):
         twice = [f for f, n in Counter(outputs).items() if n > 1]
         raise BadInput(f"{out}: results would overwrite {min(clash, default=None) or f'each other ({twice[0].name})'}; "
@@ -243,7 +249,7 @@ def main(args):
                   for i, c in enumerate(labels.classes)]
         write(out / "classes.json", values)
     mine, began, bad = list(images.items())[rank::world], time.time(), []
-    for i, (name, file) in enumerate(mine):
+    for i, (file, name) in enumerate(mine):
         try:
             image, valid = read_valid(file, **meta["reading"])
             if valid is not None and not valid.all() and args.label_out == "raw" and not labels.ignore:

@@ -384,6 +384,15 @@ def test_predict_agrees_with_the_report(root, run, forks, tmp_path, mode):
     assert all(float(r["probability_1"]) >= float(r["probability_2"]) for r in rows)
 
 
+def test_predict_takes_folders_that_share_file_names(root, run, forks, tmp_path):
+    for place, name in (("north", "water_0"), ("south", "field_0")):
+        (tmp_path / place).mkdir()
+        shutil.copy(next(root.rglob(f"{name}.png")), tmp_path / place / "1.png")
+    forks.run("predict", run, tmp_path / "north", tmp_path / "south", "--out", tmp_path / "p")
+    rows = list(csv.DictReader((tmp_path / "p/predictions.csv").open()))
+    assert [r["file"] for r in rows] == [str(tmp_path / "north/1.png"), str(tmp_path / "south/1.png")]
+
+
 def test_eval_and_segmentation_know_a_classification_run(run, forks):
     assert "train_cls.py" in forks.run("eval", run, ok=2)
     row = forks.run("eval", "--summary", run).splitlines()[2]

@@ -227,6 +227,9 @@ def test_predict_any_size_raw_colours_and_a_bad_file(demo, forks, tmp_path):
         raw = np.array(Image.open(out / f"sub/{h}x{w}.png"))
         assert raw.shape == (h, w, 3) and (raw == Image.open(out / f"sub/{h}x{w}_color.png")).all()
     assert not (out / "sub/broken.png").exists()
+    shutil.copy(images / "1x1.png", tmp_path)
+    text = forks.run("predict", tmp_path / "run", tmp_path / "1x1.png", images, "--out", tmp_path / "p", ok=2)
+    assert "both would become 1x1.png" in text and not (tmp_path / "p").exists()
 
 
 def test_what_is_transparent_gets_no_class(run, demo, forks, tmp_path):
