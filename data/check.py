@@ -129,11 +129,13 @@ def draft(root: Path, limit: int | None) -> int:
 # ---- with dataset.json, or a public data set
 
 def inspect(image: Path, mask: Path | None, labels: Labels | None, reading: dict) -> dict:
-    """One pair: errors {kind: line}, the image's mode and hash, pixel counts (K+1,) of the mask or 0."""
-    found = {"errors": {}, "mode": None, "hash": None, "counts": 0}
+    """One pair: errors {kind: line}, the image's mode and hash, does EXIF turn it, pixel counts (K+1,) or 0."""
+    found = {"errors": {}, "mode": None, "hash": None, "turned": False, "counts": 0}
     try:
         x = read_image(image, **reading)
-        found["mode"] = open_image(image, deep=True).mode
+        header = open_image(image, deep=True)
+        found["mode"] = header.mode
+        found["turned"] = "exif" in header.info and header.getexif().get(274, 1) not in (0, 1)
         if (x != x[0, 0]).any():  # the empty margins of mosaics are all alike
             found["hash"] = x.shape, hashlib.blake2b(x.reshape(-1)).digest()
     except BadInput as e:
@@ -240,6 +242,10 @@ def check_images(found: dict[str, dict], homes: dict[str, list[str]], complaints
     for mode, names in modes.items():
         if mode not in ("RGB", None):
             complaints["note", "mode"].append(f"{len(names)} images of mode {mode} are read as RGB, first {names[0]}")
+    if turned := [n for n, f in found.items() if f["turned"]]:
+        complaints["warning", "turned"].append(
+            f"{len(turned)} images have an EXIF orientation, first {turned[0]}: many labelling tools turn them, they "
+            "are read here as stored; if the masks do not lie on the samples, turn the pixels for good")
     for names in (names for key, names in twins.items() if key and len(names) > 1):
         splits = {split: n for n in names for split in homes[n]}
         if len(splits) > 1:
