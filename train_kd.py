@@ -51,7 +51,7 @@ from models import deeplab, efficientnet_unet, unetformer
 from models.checkpoint import load_state, load_weights, save_state, save_weights
 from models.heads import HEADS, Segmenter
 from models.lookahead import Lookahead, cycle_ends, warm_restarts
-from models.losses import class_weights, compute, distill, parse_loss
+from models.losses import class_weights, compute, distill, parse_loss, translate
 from models.vit import PRESETS, ViT, arch_name, spread_taps
 from models.weights import BadWeights, fill, load_vit, sha256
 
@@ -66,6 +66,8 @@ def parse_args(argv=None):
     kd.add_argument("--teacher", help="run folder of a trained network, or its best.safetensors")
     kd.add_argument("--teacher-weights", help="backbone file of a teacher saved with --save head")
     kd.add_argument("--map", default="names", help="teacher's classes -> these: names, measured, or a JSON file")
+    kd.add_argument("--within", default="student", choices=["student", "shares"],
+                    help="a teacher class that goes to several: the student divides it, or the map's shares do")
     kd.add_argument("--alpha", type=float, default=0.7, help="weight of the KL term, the masks get the rest")
     kd.add_argument("--temperature", type=float, default=2.0, help="T that softens both distributions")
     data = p.add_argument_group("data")
@@ -340,12 +342,12 @@ def image_matrices(net, meta, data, args, device, amp, rank, world):  # -> (N, K
 
 
 @torch.no_grad()
-def soft_targets(teacher, x, change, shares, temperature, amp):  # x (B, 3, H, W) -> probabilities (B, K, H, W) fp32
+def soft_targets(teacher, x, change, temperature, amp):  # x (B, 3, H, W) -> (B, teacher's classes, H, W) fp32
     if change is not None:  # from the student's normalisation to the teacher's, on the very same pixels
         x = x * change[0] + change[1]
     with torch.autocast(x.device.type, torch.bfloat16, enabled=amp):
-        logits = teacher(x)  # (B, teacher's classes, H, W)
-    return torch.einsum("bthw,ts->bshw", (logits.float() / temperature).softmax(1), shares)
+        logits = teacher(x)
+    return (logits.float() / temperature).softmax(1)
 
 
 def main(args):
@@ -507,7 +509,9 @@ def main(args):
             say("        " + classmap.table(names, labels.names, **shown_maps).replace("\n", "\n        "))
         rows = [{labels.names[j]: row[j] for j in np.flatnonzero(row)} or None for row in shares.tolist()]
         taught = dict(teacher=str(args.teacher), sha256=sha256(file), alpha=args.alpha, temperature=args.temperature,
-                      map=dict(zip(names, rows)))
+                      within=args.within, map=dict(zip(names, rows)))
+        if args.within == "student":  # stray pixels of a measured map do not make classes alike
+            shares = np.where(shares >= np.minimum(0.05, shares.max(1, keepdims=True)), shares, 0)
         shares = torch.tensor(shares, dtype=torch.float32, device=device)
         known = shares.sum(0) > 0  # the teacher says nothing about the rest, so KD does not either
         if not known.any():
@@ -677,15 +681,15 @@ def main(args):
     if teacher is not None and still:
         say("        no random crop: the teacher's probabilities are kept")
 
-    def targets_of(x):  # (B, 3, H, W) as the student gets it -> (B, K, H, W) on the device
+    def targets_of(x):  # (B, 3, H, W) as the student gets it -> (B, teacher's classes, H, W) on the device
         if not still:
-            return soft_targets(teacher, x, change, shares, args.temperature, amp)
+            return soft_targets(teacher, x, change, args.temperature, amp)
         rows = []
         for tile in x:
             key = hashlib.sha256(tile.numpy().tobytes()).digest()
             row = tiles.get(key)
             if row is None:
-                row = soft_targets(teacher, tile[None].to(device), change, shares, args.temperature, amp)
+                row = soft_targets(teacher, tile[None].to(device), change, args.temperature, amp)
                 row = row[0].half().cpu()
                 if (len(tiles) + 1) * row.nbytes <= room:
                     tiles[key] = row
@@ -735,7 +739,9 @@ def main(args):
                 with torch.autocast(device.type, torch.bfloat16, enabled=amp):  # bf16 needs no GradScaler
                     logits = model(x.to(device, non_blocking=True))  # (B, K, H, W) fp32, of some CNNs two of them
                 logits, *aux = logits if isinstance(logits, tuple) else (logits,)
-                soft = targets_of(x) if teacher is not None else None
+                if teacher is not None:
+                    own = logits if args.within == "student" else None
+                    soft = translate(targets_of(x), shares, own, args.temperature)  # (B, K, H, W)
                 hard = kd = 0.0
                 for share, y in targets:
                     y = y.to(device, non_blocking=True)

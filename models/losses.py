@@ -144,6 +144,23 @@ def distill(logits: torch.Tensor, target: torch.Tensor, y: torch.Tensor, tempera
     return temperature ** 2 * kl.where(y != IGNORE, 0).sum() / _pixels(y, count)
 
 
+def translate(q: torch.Tensor, shares: torch.Tensor, logits: torch.Tensor | None = None,
+              temperature: float = 1.0) -> torch.Tensor:
+    """Teacher's probabilities (B, Kt, H, W), by shares (Kt, K) of its classes -> (B, K, H, W) as a target for distill.
+
+    With the student's logits a class that goes to several is divided as the student itself divides it, so that nothing
+    is taught that the teacher cannot know; the shares then only say which classes (the E-step of learning from unions).
+    """
+    if logits is None:
+        return torch.einsum("bthw,ts->bshw", q, shares)
+    z = _float(logits.detach()) / temperature
+    target = torch.zeros_like(z)
+    for part, row in zip(q.split(1, dim=1), shares > 0):
+        if row.any():
+            target[:, row] += part * z[:, row].softmax(1)
+    return target
+
+
 LOSSES = {"ce": ce, "focal": focal, "lovasz": lovasz, "dice": dice, "boundary": boundary}
 
 

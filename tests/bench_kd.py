@@ -3,9 +3,10 @@
     python tests/bench_kd.py --out runs/bench_kd                            demo
     python tests/bench_kd.py --out runs/bench_kd --dubai D                  demo, and the Dubai set in folder D
 Per data set and seed: baseline; with weighted sampling by the baseline's own difficulty scores; with replication; with
-the strategic crop; with all three; and with KD from a teacher of other classes, its map by name and measured. All have
-the same steps and report the last weights, so the baseline is the step-matched control. Prints mean +/- sd per class,
-and the paired difference to the baseline. What is there already is not run again. One thread; the slowest run is named.
+the strategic crop; with all three; and with KD from a teacher of other classes: the shares of a map by name, or of one
+measured, taught (--within shares), and the division left to the student (the default). All have the same steps and report the
+last weights, so the baseline is the step-matched control. Prints mean +/- sd per class, and the paired difference to
+the baseline. What is there already is not run again. One thread; the slowest run is named.
 """
 import argparse
 import json
@@ -109,8 +110,9 @@ def main():
                     "baseline": ["--alpha", 0], "weighted": ["--alpha", 0, *weighted],
                     "replicated": ["--alpha", 0, *repeat], "strategic": ["--alpha", 0, "--focus", 0.7],
                     "all": ["--alpha", 0, *weighted, *repeat, "--focus", 0.7],
-                    "kd-named": ["--teacher", teacher, "--map", out / f"{name}.json"],
-                    "kd-measured": ["--teacher", teacher, "--map", "measured"]}.items():
+                    "kd-named": ["--teacher", teacher, "--map", out / f"{name}.json", "--within", "shares"],
+                    "kd-measured": ["--teacher", teacher, "--map", "measured", "--within", "shares"],
+                    "kd-student": ["--teacher", teacher, "--map", out / f"{name}.json"]}.items():
                 r = run("train_kd.py", out / f"{name}-{arm}-{seed}", *common, "--root", root, "--seed", seed, *flags)
                 arms.setdefault(arm, []).append(r)
                 seconds.append((r["seconds"], f"{name}-{arm}-{seed}"))

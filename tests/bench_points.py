@@ -1,7 +1,7 @@
 """Label efficiency: points per class and image against full masks, same network, same steps, with and without growing.
 
     python tests/bench_points.py --dubai DIR                      54 runs of 250 steps; demo alone without --dubai
-    python tests/bench_points.py --seeds 0 --points 5             a few cells; finished ones are read, not run again
+    python tests/bench_points.py --seeds 0 --grown                a part; what is finished is read, not run again
 DIR: the Dubai set as downloaded ("Tile 1" to "Tile 8"); it is linked, not changed. Writes OUT/table.md, table.json and
 table.png; a cell is test mIoU, mean +/- standard deviation over the seeds, of the weights chosen on full val masks.
 """
@@ -84,6 +84,7 @@ def main(argv=None):
     p.add_argument("--dubai", help="folder with Tile 1 to Tile 8")
     p.add_argument("--out", default="runs/points", help="folder for runs and table")
     p.add_argument("--points", type=int, nargs="+", default=[1, 5, 20, 100])
+    p.add_argument("--grown", type=int, nargs="*", help="those of --points to run with the second stage, too (all)")
     p.add_argument("--seeds", type=int, nargs="+", default=[0, 1, 2])
     p.add_argument("--steps", type=int, default=250)
     p.add_argument("--flags", nargs=argparse.REMAINDER, default=[], help="further flags of train_points.py, last")
@@ -97,7 +98,9 @@ def main(argv=None):
             if not (roots["dubai"] / tile.name).exists():
                 os.symlink(tile, roots["dubai"] / tile.name)
         write(roots["dubai"] / "dataset.json", DUBAI)
-    cells = [(name, n, grow) for name in roots for n in [*args.points, None] for grow in (False, True) if n or not grow]
+    grown = args.points if args.grown is None else args.grown
+    cells = [(name, n, grow) for name in roots for n in [*args.points, None] for grow in (False, True)
+             if not grow or n in grown]
     found, began, made = {}, time.time(), 0
     for seed in args.seeds:  # a whole table after the first seed, then better ones
         for name, n, grow in cells:
@@ -115,7 +118,7 @@ def main(argv=None):
             scores = [r["miou"] for r in results]
             rows.append(dict(data=name, points=n, grow=grow, mean=statistics.mean(scores), scores=scores,
                              sd=statistics.stdev(scores) if len(scores) > 1 else 0.0,
-                             labelled=statistics.mean(r["points"] for r in results),
+                             labelled=None if n is None else statistics.mean(r["points"] for r in results),
                              oa=statistics.mean(r["oa"] for r in results), baseline=results[0]["majority_miou"]))
         write(out / "table.json", dict(steps=args.steps, seeds=args.seeds, flags=args.flags, rows=rows))
         write(out / "table.png", chart(rows, args.points))
@@ -123,10 +126,10 @@ def main(argv=None):
         text += "|---" * (len(args.points) + 3) + "|\n"
         for name in roots:
             for grow in (False, True):
-                cell = {r["points"]: f"{r['mean']:.3f} +/- {r['sd']:.3f}" for r in rows if r["data"] == name
-                        and (r["grow"] == grow or r["points"] is None)}
+                cell = {r["points"]: f"{r['mean']:.3f}" + f" +/- {r['sd']:.3f}" * (len(args.seeds) > 1) for r in rows
+                        if r["data"] == name and (r["grow"] == grow or r["points"] is None)}
                 base = next(r["baseline"] for r in rows if r["data"] == name)
-                text += f"| {name}{', grown' * grow} | " + " | ".join(cell[n] for n in [*args.points, None])
+                text += f"| {name}{', grown' * grow} | " + " | ".join(cell.get(n, "") for n in [*args.points, None])
                 text += f" | {base:.3f} |\n"
         write(out / "table.md", text)
     print(f"\n{text}\nwrote {out}/table.md, table.json, table.png; {len(args.seeds)} seeds of {args.steps} steps")

@@ -18,7 +18,7 @@ from data.datasets import NORMS, normalise
 from data.demo import make
 from data.io import IGNORE, BadInput, write
 from models.checkpoint import load_state, load_weights
-from models.losses import distill
+from models.losses import distill, translate
 
 TINY = ["--steps", 8, "--eval-every", 2, "--log-every", 1, "--batch-size", 4, "--crop", 64, "--warmup", 2,
         "--arch", "nano16", "--dataset", "folder", "--workers", 0]
@@ -130,6 +130,35 @@ def test_kl_is_torchs_and_zero_for_a_perfect_teacher():
     value = distill(z, (z.detach() / 2).softmax(1), y, 2.0)
     value.backward()
     assert abs(value.item()) < 1e-6 and z.grad.abs().max() < 1e-8
+
+
+# ---- from the teacher's classes to the student's
+
+def test_what_the_teacher_cannot_tell_apart_is_left_to_the_student():
+    torch.manual_seed(0)
+    z, q = torch.randn(2, 5, 4, 3, dtype=torch.float64), torch.randn(2, 3, 4, 3, dtype=torch.float64).softmax(1)
+    y = torch.zeros(2, 4, 3, dtype=torch.long)
+    shares = torch.tensor([[0.7, 0.3, 0, 0, 0], [0, 0, 1, 0, 0], [0, 0, 0, 0.5, 0.5]], dtype=torch.float64)
+    a, b = z.clone().requires_grad_(), z.clone().requires_grad_()
+    value = distill(a, translate(q, shares, a, 2.0), y, 2.0)
+    p = (b / 2).softmax(1)  # the oracle: KL between the teacher and the student's sums over each of its classes
+    p = torch.stack([p[:, :2].sum(1), p[:, 2], p[:, 3:].sum(1)], 1)
+    want = 4 * (q * (q / p).log()).sum(1).mean()
+    torch.testing.assert_close(value, want)
+    value.backward(), want.backward()
+    torch.testing.assert_close(a.grad, b.grad)
+
+
+def test_a_map_of_one_class_each_is_the_same_either_way_and_mass_is_kept():
+    torch.manual_seed(0)
+    z, q = torch.randn(2, 4, 3, 3), torch.randn(2, 3, 3, 3).softmax(1)
+    one = torch.eye(4)[[2, 0, 2]]
+    assert torch.equal(translate(q, one, z), translate(q, one))
+    several = torch.tensor([[0.5, 0.5, 0, 0], [0, 0.2, 0.8, 0], [0, 0, 0, 0]])  # class 1 in two rows, a row nowhere
+    for logits in (None, z, 1000 * z):
+        target = translate(q, several, logits)
+        torch.testing.assert_close(target.sum(1), q[:, :2].sum(1))
+        assert (target[:, 3] == 0).all()
 
 
 # ---- maps
