@@ -4,9 +4,9 @@
     python tests/bench_kd.py --out runs/bench_kd --dubai D                  demo, and the Dubai set in folder D
 Per data set and seed: baseline; with weighted sampling by the baseline's own difficulty scores; with replication; with
 the strategic crop; with all three; and with KD from a teacher of other classes: the shares of a map by name, or of one
-measured, taught (--within shares), and the division left to the student (the default). All have the same steps and report the
-last weights, so the baseline is the step-matched control. Prints mean +/- sd per class, and the paired difference to
-the baseline. What is there already is not run again. One thread; the slowest run is named.
+measured, taught (--within shares), and the division left to the student (the default). All have the same steps and
+report the last weights, so the baseline is the step-matched control. Prints mean +/- sd per class, and the paired
+difference to the baseline. What is there already is not run again. One thread; the slowest run is named.
 """
 import argparse
 import json
