@@ -159,7 +159,15 @@ def classify(args, rank, world, device):  # a run of train_cls.py: writes predic
     net.to(device)
     names, out = [c["name"] for c in meta["classes"]], Path(args.out)
     amp = args.amp == "bf16" or args.amp == "auto" and meta["amp"] == "bf16" and fast_bf16(device)
-    files, table, bad, began = list(find_images(args.inputs)), [], [], time.time()
+    results = out / "predictions.csv", out / "montage.png"
+    if rank == 0:
+        out.mkdir(parents=True, exist_ok=True)  # fails now, not after the last image
+        if there := [f for f in results if f.exists()]:
+            if not results[0].exists() or not results[0].read_text(errors="ignore").startswith("file,class_1,"):
+                raise BadInput(f"{there[0]}: would be overwritten, and predict.py has not written it; name another "
+                               "--out")
+    files = [f for f in find_images(args.inputs) if f.resolve() != results[1].resolve()]  # --out may lie among them
+    table, bad, began = [], [], time.time()
     mine, shown = files[rank::world], began
     for i in range(0, len(mine), args.batch_size):
         images = []
@@ -179,20 +187,20 @@ def classify(args, rank, world, device):  # a run of train_cls.py: writes predic
         if rank == 0 and time.time() - shown > 10:
             shown, done = time.time(), min(i + args.batch_size, len(mine))
             rest = round((shown - began) / done * (len(mine) - done))
-            print(f"{done * world} of {len(files)}  ETA {rest // 60}:{rest % 60:02d}", flush=True)
-    speed = len(mine) / (time.time() - began)
+            print(f"{min(done * world, len(files))} of {len(files)}  ETA {rest // 60}:{rest % 60:02d}", flush=True)
     if world > 1:
         dist.all_gather_object(parts := [None] * world, table)
         table = sorted((row for part in parts for row in part), key=lambda row: row[0])
+    speed = len(table) / (time.time() - began)
     if rank == 0:
         text, top = io.StringIO(), min(args.top, len(names))
         rows = csv.writer(text, lineterminator="\n")
         rows.writerow(["file", *(f"{column}_{i + 1}" for i in range(top) for column in ("class", "probability"))])
         rows.writerows([file, *(v for c, p in zip(cs[:top], ps) for v in (c, f"{p:.4f}"))] for file, ps, cs in table)
-        write(out / "predictions.csv", text.getvalue())
+        write(results[0], text.getvalue())
         if args.montage:
             by_class = {c: sorted((r for r in table if r[2][0] == c), key=lambda r: -r[1][0]) for c in names}
-            write(out / "montage.png", plots.cards(
+            write(results[1], plots.cards(
                 [(f"{c}: {len(found)} images", [(square(read_image(file, **meta["reading"]), meta["stored"]),
                                                  [Path(file).name, f"{ps[0]:.3f}"], False)
                                                 for file, ps, _ in found[:args.montage]])
@@ -231,9 +239,9 @@ def main(args):
     amp = args.amp == "bf16" or args.amp == "auto" and meta["amp"] == "bf16" and fast_bf16(device)
     overlap = meta["overlap"] if args.overlap is None else args.overlap
     images = find_images(args.inputs)
-    if twice := {n: [f for f in images if images[f] == n] for n, k in Counter(images.values()).items() if k > 1}:
-        name, (a, b, *_) = min(twice.items())
-        raise BadInput(f"{a} and {b}: both would become {name}.png; predict them into two folders")
+    if twice := [name for name, n in Counter(images.values()).items() if n > 1]:
+        a, b, *_ = (f for f in images if images[f] == twice[0])
+        raise BadInput(f"{a} and {b}: both would become {twice[0]}.png; predict them into two folders")
     outputs = [(out / f"{n}{end}").resolve() for n in images.values() for end in (".png", "_color.png", "_overlay.jpg")]
     clash = {f.resolve() for f in images} & set(outputs)
     if clash or len(set(outputs)) < len(outputs):

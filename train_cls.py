@@ -114,7 +114,7 @@ def parse_args(argv=None):
     if args.resume:  # the stored flags become the defaults, so a flag that now differs was typed
         stored = load_state(Path(args.resume) / "last.pt").get("args")
         if stored is None or stored.keys() != vars(args).keys():
-            raise BadInput(f"{args.resume}/last.pt: not written by this script; name a run folder of it")
+            raise BadInput(f"{args.resume}/last.pt: not written by this version of this script; name a run of it")
         p.set_defaults(**stored | {"resume": args.resume})
         args = p.parse_args(argv)
         args.out = args.resume

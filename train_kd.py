@@ -146,7 +146,7 @@ def parse_args(argv=None):
     if args.resume:  # the stored flags become the defaults, so a flag that now differs was typed
         stored = load_state(Path(args.resume) / "last.pt").get("args")
         if stored is None or stored.keys() != vars(args).keys():
-            raise BadInput(f"{args.resume}/last.pt: not written by this script; name a run folder of it")
+            raise BadInput(f"{args.resume}/last.pt: not written by this version of this script; name a run of it")
         p.set_defaults(**stored | {"resume": args.resume})
         args = p.parse_args(argv)
         args.out = args.resume
@@ -499,7 +499,8 @@ def main(args):
             if args.check_data or args.map == "measured":
                 seen = SegDataset({n: pairs[n] for n in looked_at}, labels, theirs["norm"], **reading)
                 cm = image_matrices(teacher, theirs, seen, args, device, amp, rank, world).sum(0).T
-                found = classmap.measured(cm[:len(names), :K].numpy())
+                least = 0.05 if args.map == "measured" and args.within == "student" else 0.0
+                found = classmap.measured(cm[:len(names), :K].numpy(), least)
                 shown_maps[f"measured on {len(looked_at)} images"] = found
                 if args.map == "measured":
                     shares = found
@@ -510,8 +511,7 @@ def main(args):
         rows = [{labels.names[j]: row[j] for j in np.flatnonzero(row)} or None for row in shares.tolist()]
         taught = dict(teacher=str(args.teacher), sha256=sha256(file), alpha=args.alpha, temperature=args.temperature,
                       within=args.within, map=dict(zip(names, rows)))
-        if args.within == "student":  # stray pixels of a measured map do not make classes alike
-            shares = np.where(shares >= np.minimum(0.05, shares.max(1, keepdims=True)), shares, 0)
+        divided = args.within == "student" and ((shares > 0).sum(1) > 1).any()
         shares = torch.tensor(shares, dtype=torch.float32, device=device)
         known = shares.sum(0) > 0  # the teacher says nothing about the rest, so KD does not either
         if not known.any():
@@ -740,8 +740,7 @@ def main(args):
                     logits = model(x.to(device, non_blocking=True))  # (B, K, H, W) fp32, of some CNNs two of them
                 logits, *aux = logits if isinstance(logits, tuple) else (logits,)
                 if teacher is not None:
-                    own = logits if args.within == "student" else None
-                    soft = translate(targets_of(x), shares, own, args.temperature)  # (B, K, H, W)
+                    soft = translate(targets_of(x), shares, logits if divided else None, args.temperature)
                 hard = kd = 0.0
                 for share, y in targets:
                     y = y.to(device, non_blocking=True)

@@ -128,6 +128,14 @@ def draft(root: Path, limit: int | None) -> int:
 
 # ---- with dataset.json, or a public data set
 
+def turned(header) -> bool:  # a Pillow image, not yet decoded
+    """Does EXIF ask viewers to turn the picture?"""
+    try:
+        return (header.getexif() if "exif" in header.info else getattr(header, "tag_v2", {})).get(274, 1) not in (0, 1)
+    except Exception:  # Pillow raises many kinds on damaged EXIF of images that it reads well
+        return False
+
+
 def inspect(image: Path, mask: Path | None, labels: Labels | None, reading: dict) -> dict:
     """One pair: errors {kind: line}, the image's mode and hash, does EXIF turn it, pixel counts (K+1,) or 0."""
     found = {"errors": {}, "mode": None, "hash": None, "turned": False, "counts": 0}
@@ -135,7 +143,7 @@ def inspect(image: Path, mask: Path | None, labels: Labels | None, reading: dict
         x = read_image(image, **reading)
         header = open_image(image, deep=True)
         found["mode"] = header.mode
-        found["turned"] = "exif" in header.info and header.getexif().get(274, 1) not in (0, 1)
+        found["turned"] = turned(header)
         if (x != x[0, 0]).any():  # the empty margins of mosaics are all alike
             found["hash"] = x.shape, hashlib.blake2b(x.reshape(-1)).digest()
     except BadInput as e:
@@ -242,10 +250,10 @@ def check_images(found: dict[str, dict], homes: dict[str, list[str]], complaints
     for mode, names in modes.items():
         if mode not in ("RGB", None):
             complaints["note", "mode"].append(f"{len(names)} images of mode {mode} are read as RGB, first {names[0]}")
-    if turned := [n for n, f in found.items() if f["turned"]]:
+    if askew := [n for n, f in found.items() if f["turned"]]:
         complaints["warning", "turned"].append(
-            f"{len(turned)} images have an EXIF orientation, first {turned[0]}: many labelling tools turn them, they "
-            "are read here as stored; if the masks do not lie on the samples, turn the pixels for good")
+            f"{len(askew)} images have an EXIF orientation, first {askew[0]}: some programs turn such pictures, others "
+            "do not; if masks do not lie on their images in a run's samples.png, turn the pixels for good")
     for names in (names for key, names in twins.items() if key and len(names) > 1):
         splits = {split: n for n in names for split in homes[n]}
         if len(splits) > 1:

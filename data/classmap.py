@@ -65,9 +65,14 @@ def same_names(teacher: list[str], student: list[str]) -> np.ndarray:
     return matrix({n: n for n in teacher if n in student}, teacher, student, "equal class names (no --map FILE)")
 
 
-def measured(counts: np.ndarray) -> np.ndarray:
-    """Pixels (teacher's class, true student class) -> shares; a class that the teacher never says goes nowhere."""
+def measured(counts: np.ndarray, least: float = 0.0) -> np.ndarray:
+    """Pixels (teacher's class, true student class) -> shares; a class that the teacher never says goes nowhere.
+
+    Shares below `least` are left out as stray pixels, unless most of the student class lies there.
+    """
     counts = np.asarray(counts, np.float64)
+    stray = (counts < least * counts.sum(1, keepdims=True)) & (counts < counts.max(0))
+    counts = np.where(stray, 0, counts)
     return counts / np.maximum(counts.sum(1, keepdims=True), 1)
 
 

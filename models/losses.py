@@ -155,9 +155,8 @@ def translate(q: torch.Tensor, shares: torch.Tensor, logits: torch.Tensor | None
         return torch.einsum("bthw,ts->bshw", q, shares)
     z = _float(logits.detach()) / temperature
     target = torch.zeros_like(z)
-    for part, row in zip(q.split(1, dim=1), shares > 0):
-        if row.any():
-            target[:, row] += part * z[:, row].softmax(1)
+    for part, row in zip(q.split(1, dim=1), (shares > 0)[..., None, None]):  # row (K, 1, 1)
+        target += part * row * z.masked_fill(~row, -1e9).softmax(1)
     return target
 
 

@@ -57,6 +57,7 @@ def merged(root, out, classes):  # the same images, masks of the teacher's class
     for image, mask in find_pairs(root, d).values():
         for file in (image, mask):
             (out / file.relative_to(root)).parent.mkdir(parents=True, exist_ok=True)
+        (out / image.relative_to(root)).unlink(missing_ok=True)
         (out / image.relative_to(root)).symlink_to(image.resolve())
         colors = np.arange(3 * len(names), dtype=np.uint8).reshape(-1, 3)
         id_image(table[labels.load(mask)], colors).save(out / mask.relative_to(root))
@@ -67,7 +68,8 @@ def merged(root, out, classes):  # the same images, masks of the teacher's class
 
 def run(script, out, *flags):  # -> results.json
     if not (out / "results.json").exists():
-        command = [sys.executable, ROOT / script, "--out", out, *flags]
+        flags = ["--resume", out] if (out / "last.pt").exists() else ["--out", out, *flags]
+        command = [sys.executable, ROOT / script, *flags]
         env = {**os.environ, "OMP_NUM_THREADS": "1"}
         done = subprocess.run([str(c) for c in command], capture_output=True, text=True, env=env, cwd=out.parent)
         if done.returncode:
@@ -78,7 +80,9 @@ def run(script, out, *flags):  # -> results.json
 
 
 def spread(values):
-    values = np.array(values, float)
+    values = np.array([v for v in values if v is not None], float)  # None: a class that is nowhere in test
+    if not len(values):
+        return "-"
     return f"{100 * values.mean():.1f}" + (f" +/- {100 * values.std(ddof=1):.1f}" if len(values) > 1 else "")
 
 
@@ -92,7 +96,11 @@ def main():
     p.add_argument("--arch", default="nano16")
     args = p.parse_args()
     out = args.out.resolve()
-    out.mkdir(parents=True, exist_ok=True)
+    settings = out / "settings.json"
+    mine = dict(steps=args.steps, arch=args.arch)
+    if settings.exists() and (there := json.loads(settings.read_text())) != mine:
+        p.error(f"{out}: holds runs with {there}, not {mine}; name another --out")
+    write(settings, mine)
     for name in args.only or ["demo", *["dubai"] * bool(args.dubai)]:
         root = demo.make(out / "data/demo") if name == "demo" else linked(args.dubai, out / "data/dubai", DUBAI)
         other = merged(root, out / f"data/{name}-merged", TEACHERS[name])
@@ -120,7 +128,7 @@ def main():
         print("| arm | mIoU | minus baseline | " + " | ".join(classes) + " |\n|" + "---|" * (3 + len(classes)))
         for arm, rows in arms.items():
             gain = [r["miou"] - b["miou"] for r, b in zip(rows, arms["baseline"])]
-            by_class = [spread([r["iou"][c] or 0 for r in rows]) for c in classes]
+            by_class = [spread([r["iou"][c] for r in rows]) for c in classes]
             print(f"| {arm} | {spread([r['miou'] for r in rows])} | {spread(gain)} | " + " | ".join(by_class) + " |")
         print()
 

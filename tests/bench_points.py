@@ -99,6 +99,13 @@ def main(argv=None):
                 os.symlink(tile, roots["dubai"] / tile.name)
         write(roots["dubai"] / "dataset.json", DUBAI)
     grown = args.points if args.grown is None else args.grown
+    if set(grown) - set(args.points):
+        p.error(f"--grown {grown}: expected some of --points {args.points}")
+    settings = out / "settings.json"
+    mine = dict(steps=args.steps, flags=args.flags)
+    if settings.exists() and (there := json.loads(settings.read_text())) != mine:
+        p.error(f"{out}: holds runs with {there}, not {mine}; name another --out")
+    write(settings, mine)
     cells = [(name, n, grow) for name in roots for n in [*args.points, None] for grow in (False, True)
              if not grow or n in grown]
     found, began, made = {}, time.time(), 0
@@ -120,13 +127,13 @@ def main(argv=None):
                              sd=statistics.stdev(scores) if len(scores) > 1 else 0.0,
                              labelled=None if n is None else statistics.mean(r["points"] for r in results),
                              oa=statistics.mean(r["oa"] for r in results), baseline=results[0]["majority_miou"]))
-        write(out / "table.json", dict(steps=args.steps, seeds=args.seeds, flags=args.flags, rows=rows))
+        write(out / "table.json", dict(steps=args.steps, flags=args.flags, rows=rows))
         write(out / "table.png", chart(rows, args.points))
         text = f"| data | {' | '.join(f'{n} a class and image' for n in args.points)} | full masks | majority |\n"
         text += "|---" * (len(args.points) + 3) + "|\n"
         for name in roots:
-            for grow in (False, True):
-                cell = {r["points"]: f"{r['mean']:.3f}" + f" +/- {r['sd']:.3f}" * (len(args.seeds) > 1) for r in rows
+            for grow in (False, True)[:1 + bool(grown)]:
+                cell = {r["points"]: f"{r['mean']:.3f}" + f" +/- {r['sd']:.3f}" * (len(r["scores"]) > 1) for r in rows
                         if r["data"] == name and (r["grow"] == grow or r["points"] is None)}
                 base = next(r["baseline"] for r in rows if r["data"] == name)
                 text += f"| {name}{', grown' * grow} | " + " | ".join(cell.get(n, "") for n in [*args.points, None])

@@ -400,6 +400,10 @@ def turned_image(root):
     Image.open(root / "images/1.png").save(root / "images/1.png", exif=exif)
 
 
+def damaged_exif(root):
+    Image.open(root / "images/1.png").save(root / "images/1.png", exif=b"Exif\x00\x00no such thing")
+
+
 def no_splits(root):
     edit(root, splits={})
 
@@ -421,7 +425,8 @@ def wrong_glob(root):
     (deep_image, 2, "error: {root}/images/1.png: uint16 pixels (0..18909); expected 8 bit"),
     (alpha_image, 2, "error: {root}/images/1.png: 4 bands (RGBA); expected 3"),
     (grey_image, 0, "note: 1 images of mode L are read as RGB, first images/1"),
-    (turned_image, 0, "warning: 1 images have an EXIF orientation, first images/1: many labelling tools turn them"),
+    (damaged_exif, 0, "6 images, 0 complaints"),
+    (turned_image, 0, "warning: 1 images have an EXIF orientation, first images/1: some programs turn such pictures"),
     (twin_in_other_split, 2, "error: images/1 (train), images/4 (val): identical images in different splits; leave"),
     (twin_in_same_split, 0, "note: images/1, images/2: 2 identical images"),
     (blank_images, 0, "6 images, 0 complaints"),

@@ -391,6 +391,12 @@ def test_predict_takes_folders_that_share_file_names(root, run, forks, tmp_path)
     forks.run("predict", run, tmp_path / "north", tmp_path / "south", "--out", tmp_path / "p")
     rows = list(csv.DictReader((tmp_path / "p/predictions.csv").open()))
     assert [r["file"] for r in rows] == [str(tmp_path / "north/1.png"), str(tmp_path / "south/1.png")]
+    flags = ["--out", tmp_path / "north", "--montage", 1]
+    forks.run("predict", run, tmp_path / "north", *flags), forks.run("predict", run, tmp_path / "north", *flags)
+    assert len(list(csv.DictReader((tmp_path / "north/predictions.csv").open()))) == 1  # not the montage as well
+    (tmp_path / "south/predictions.csv").write_text("mine")
+    text = forks.run("predict", run, tmp_path / "south", "--out", tmp_path / "south", ok=2)
+    assert "predictions.csv: would be overwritten" in text
 
 
 def test_eval_and_segmentation_know_a_classification_run(run, forks):

@@ -208,6 +208,8 @@ def test_the_rest_that_can_be_wrong_with_a_map(tmp_path):
 def test_the_measured_map_and_the_table():
     m = classmap.measured([[6, 2, 0], [0, 0, 0], [0, 1, 99]])
     assert m.tolist() == [[.75, .25, 0], [0, 0, 0], [0, .01, .99]]
+    without = classmap.measured([[96, 3, 1], [0, 0, 0], [4, 0, 96]], 0.05)  # class 1 is rare, but all of it is there
+    np.testing.assert_allclose(without, [[96 / 99, 3 / 99, 0], [0, 0, 0], [0, 0, 1]])
     named = classmap.matrix({"a": "x", "b": None, "c": {"y": 0.5, "z": 0.5}}, ["a", "b", "c"], ["x", "y", "z"])
     text = classmap.table(["a", "b", "c"], ["x", "y", "z"], named=named, measured=m)
     assert text.splitlines() == [
