@@ -23,7 +23,7 @@ from .datasets import (class_counts, count_ids, cut, even_sample, find_pairs, ma
                        split_names, unlabelled)
 from .draft import (Complaints, count_values, draft_classes, draft_patterns, folder_splits, listed_splits, scan,
                     values_table)
-from .io import BadInput, Labels, open_image, read_image, write
+from .io import IGNORE, BadInput, Labels, open_image, read_valid, write
 from .public import SETS, describe
 
 LEVELS = ("note", "warning", "error")  # the worst stand next to the prompt
@@ -139,8 +139,9 @@ def turned(header) -> bool:  # a Pillow image, not yet decoded
 def inspect(image: Path, mask: Path | None, labels: Labels | None, reading: dict) -> dict:
     """One pair: errors {kind: line}, the image's mode and hash, does EXIF turn it, pixel counts (K+1,) or 0."""
     found = {"errors": {}, "mode": None, "hash": None, "turned": False, "counts": 0}
+    valid = None
     try:
-        x = read_image(image, **reading)
+        x, valid = read_valid(image, **reading)
         header = open_image(image, deep=True)
         found["mode"] = header.mode
         found["turned"] = turned(header)
@@ -155,7 +156,10 @@ def inspect(image: Path, mask: Path | None, labels: Labels | None, reading: dict
                 found["errors"]["size"] = (f"{mask}: mask of {h} x {w} for an image of {H} x {W} (H x W); "
                                            "export it at the image's size")
         if mask and labels:
-            found["counts"] = count_ids(labels.load(mask), len(labels.names))
+            ids = labels.load(mask)
+            if valid is not None and valid.shape == ids.shape:
+                ids[~valid] = IGNORE  # as in training
+            found["counts"] = count_ids(ids, len(labels.names))
     except BadInput as e:
         found["errors"]["mask"] = e
     return found

@@ -47,9 +47,22 @@ def open_image(path: str | Path, max_pixels: int = MAX_PIXELS, deep: bool = Fals
     if bands > len(image.getbands()):
         raise BadInput(f"{path}: {bands} bands, of which Pillow would drop {bands - len(image.getbands())}; save the "
                        "ones to use, at most four, as a TIFF of their own")
+    if image.format == "TIFF" and (pages := full_pages(path)) > 1:
+        raise BadInput(f"{path}: {pages} pages, of which only the first would be read; if they are bands, save the ones "
+                       "to use as bands of one page")
     if image.width * image.height > max_pixels:
         raise BadInput(f"{path}: {image.height} x {image.width} pixels, over the limit of {max_pixels}; cut it up")
     return image
+
+
+def full_pages(path: str | Path) -> int:
+    """Pages of a TIFF without its overviews and masks, which further pages of GeoTIFFs mostly are."""
+    pages = 1
+    with Image.open(path) as tiff, contextlib.suppress(Exception):  # damage behind the first page, which reads well
+        for i in range(1, tiff.n_frames):
+            tiff.seek(i)
+            pages += not tiff.tag_v2.get(254, 0) & 5  # NewSubfileType: 1 = overview, 4 = mask
+    return pages
 
 
 def pixels(image: Image.Image, path: str | Path, mode: str | None = None) -> np.ndarray:

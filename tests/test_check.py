@@ -317,6 +317,12 @@ def alpha_image(root):
     save(root / "images/1.png", np.arange(768).reshape(12, 16, 4) % 251)
 
 
+def transparent_images(root):  # 0 to 3 are train: a quarter of 4 x 192 pixels
+    for i in range(4):
+        save(root / f"images/{i}.png", np.dstack([np.random.default_rng(i).integers(0, 256, (12, 16, 3)),
+                                                  np.repeat([0, 255], [4 * 12, 12 * 12]).reshape(12, 16)]))
+
+
 def grey_image(root):
     save(root / "images/1.png", np.arange(192).reshape(12, 16))
 
@@ -424,6 +430,7 @@ def wrong_glob(root):
     (colour_mask, 2, "error: {root}/masks/1.png: a colour mask, but the label table lists ids"),
     (deep_image, 2, "error: {root}/images/1.png: uint16 pixels (0..18909); expected 8 bit"),
     (alpha_image, 2, "error: {root}/images/1.png: 4 bands (RGBA); expected 3"),
+    (transparent_images, 0, f"ignored of all pixels    {'25.00%':>14} {'0.00%':>14}"),  # as in training
     (grey_image, 0, "note: 1 images of mode L are read as RGB, first images/1"),
     (damaged_exif, 0, "6 images, 0 complaints"),
     (turned_image, 0, "warning: 1 images have an EXIF orientation, first images/1: some programs turn such pictures"),
