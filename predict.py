@@ -4,7 +4,7 @@
     python predict.py runs/demo D --out predictions --label-out raw    ids or colours as in the training masks
 Writes OUT/NAME.png (ids in a palette PNG: opens in colour, reads back as ids), NAME_color.png, NAME_overlay.jpg and
 classes.json; sub-folders of an input folder are kept. What is transparent in an image gets no class: 255. A file that
-cannot be read is named and left out; exit code 2. Needs about 48 bytes of memory per pixel at 8 classes.
+cannot be read is named and left out; exit code 2. Needs about 12 bytes of memory per pixel (tests/bench_predict.py).
     python predict.py runs/eurosat-cnn D --top 3 --montage 8    a run of train_cls.py
 Writes OUT/predictions.csv (file, class, probability, next classes) and montage.png, the surest 8 of every class.
 Copy with: models/vit.py models/weights.py models/heads.py models/deeplab.py models/unetformer.py
@@ -154,6 +154,21 @@ def logits_of(net, x, crop, overlap, batch, amp):  # image (3, H, W) -> (K, H, W
 
 
 @torch.inference_mode()
+def ids_by_strips(net, image, norm, crop, overlap, batch, amp):  # (H, W, 3) uint8: yields (H, W) uint8, rows done
+    H, W = image.shape[:2]
+    strips = [*dict.fromkeys((top, h) for top, _, h, _ in windows(H, W, crop, overlap))]
+    ids, held = np.empty((H, W), np.uint8), None  # logits of a whole orthophoto would not fit in memory
+    for (top, h), below in zip(strips, [*(top for top, _ in strips[1:]), H]):
+        z = logits_of(net, normalise(image[top:top + h], norm), crop, overlap, batch, amp)
+        z = z * blend_weight(h, 1)  # a window's weight is row times column: strips blend to the same as windows do
+        if top:
+            z[:, :held.shape[1]] += held
+        ids[top:below] = z[:, :below - top].max(0).indices.byte()  # the sum of weights is the same for all classes
+        held = z[:, below - top:]
+        yield ids, below
+
+
+@torch.inference_mode()
 def classify(args, rank, world, device):  # a run of train_cls.py: writes predictions.csv, montage.png -> files left out
     net, meta = load_net(args.run, args.weights, build_cls, "classification")
     net.to(device)
@@ -267,9 +282,11 @@ def main(args):
             print(f"left out: {e}", file=sys.stderr)
             bad.append(file)
             continue
-        with torch.inference_mode():  # the image and its logits stay on the CPU, windows travel
-            logits = logits_of(net, normalise(image, meta["norm"]), meta["crop"], overlap, args.batch_size, amp)
-        ids = logits.max(0).indices.byte().numpy()
+        start = shown = time.time()
+        for ids, rows in ids_by_strips(net, image, meta["norm"], meta["crop"], overlap, args.batch_size, amp):
+            if time.time() - shown > 10:
+                shown, rest = time.time(), round((time.time() - start) * (len(image) / rows - 1))
+                say(f"{name}  row {rows} of {len(image)}  ETA of this image {rest // 60}:{rest % 60:02d}", flush=True)
         if valid is not None:
             ids[~valid] = IGNORE
         if args.label_out == "train":
@@ -282,7 +299,9 @@ def main(args):
             mask = id_image(labels.decode(ids), colors)
         write(out / f"{name}.png", mask)
         write(out / f"{name}_color.png", Image.fromarray(plots.colorize(ids, labels.colors)))
-        write(out / f"{name}_overlay.jpg", Image.fromarray(plots.overlay(image, ids, labels.colors)), quality=90)
+        n = -(-max(ids.shape) // 65_000)  # a JPEG has at most 65,535 pixels a side: every n-th of a larger image
+        blend = plots.overlay(image[::n, ::n], ids[::n, ::n], labels.colors)
+        write(out / f"{name}_overlay.jpg", Image.fromarray(blend), quality=90)
         rest = round((time.time() - began) / (i + 1) * (len(mine) - i - 1))
         say(f"{i + 1} of {len(mine)}  {name}  {image.shape[0]} x {image.shape[1]}  "
             f"ETA {rest // 60}:{rest % 60:02d}", flush=True)

@@ -48,8 +48,8 @@ def open_image(path: str | Path, max_pixels: int = MAX_PIXELS, deep: bool = Fals
         raise BadInput(f"{path}: {bands} bands, of which Pillow would drop {bands - len(image.getbands())}; save the "
                        "ones to use, at most four, as a TIFF of their own")
     if image.format == "TIFF" and (pages := full_pages(path)) > 1:
-        raise BadInput(f"{path}: {pages} pages, of which only the first would be read; if they are bands, save the ones "
-                       "to use as bands of one page")
+        raise BadInput(f"{path}: {pages} pages, of which only the first would be read; if they are bands, save "
+                       "the ones to use as bands of one page")
     if image.width * image.height > max_pixels:
         raise BadInput(f"{path}: {image.height} x {image.width} pixels, over the limit of {max_pixels}; cut it up")
     return image

@@ -30,6 +30,8 @@ def test_colorize_and_overlay_are_exact():
     assert plots.overlay(image, ids, COLORS, alpha=.25).tolist() == [  # .75 image + .25 colour
         [[64, 65, 66], [78, 80, 82]], [[5, 44, 7], [11, 12, 13]]]
     np.testing.assert_array_equal(plots.overlay(image, ids, COLORS, alpha=0), image)
+    tall = plots.overlay(np.tile(image, (300, 1, 1)), np.tile(ids, (300, 1)), COLORS)  # strips join without a seam
+    np.testing.assert_array_equal(tall, np.tile(plots.overlay(image, ids, COLORS), (300, 1, 1)))
     assert plots.overlay(image, ids, COLORS).dtype == plots.colorize(ids.astype(np.int64), COLORS).dtype == np.uint8
 
 

@@ -14,6 +14,8 @@ import torchvision
 from forks import Forks
 from PIL import Image
 
+import predict
+from data.datasets import normalise
 from data.demo import make
 from data.io import BadInput, Labels, write
 from models.checkpoint import load_state, load_weights
@@ -216,20 +218,31 @@ def test_predict_any_size_raw_colours_and_a_bad_file(demo, forks, tmp_path):
     forks.run("train_seg", "--dataset", "folder", "--root", root, "--out", tmp_path / "run", *TINY, "--steps", 2)
     images = tmp_path / "in/sub"
     images.mkdir(parents=True)
-    for h, w in ((1, 1), (40, 300), (65, 64)):
+    sizes = (1, 1), (40, 300), (65, 64), (1, 66_000)  # the last is more than a JPEG holds
+    for h, w in sizes:
         Image.fromarray(np.full((h, w, 3), 90, np.uint8)).save(images / f"{h}x{w}.png")
     (images / "broken.png").write_bytes((images / "40x300.png").read_bytes()[:60])
     (images / "notes.txt").write_text("not an image")
     out = tmp_path / "out"
     text = forks.run("predict", tmp_path / "run", tmp_path / "in", "--out", out, "--label-out", "raw", ok=2)
-    assert "broken.png" in text and "masks of 3 images" in text
-    for h, w in ((1, 1), (40, 300), (65, 64)):
+    assert "broken.png" in text and "masks of 4 images" in text
+    for h, w in sizes:
         raw = np.array(Image.open(out / f"sub/{h}x{w}.png"))
         assert raw.shape == (h, w, 3) and (raw == Image.open(out / f"sub/{h}x{w}_color.png")).all()
     assert not (out / "sub/broken.png").exists()
     shutil.copy(images / "1x1.png", tmp_path)
     text = forks.run("predict", tmp_path / "run", tmp_path / "1x1.png", images, "--out", tmp_path / "p", ok=2)
     assert "both would become 1x1.png" in text and not (tmp_path / "p").exists()
+
+
+@pytest.mark.parametrize("overlap", [0, 0.25, 0.7])
+def test_predict_blends_strips_as_windows_are_blended(overlap, run):
+    net, meta = predict.load_net(run, None)
+    image = np.random.default_rng(0).integers(0, 256, (150, 100, 3), np.uint8)
+    *_, (ids, rows) = predict.ids_by_strips(net, image, meta["norm"], 64, overlap, 3, False)
+    with torch.inference_mode():
+        want = predict.logits_of(net, normalise(image, meta["norm"]), 64, overlap, 3, False).max(0).indices
+    assert rows == 150 and len(np.unique(ids)) > 1 and (ids == want.numpy()).mean() > 0.999  # two ways to round a sum
 
 
 def test_what_is_transparent_gets_no_class(run, demo, forks, tmp_path):
