@@ -4,7 +4,7 @@
     python train_points.py --points points.csv --dataset folder --root D    image,x,y,class; train needs no masks
     python train_points.py --points clicked-centre --points-per-class 3     drawn from masks, kept as OUT/points.csv
     python train_points.py --points dense                        every pixel of the masks: train_seg.py, bit for bit
-    python train_points.py --ema 0.99 --grow 0.5                 second stage: learn from the teacher's sure pixels too
+    python train_points.py --ema 0.99 --grow 1                   second stage: learn from the teacher's sure pixels too
     torchrun --standalone --nproc_per_node=8 train_points.py ... same flags; --batch-size is per process
     python train_points.py --resume runs/demo-points             go on after a kill, bit for bit on a CPU
 The input is the image, the network gives logits, the loss is the mean over the labelled points of the whole batch.
@@ -111,7 +111,8 @@ def parse_args(argv=None):
                      help="for ce and focal (none; sqrt for the demo, whose cars are .3 %% of it)")
     opt.add_argument("--ema", type=float, default=0.0, help="decay of averaged weights, evaluated and kept; 0 = off")
     opt.add_argument("--grow", type=float, default=0.0,
-                     help="weight of the second stage: cross-entropy where the averaged weights are sure; 0 = off")
+                     help="weight of the second stage: cross-entropy where the averaged weights are sure, as a mean "
+                          "over all unlabelled pixels; 0 = off")
     opt.add_argument("--grow-from", type=float, default=0.4, help="part of --steps after which it begins")
     opt.add_argument("--grow-above", type=float, default=0.8, help="probability that counts as sure")
     opt.add_argument("--amp", default="auto", choices=["auto", "bf16", "off"])
@@ -624,12 +625,14 @@ def main(args):
         x, y, names = next(batches)  # (B, 3, H, W), (B, H, W): class ids at the points, UNLABELLED, IGNORE
         x, y = x.to(device, non_blocking=True), y.to(device, non_blocking=True)
         growing = args.grow > 0 and step >= args.grow_from * args.steps
+        free = y == UNLABELLED
+        y = y.where(~free, IGNORE)
+        grown = torch.full_like(y, IGNORE)
         if growing:
-            grown = sure_pixels(ema, x, args.grow_above, amp).where(y == UNLABELLED, IGNORE)
-        y = y.where(y != UNLABELLED, IGNORE)
-        # one collective, three questions: points and sure pixels of the whole step, and was any rank told to stop
-        count, sure, stops = over_ranks(torch.stack([(y != IGNORE).sum(), (grown != IGNORE).sum() if growing else
-                                                     y.new_zeros(()), y.new_tensor(len(stopped))]))
+            grown = sure_pixels(ema, x, args.grow_above, amp).where(free, IGNORE)
+        # one collective, four questions: points, free and sure pixels of the whole step, and was any rank told to stop
+        count, room, sure, stops = over_ranks(torch.stack([
+            (y != IGNORE).sum(), free.sum(), (grown != IGNORE).sum(), y.new_tensor(len(stopped))]))
         before_step = [t.clone() for t in statistics]
         for g in opt.param_groups:
             g["lr"] = g["scale"] * rate * lr_at(step, args)
@@ -643,7 +646,7 @@ def main(args):
         loss = compute(terms, logits, y, class_w, 0.0, count, over_ranks)
         loss = loss + sum(AUX * compute([(1.0, "ce")], z, y, class_w, count=count) for z in aux)
         if growing:
-            loss = loss + args.grow * ce(logits, grown, sure)
+            loss = loss + args.grow * ce(logits, grown, room)  # few sure pixels, mostly easy ones, weigh little
         (loss * world).backward()  # DDP takes the mean over ranks, models/losses.py the sum
         seen += confusion(logits.detach().max(1).indices, y, K)
         norm = torch.nn.utils.clip_grad_norm_(params, args.clip)  # after DDP's average: one number on all ranks ...

@@ -28,7 +28,7 @@ DUBAI = {"name": "dubai", "images": "*/images/*.jpg", "masks": "*/masks/*.png",
                      {"name": "road", "color": "#6EC1E4"}],
          "ignore": ["#000000", "#9B9B9B"],
          "splits": {"train": "Tile [1-6]/*", "val": "Tile 7/*", "test": "Tile 8/*"}}
-GROW = "--grow 0.5".split()
+GROW = "--grow 1".split()
 
 
 def train(out, root, steps, seed, points, flags):
