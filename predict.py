@@ -4,7 +4,8 @@
     python predict.py runs/demo D --out predictions --label-out raw    ids or colours as in the training masks
 Writes OUT/NAME.png (ids in a palette PNG: opens in colour, reads back as ids), NAME_color.png, NAME_overlay.jpg and
 classes.json; sub-folders of an input folder are kept. What is transparent in an image gets no class: 255. A file that
-cannot be read is named and left out; exit code 2. Needs about 12 bytes of memory per pixel (tests/bench_predict.py).
+cannot be read is named and left out; exit code 2. Needs about 12 bytes of memory per pixel of 8-bit images
+(tests/bench_predict.py). Overlays of more than 65,000 pixels a side are thinned.
     python predict.py runs/eurosat-cnn D --top 3 --montage 8    a run of train_cls.py
 Writes OUT/predictions.csv (file, class, probability, next classes) and montage.png, the surest 8 of every class.
 Copy with: models/vit.py models/weights.py models/heads.py models/deeplab.py models/unetformer.py
@@ -154,16 +155,19 @@ def logits_of(net, x, crop, overlap, batch, amp):  # image (3, H, W) -> (K, H, W
 
 
 @torch.inference_mode()
-def ids_by_strips(net, image, norm, crop, overlap, batch, amp):  # (H, W, 3) uint8: yields (H, W) uint8, rows done
+def ids_by_strips(net, image, norm, crop, overlap, batch, amp, whole=2**22):
+    # image (H, W, 3) uint8 -> yields (H, W) uint8 that is filled down to row n, and n; above `whole` pixels by strips
     H, W = image.shape[:2]
-    strips = [*dict.fromkeys((top, h) for top, _, h, _ in windows(H, W, crop, overlap))]
-    ids, held = np.empty((H, W), np.uint8), None  # logits of a whole orthophoto would not fit in memory
-    for (top, h), below in zip(strips, [*(top for top, _ in strips[1:]), H]):
-        z = logits_of(net, normalise(image[top:top + h], norm), crop, overlap, batch, amp)
-        z = z * blend_weight(h, 1)  # a window's weight is row times column: strips blend to the same as windows do
-        if top:
+    if H * W <= whole:  # to the bit as eval.py, and in full batches
+        yield logits_of(net, normalise(image, norm), crop, overlap, batch, amp).max(0).indices.byte().numpy(), H
+        return
+    tops, ids, held = [top for top, *_ in windows(H, 1, crop, overlap)], np.empty((H, W), np.uint8), None
+    for top, below in zip(tops, [*tops[1:], H]):  # a strip is one row of windows
+        z = logits_of(net, normalise(image[top:top + crop], norm), crop, overlap, batch, amp)
+        z.mul_(blend_weight(z.shape[1], 1))  # a window's weight is row times column: strips blend to what windows do
+        if held is not None:
             z[:, :held.shape[1]] += held
-        ids[top:below] = z[:, :below - top].max(0).indices.byte()  # the sum of weights is the same for all classes
+        ids[top:below] = z[:, :below - top].max(0).indices.byte().numpy()  # all classes have the same sum of weights
         held = z[:, below - top:]
         yield ids, below
 
@@ -282,7 +286,7 @@ def main(args):
             print(f"left out: {e}", file=sys.stderr)
             bad.append(file)
             continue
-        start = shown = time.time()
+        start = shown = time.time()  # after the last turn `ids` is complete
         for ids, rows in ids_by_strips(net, image, meta["norm"], meta["crop"], overlap, args.batch_size, amp):
             if time.time() - shown > 10:
                 shown, rest = time.time(), round((time.time() - start) * (len(image) / rows - 1))

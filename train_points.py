@@ -625,14 +625,14 @@ def main(args):
         x, y, names = next(batches)  # (B, 3, H, W), (B, H, W): class ids at the points, UNLABELLED, IGNORE
         x, y = x.to(device, non_blocking=True), y.to(device, non_blocking=True)
         growing = args.grow > 0 and step >= args.grow_from * args.steps
-        free = y == UNLABELLED
-        y = y.where(~free, IGNORE)
+        unlabelled = y == UNLABELLED
+        y = y.where(~unlabelled, IGNORE)
         grown = torch.full_like(y, IGNORE)
         if growing:
-            grown = sure_pixels(ema, x, args.grow_above, amp).where(free, IGNORE)
-        # one collective, four questions: points, free and sure pixels of the whole step, and was any rank told to stop
-        count, room, sure, stops = over_ranks(torch.stack([
-            (y != IGNORE).sum(), free.sum(), (grown != IGNORE).sum(), y.new_tensor(len(stopped))]))
+            grown = sure_pixels(ema, x, args.grow_above, amp).where(unlabelled, IGNORE)
+        # one collective, four questions: points, other and sure pixels of the whole step, was any rank told to stop
+        count, others, sure, stops = over_ranks(torch.stack([
+            (y != IGNORE).sum(), unlabelled.sum(), (grown != IGNORE).sum(), y.new_tensor(len(stopped))]))
         before_step = [t.clone() for t in statistics]
         for g in opt.param_groups:
             g["lr"] = g["scale"] * rate * lr_at(step, args)
@@ -646,7 +646,7 @@ def main(args):
         loss = compute(terms, logits, y, class_w, 0.0, count, over_ranks)
         loss = loss + sum(AUX * compute([(1.0, "ce")], z, y, class_w, count=count) for z in aux)
         if growing:
-            loss = loss + args.grow * ce(logits, grown, room)  # few sure pixels, mostly easy ones, weigh little
+            loss = loss + args.grow * ce(logits, grown, others)  # a mean over all: a few sure, easy pixels weigh little
         (loss * world).backward()  # DDP takes the mean over ranks, models/losses.py the sum
         seen += confusion(logits.detach().max(1).indices, y, K)
         norm = torch.nn.utils.clip_grad_norm_(params, args.clip)  # after DDP's average: one number on all ranks ...
@@ -677,7 +677,7 @@ def main(args):
             history.append(dict(step=done, loss=shown if math.isfinite(shown) else None, lr=rate * lr_at(step, args),
                                 grad_norm=norm.item() if norm.isfinite() else None))  # JSON has no NaN
             if growing:
-                history[-1]["sure"] = sure.item() / (args.batch_size * world * args.crop ** 2)
+                history[-1]["sure"] = (sure / others.clamp(min=1)).item()
                 grows = f"  sure of {history[-1]['sure']:.1%}"
             say(f"step {done:5d} of {args.steps}  loss {shown:.4f}  |g| {norm.item():.3f}{grows if growing else ''}  "
                 f"lr {history[-1]['lr']:.2e}  ETA {rest // 60}:{rest % 60:02d}", flush=True)

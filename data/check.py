@@ -158,7 +158,7 @@ def inspect(image: Path, mask: Path | None, labels: Labels | None, reading: dict
         if mask and labels:
             ids = labels.load(mask)
             if valid is not None and valid.shape == ids.shape:
-                ids[~valid] = IGNORE  # as in training
+                ids[~valid] = IGNORE  # as SegDataset does
             found["counts"] = count_ids(ids, len(labels.names))
     except BadInput as e:
         found["errors"]["mask"] = e

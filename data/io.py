@@ -58,9 +58,9 @@ def open_image(path: str | Path, max_pixels: int = MAX_PIXELS, deep: bool = Fals
 def full_pages(path: str | Path) -> int:
     """Pages of a TIFF without its overviews and masks, which further pages of GeoTIFFs mostly are."""
     pages = 1
-    with Image.open(path) as tiff, contextlib.suppress(Exception):  # damage behind the first page, which reads well
-        for i in range(1, tiff.n_frames):
-            tiff.seek(i)
+    with Image.open(path) as tiff, contextlib.suppress(Exception):  # EOFError behind the last one, others for damage
+        while True:
+            tiff.seek(tiff.tell() + 1)
             pages += not tiff.tag_v2.get(254, 0) & 5  # NewSubfileType: 1 = overview, 4 = mask
     return pages
 

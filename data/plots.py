@@ -260,7 +260,7 @@ def colorize(ids: np.ndarray, colors: np.ndarray, ignore: int = 255) -> np.ndarr
 def overlay(image: np.ndarray, ids: np.ndarray, colors: np.ndarray, alpha: float = .5, ignore: int = 255) -> np.ndarray:
     """(H, W, 3) uint8 image under alpha parts of class colour -> (H, W, 3) uint8; ignored pixels keep the image."""
     out = image.copy()
-    for top in range(0, len(ids), 256):  # in strips: floats take eight times the memory of the picture
+    for top in range(0, len(image), 256):  # in strips: floats take eight times the memory of the picture
         part, x = ids[top:top + 256], image[top:top + 256]
         mixed = np.rint((1 - alpha) * x + alpha * colorize(part, colors, ignore)).astype(np.uint8)
         out[top:top + 256] = np.where((part == ignore)[..., None], x, mixed)

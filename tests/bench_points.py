@@ -102,7 +102,7 @@ def main(argv=None):
     if set(grown) - set(args.points):
         p.error(f"--grown {grown}: expected some of --points {args.points}")
     settings = out / "settings.json"
-    mine = dict(steps=args.steps, flags=args.flags)
+    mine = dict(steps=args.steps, flags=args.flags, grow=GROW)
     if settings.exists() and (there := json.loads(settings.read_text())) != mine:
         p.error(f"{out}: holds runs with {there}, not {mine}; name another --out")
     write(settings, mine)

@@ -55,16 +55,21 @@ def test_read_image_shows_what_pillow_shows(tmp_path, mode):
     assert f"{path}: damaged or truncated" in refusal(read_image, path)
 
 
+@pytest.mark.filterwarnings("ignore:Corrupt EXIF")
 def test_pages_of_a_tiff_are_refused_but_overviews_and_masks_are_none(tmp_path):
     pages, path = [Image.fromarray(RGB[..., i]) for i in range(3)], tmp_path / "a.tif"
     pages[0].save(path, save_all=True, append_images=pages[1:])  # bands as pages, as tifffile writes (3, H, W)
     said = f"{path}: 3 pages, of which only the first would be read"
     assert said in refusal(read_image, path) and said in refusal(read_mask, path)
+    path.write_bytes(path.read_bytes()[:-120])
+    assert f"{path}: 2 pages" in refusal(read_image, path)  # the third one's directory is damaged
     pages[1].encoderinfo, pages[2].encoderinfo = {"tiffinfo": {254: 1}}, {"tiffinfo": {254: 4}}
     pages[0].save(path, save_all=True, append_images=pages[1:])
     np.testing.assert_array_equal(read_image(path)[..., 0], RGB[..., 0])
     whole = path.read_bytes()
-    path.write_bytes(whole[:-40])  # the last directory, which nothing needs
+    path.write_bytes(whole[:-120])  # into the last directory, which nothing needs
+    with pytest.raises(Exception):
+        Image.open(path).n_frames
     np.testing.assert_array_equal(read_image(path)[..., 0], RGB[..., 0])
 
 

@@ -245,6 +245,21 @@ def test_ranks_share_the_points_of_a_step(demo, forks, tmp_path):
     assert (tmp_path / "r1/points.csv").read_text() == (tmp_path / "r2/points.csv").read_text()
 
 
+def test_few_sure_pixels_weigh_little(demo, tmp_path, monkeypatch):
+    def one_corner(teacher, x, above, amp):
+        ids = torch.full(x[:, 0].shape, IGNORE)
+        ids[:, 0, 0] = 0
+        return ids
+
+    calls = []
+    monkeypatch.setattr(train_points, "sure_pixels", one_corner)
+    monkeypatch.setattr(train_points, "ce", lambda *args: calls.append(args) or losses.ce(*args))
+    flags = ["--root", demo, "--out", tmp_path / "a", *TINY, *GROW, "--grow-from", 0, "--steps", 1, "--scale", 1, 1]
+    train_points.main(train_points.parse_args([str(a) for a in flags]))
+    (_, grown, count), = calls  # the mean is over all unlabelled pixels: 4 crops of 64 x 64, less their points
+    assert 1 <= (grown != IGNORE).sum() <= 4 and 0.9 * 4 * 64 ** 2 < count < 4 * 64 ** 2
+
+
 def test_a_frozen_vit_and_points_on_few_images(demo, forks, tmp_path):
     vit = ViT(**preset("dinov2", 14, 64, 4, 1, registers=0, grid=3))
     torch.save(vit.state_dict() | {"mask_token": torch.zeros(1, 64)}, tmp_path / "dinov2_vitx14.pth")
