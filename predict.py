@@ -17,6 +17,7 @@ import csv
 import ctypes
 import glob
 import io
+import json
 import os
 import sys
 import time
@@ -78,6 +79,11 @@ def find_images(inputs):  # -> {file: name below --out}
         for f in files:
             found.setdefault(f, (f.relative_to(path) if path.is_dir() else Path(f.name)).with_suffix("").as_posix())
     return found
+
+
+def leave_out(e):  # flags of reading are the run's
+    hint = " - in training; this file must be as those were" if "--bands" in str(e) or "--input-range" in str(e) else ""
+    print(f"left out: {e}{hint}", file=sys.stderr)
 
 
 # >>> same: build
@@ -194,7 +200,7 @@ def classify(args, rank, world, device):  # a run of train_cls.py: writes predic
             try:
                 images.append((file, square(read_image(file, **meta["reading"]), meta["stored"])))
             except BadInput as e:
-                print(f"left out: {e}", file=sys.stderr)
+                leave_out(e)
                 bad.append(str(file))
         if images:
             x = torch.from_numpy(np.stack([image for _, image in images])).to(device)
@@ -267,13 +273,21 @@ def main(args):
         twice = [f for f, n in Counter(outputs).items() if n > 1]
         raise BadInput(f"{out}: results would overwrite {min(clash, default=None) or f'each other ({twice[0].name})'}; "
                        "name another --out, or the images without earlier results")
-    if not (out / "classes.json").exists() and (there := [f for f in outputs if f.exists()]):
+    values = [dict(value=c.get("id", c.get("color")) if args.label_out == "raw" else i, train_id=i, **c)
+              for i, c in enumerate(labels.classes)]
+    try:
+        earlier = json.loads((out / "classes.json").read_text())
+    except FileNotFoundError:
+        earlier = None
+    except ValueError:
+        earlier = "no JSON"
+    if earlier not in (None, values):
+        raise BadInput(f"{out}/classes.json: of other classes or --label-out than this run's; name another --out")
+    if earlier is None and (there := [f for f in outputs if f.exists()]):
         raise BadInput(f"{there[0]}: would be overwritten, and predict.py has not written it; name another --out")
     if world > 1:
         dist.barrier()  # what another rank writes from here on is no old file
     if rank == 0:
-        values = [dict(value=c.get("id", c.get("color")) if args.label_out == "raw" else i, train_id=i, **c)
-                  for i, c in enumerate(labels.classes)]
         write(out / "classes.json", values)
     mine, began, bad = list(images.items())[rank::world], time.time(), []
     for i, (file, name) in enumerate(mine):
@@ -283,7 +297,7 @@ def main(args):
                 raise BadInput(f"{file}: transparent pixels, and no value of the masks means no class; type "
                                "--label-out train, which writes 255 there")
         except BadInput as e:
-            print(f"left out: {e}", file=sys.stderr)
+            leave_out(e)
             bad.append(file)
             continue
         start = shown = time.time()  # after the last turn `ids` is complete
@@ -329,4 +343,6 @@ if __name__ == "__main__":
     except (BadInput, BadWeights, OSError) as e:  # its last line: a reading process puts a traceback before the message
         print(f"error: {str(e).splitlines()[-1].split('BadInput: ')[-1]}", file=sys.stderr)
         sys.exit(2)
+    except KeyboardInterrupt:
+        sys.exit(130)
 # <<< same: main

@@ -435,10 +435,13 @@ def main(args):
         say(f"points  {path}, {sum(map(len, given.values()))} in all")
     for split in {val_split, test_split} - {None}:
         if bare := [n for n in splits[split] if pairs[n][1] is None]:
-            if not any(n in given for n in splits[split]):
-                raise BadInput(f"{pairs[bare[0]][0]}: in {split}, without a mask, and no point in that split; add "
-                               "masks or points of it, or take it out of the splits")
-            say(f"        WARNING no masks for {split}: scored on its points, which tell little of edges")
+            marked = sum(n in given for n in splits[split])
+            if len(bare) < len(splits[split]) or not marked:
+                what = f"{len(bare)} of {len(splits[split])} without a mask" if marked else \
+                    "without a mask, and no point in that split"
+                raise BadInput(f"{pairs[bare[0]][0]}: in {split}, {what}; add them, or take it out of the splits")
+            say(f"        WARNING no masks for {split}: scored on the points of {marked} of its {len(bare)} images, "
+                "which tell little of edges")
     ps = {n: given[n] for n in files if n in given}
     if not dense:
         by_image = np.array([np.bincount(p[:, 2], minlength=K + 1) for p in ps.values()], int).reshape(-1, K + 1)
@@ -754,4 +757,6 @@ if __name__ == "__main__":
     except (BadInput, BadWeights, OSError) as e:  # its last line: a reading process puts a traceback before the message
         print(f"error: {str(e).splitlines()[-1].split('BadInput: ')[-1]}", file=sys.stderr)
         sys.exit(2)
+    except KeyboardInterrupt:
+        sys.exit(130)
 # <<< same: main

@@ -78,24 +78,29 @@ def read_rows(path: Path) -> list[tuple]:  # -> (what an error calls the row, im
     if path.suffix.lower() in (".geojson", ".json"):
         try:
             features, rows = json.loads(text)["features"], []
-        except (ValueError, LookupError, TypeError):
+            assert isinstance(features, list)
+        except (ValueError, LookupError, TypeError, AssertionError):
             raise BadInput(f"{path}: no GeoJSON FeatureCollection; expected Point features") from None
         for i, feature in enumerate(features, 1):
             try:
                 properties, (x, y, *_) = feature["properties"], feature["geometry"]["coordinates"]
                 rows.append((f"feature {i}", str(properties["image"]), x, y, str(properties["class"])))
-                assert feature["geometry"]["type"] == "Point"
+                assert feature["geometry"]["type"] == "Point" and isinstance(feature["geometry"]["coordinates"], list)
             except (LookupError, TypeError, ValueError, AssertionError):
                 raise BadInput(f"{path} feature {i}: expected a Point [x, y] with the properties image and "
                                "class") from None
         return rows
     delimiter = max(",;\t", key=text.split("\n", 1)[0].count)
-    table = csv.DictReader(io.StringIO(text), delimiter=delimiter, skipinitialspace=True)
+    table = csv.DictReader(io.StringIO(text, newline=None), delimiter=delimiter, skipinitialspace=True)
+    try:
+        rows = [(f"line {table.line_num}", *(r.get(c) for c in ("image", "x", "y", "class"))) for r in table]
+    except csv.Error as e:
+        raise BadInput(f"{path} line {table.line_num + 1}: {e}; is a quote left open?") from None
     absent = [c for c in ("image", "x", "y", "class") if c not in (table.fieldnames or ())]
     if absent:
         raise BadInput(f"{path} line 1: no column {absent[0]!r} in {', '.join(table.fieldnames or ['an empty file'])}; "
                        "expected a header with image,x,y,class")
-    return [(f"line {table.line_num}", str(r["image"]), r["x"], r["y"], str(r["class"])) for r in table]
+    return [(line, str(image), x, y, str(label)) for line, image, x, y, label in rows]
 
 
 def write_points(path: str | Path, points: dict[str, np.ndarray], names: list[str]) -> None:

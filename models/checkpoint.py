@@ -16,7 +16,13 @@ FORMAT = 1
 def save_weights(path: str | Path, tensors: dict[str, torch.Tensor], meta: dict) -> None:
     """Tensors and `meta` (plain JSON types) into one .safetensors file, whole or not at all."""
     tensors = {k: v.detach().cpu().contiguous() for k, v in tensors.items()}
-    replace(path, lambda tmp: save_file(tensors, tmp, {"nanors": json.dumps({"format": FORMAT, **meta})}))
+    def write(tmp):
+        open(tmp, "wb").close()  # safetensors alone would let nobody else read it
+        mode = os.stat(tmp).st_mode
+        save_file(tensors, tmp, {"nanors": json.dumps({"format": FORMAT, **meta})})
+        os.chmod(tmp, mode)
+
+    replace(path, write)
 
 
 def replace(path: str | Path, write) -> None:

@@ -41,7 +41,7 @@ def train(out, root, steps, seed, points, flags):
             *count, *flags]
         done = subprocess.run([sys.executable, str(ROOT / "train_points.py"), *again], capture_output=True, text=True)
         if done.returncode:
-            sys.exit(f"{' '.join(again)}\n{done.stdout}{done.stderr}")
+            sys.exit(f"train_points.py {' '.join(again)}\n{(done.stderr.strip() or done.stdout).splitlines()[-1]}")
     return json.loads((out / "results.json").read_text())
 
 
@@ -61,7 +61,7 @@ def chart(rows, points):
         base = 60 + i * (high + 70) + high + 40
         draw.text((60, base - high - 22), name, plots.INK, plots.font(15))
         mine = [r for r in rows if r["data"] == name]
-        top = max(r["mean"] + r["sd"] for r in mine) * 1.05
+        top = max(mine[0]["baseline"], *(r["mean"] + r["sd"] for r in mine)) * 1.05
         for v in plots.ticks(0, top, 5):
             draw.line((60, base - v / top * high, wide - 20, base - v / top * high), plots.GRID)
             draw.text((54, base - v / top * high), plots.label(v), plots.SOFT, plots.font(12), "rm")
@@ -89,6 +89,10 @@ def main(argv=None):
     p.add_argument("--steps", type=int, default=250)
     p.add_argument("--flags", nargs=argparse.REMAINDER, default=[], help="further flags of train_points.py, last")
     args = p.parse_args(argv)
+    if min(args.steps, *args.points) < 1:
+        p.error("--steps and --points: expected 1 or more")
+    if args.dubai and not any(Path(args.dubai).glob("Tile */images/*.jpg")):
+        p.error(f"--dubai {args.dubai}: no \"Tile 1/images/*.jpg\" in it; name the folder that holds Tile 1 to Tile 8")
     out = Path(args.out).absolute()
     roots = {"demo": demo.make(out / "data/demo")}
     if args.dubai:

@@ -1,7 +1,8 @@
 """Time and peak memory of predict.py on one image, by its size; each row is a process of its own.
 
-    python tests/bench_predict.py [RUN] [SIDE ...]        (a demo run of one step; 512, 2048, 4096, 8192)
+    python tests/bench_predict.py                         on a demo run of one step
 """
+import argparse
 import os
 import subprocess
 import sys
@@ -15,15 +16,20 @@ from PIL import Image
 ROOT = Path(__file__).resolve().parents[1]
 
 
-def main(run=None, *sides):
+def main():
+    p = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    p.add_argument("--run", help="run folder of a trained network")
+    p.add_argument("--sides", type=int, nargs="+", default=[512, 2048, 4096, 8192], help="of the images, rising")
+    args = p.parse_args()
     with tempfile.TemporaryDirectory() as folder:
+        run = args.run
         if run is None:
             run = f"{folder}/run"
             demo = ["--dataset", "demo", "--root", f"{folder}/demo", "--workers", "0", "--steps", "1", "--out", run]
             subprocess.run([sys.executable, ROOT / "train_seg.py", *demo], check=True, stdout=subprocess.DEVNULL)
         print("pixels a side   seconds   GB at most   bytes per further pixel")
         before = None
-        for side in map(int, sides or (512, 2048, 4096, 8192)):
+        for side in sorted({*args.sides}):
             noise = np.random.default_rng(0).integers(0, 256, (side // 16, side // 16, 3), np.uint8)
             Image.fromarray(noise).resize((side, side)).save(f"{folder}/image.png", compress_level=1)
             began = time.time()
@@ -39,4 +45,4 @@ def main(run=None, *sides):
 
 
 if __name__ == "__main__":
-    main(*sys.argv[1:])
+    main()

@@ -526,6 +526,8 @@ def test_a_frozen_backbone_stays_in_eval_and_gets_no_gradient():
 def test_weights_round_trip_with_their_description(tmp_path):
     tensors = {"a": torch.randn(3, 4).T, "b": torch.randn(2).bfloat16(), "c": torch.arange(5), "d": torch.tensor(1.5)}
     save_weights(tmp_path / "best.safetensors", tensors, {"classes": [{"name": "é", "id": 3}], "taps": [1, 2]})
+    (tmp_path / "plain").touch()  # colleagues may read one as they may the other
+    assert (tmp_path / "best.safetensors").stat().st_mode == (tmp_path / "plain").stat().st_mode
     for path in (tmp_path, tmp_path / "best.safetensors"):
         back, meta = load_weights(path)
         assert back.keys() == tensors.keys() and all(torch.equal(back[k], v) for k, v in tensors.items())

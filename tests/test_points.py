@@ -162,6 +162,11 @@ def test_a_row_that_cannot_be_used_is_named(files, tmp_path, row, said):
 @pytest.mark.parametrize("name, text, said", [
     ("p.csv", "image,x,class\na,1,road", "no column 'y'"), ("p.csv", "", "no column 'image' in an empty file"),
     ("p.csv", "image,x,y,class\n", "no points"), ("p.geojson", "{}", "no GeoJSON FeatureCollection"),
+    ("p.geojson", '{"features": null}', "no GeoJSON FeatureCollection"),
+    ("p.csv", 'image,x,y,class\n"a,2,2,roof\n' + "a,2,2,roof\n" * 20_000, "line 2.*is a quote left open"),
+    ("p.csv", "image,x,y,class\ra,11,480,roof\r", "line 2: .*outside"),  # line ends of old spreadsheets
+    ("p.geojson", json.dumps({"features": [{"properties": {"image": "a", "class": "road"}, "geometry": {
+        "type": "Point", "coordinates": "12"}}]}), "feature 1: expected a Point"),
     ("p.geojson", '{"features": [{"properties": {}}]}', "feature 1: expected a Point"), ("q.csv", None, "No such file"),
     ("p.geojson", json.dumps({"features": [{"properties": {"image": "a", "class": "road"}, "geometry": {
         "type": "Point", "coordinates": [11.5, 480.2]}}]}), "feature 1: .*outside")])

@@ -315,7 +315,7 @@ def test_without_any_mask_the_scores_are_those_of_the_points(demo, forks, tmp_pa
         shutil.rmtree(root / split / "masks")
     flags = ["--root", root, *TINY, "--points"]
     text = forks.run("train_points", *flags, tmp_path / "p.csv", "--out", tmp_path / "a")
-    assert "no masks for val: scored on its points" in text and "no masks for test: scored" in text
+    assert "no masks for val: scored on the points of 2 of its 2 images" in text and "no masks for test" in text
     counts = json.loads((tmp_path / "a/results.json").read_text())["confusion"]
     true = np.concatenate([ps[:, 2] for n, ps in drawn.items() if n.startswith("test/")])
     assert np.sum(counts, axis=1).tolist() == np.bincount(true, minlength=8).tolist()
@@ -323,6 +323,11 @@ def test_without_any_mask_the_scores_are_those_of_the_points(demo, forks, tmp_pa
     (tmp_path / "q.csv").write_text("image,x,y,class\ntrain/images/scene_001,9,0,road\n")
     text = forks.run("train_points", *flags, tmp_path / "q.csv", "--out", tmp_path / "b", ok=2)
     assert ".png: in " in text and "without a mask, and no point in that split" in text
+    mask = next((demo / "val/masks").iterdir())
+    (root / "val/masks").mkdir()
+    shutil.copy(mask, root / "val/masks")
+    text = forks.run("train_points", *flags, tmp_path / "p.csv", "--out", tmp_path / "b", ok=2)
+    assert "in val, 1 of 2 without a mask; add them" in text
 
 
 def test_a_cnn_with_an_auxiliary_head_learns_from_points_and_grows(demo, forks, tmp_path):

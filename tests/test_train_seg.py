@@ -231,6 +231,11 @@ def test_predict_any_size_raw_colours_and_a_bad_file(demo, forks, tmp_path):
         assert raw.shape == (h, w, 3) and (raw == Image.open(out / f"sub/{h}x{w}_color.png")).all()
     assert Image.open(out / "sub/1x66000_overlay.jpg").size == (33_000, 1)
     assert not (out / "sub/broken.png").exists()
+    text = forks.run("predict", tmp_path / "run", images / "1x1.png", "--out", out, ok=2)  # other values than before
+    assert "classes.json: of other classes or --label-out" in text
+    write(tmp_path / "mine/classes.json", {"mine": 1})
+    forks.run("predict", tmp_path / "run", images / "1x1.png", "--out", tmp_path / "mine", ok=2)
+    assert json.loads((tmp_path / "mine/classes.json").read_text()) == {"mine": 1}
     shutil.copy(images / "1x1.png", tmp_path)
     text = forks.run("predict", tmp_path / "run", tmp_path / "1x1.png", images, "--out", tmp_path / "p", ok=2)
     assert "both would become 1x1.png" in text and not (tmp_path / "p").exists()
