@@ -102,11 +102,13 @@ def read_valid(path: str | Path, bands: list[int] | None = None,
     """
     image = open_image(path, deep=input_range is not None)
     mode = {"P": "RGB", "1": "L", "CMYK": "RGB", "YCbCr": "RGB", "LA": "RGBA"}.get(image.mode)
+    if "transparency" in image.info and image.mode in ("P", "L", "RGB"):  # one colour of a PNG or GIF
+        mode = "RGBA"
     a = deep_pixels(path) if is_deep(image) else pixels(image, path, mode)
     a = a[:, :, None] if a.ndim == 2 else a
     valid = np.isfinite(a).all(2) if a.dtype.kind == "f" else None
     # a fourth band that is all 0 or 255 is a mask; some programs write infrared as alpha, so other values are no proof
-    if image.mode in ("RGBA", "LA") and not (bands and 4 in bands) and np.isin(a[..., 3], (0, 255)).all():
+    if (mode or image.mode) == "RGBA" and not (bands and 4 in bands) and np.isin(a[..., 3], (0, 255)).all():
         a, valid = a[..., :3], a[..., 3] > 0
     if bands and max(bands) > a.shape[2]:
         raise BadInput(f"{path}: {a.shape[2]} bands ({image.mode}), and --bands asks for number {max(bands)}")

@@ -17,7 +17,7 @@ import train_seg
 from data import augment, metrics
 from data.crops import crop, random_crop
 from data.datasets import SegDataset, find_pairs, hold_out, load_splits, split_names
-from data.io import IGNORE, BadInput, Labels, id_image, read_image, read_mask, write
+from data.io import IGNORE, BadInput, Labels, id_image, read_image, read_mask, read_valid, write
 from data.samplers import StepSampler
 from data.tiles import blend_weight, windows
 from models.checkpoint import load_state, load_weights, save_state, save_weights
@@ -71,6 +71,18 @@ def test_pages_of_a_tiff_are_refused_but_overviews_and_masks_are_none(tmp_path):
     with pytest.raises(Exception):
         Image.open(path).n_frames
     np.testing.assert_array_equal(read_image(path)[..., 0], RGB[..., 0])
+
+
+@pytest.mark.parametrize("mode", ["RGB", "L", "P"])
+def test_one_transparent_colour_of_a_png_is_not_valid(tmp_path, mode):
+    image = Image.fromarray(RGB).convert(mode)
+    key = image.getpixel((3, 2))
+    image.save(tmp_path / "a.png", transparency=key)
+    got, valid = read_valid(tmp_path / "a.png")
+    np.testing.assert_array_equal(got, image.convert("RGB"))
+    want = [[image.getpixel((x, y)) != key for x in range(7)] for y in range(9)]
+    np.testing.assert_array_equal(valid, want)
+    assert not valid[2, 3]
 
 
 def test_read_image_refuses_what_would_be_a_guess(tmp_path):
