@@ -164,6 +164,9 @@ def parse_args(argv=None):
         p.error("--batch-size 1: BatchNorm needs two images; type 2 or more, or add --freeze-bn")
     if not 0.05 <= args.scale[0] <= args.scale[1] <= 20:
         p.error(f"--scale {args.scale}: expected two rising numbers such as 0.75 1.5")
+    if args.points_per_class and args.points not in points.PATTERNS:
+        p.error(f"--points-per-class {args.points_per_class}: for points drawn from masks, not --points {args.points}; "
+                "leave it out")
     if args.grow and not args.ema:
         raise BadInput("--grow without --ema: the averaged weights are the teacher; type --ema 0.99")
     if args.grow and args.points == "dense":

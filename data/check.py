@@ -340,6 +340,8 @@ def check(root: Path, description: dict, limit: int | None, reading: dict, sourc
         counts = {split: sum((f["counts"] for f in part), none) for split, part in members.items()}
     if labels and not isinstance(counts, BadInput):  # else inspect has found the fault
         check_shares(counts, {split: len(part) for split, part in members.items()}, labels, complaints)
+    if any(complaints.get(("error", kind)) for kind in ("no mask", "image", "mask", "split")):
+        complaints["warning", "absent"].clear()  # not all was counted: "delete the class" would be bad advice
     train = ["python train_seg.py --dataset", source, "--root", quote(str(root)), *more]
     train += [] if "val" in description["splits"] or "select" in description else ["--val-frac 0.2"]
     again = ["python -m data.check", quote(str(root)), *([] if source == "folder" else ["--dataset", source]), *more]

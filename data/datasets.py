@@ -46,10 +46,11 @@ def read_description(root: str | Path) -> dict:
         names = Labels(d["classes"], d["ignore"]).names
     except BadInput as e:
         raise BadInput(f"{path}: {e}") from None
+    if not d["splits"].keys() <= {"train", "val", "test", "select"} and "train" not in d["splits"]:
+        raise BadInput(f'{path}: "splits" has {", ".join(d["splits"])}; the names are train, val and test')
     means = d.get("report", {})
     checks = {  # of keys that stand for themselves
         "name": isinstance(d["name"], str) and d["name"] and not set(d["name"]) & set("/\\"),
-        "splits": set(d["splits"]) <= {"train", "val", "test", "select"} or d["splits"].get("train") is not None,
         "unlabelled": set(d.get("unlabelled", ())) <= set(d["splits"]),
         "tiles": type(d.get("tiles", 1)) is int and d.get("tiles", 1) > 0,
         "variant": isinstance(d.get("variant", ""), str),

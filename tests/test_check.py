@@ -410,6 +410,10 @@ def damaged_exif(root):
     Image.open(root / "images/1.png").save(root / "images/1.png", exif=b"Exif\x00\x00no such thing")
 
 
+def misspelt_split(root):
+    edit(root, splits={"trainn": "*/[0-3]", "val": "*/[45]"})
+
+
 def no_splits(root):
     edit(root, splits={})
 
@@ -453,6 +457,7 @@ def wrong_glob(root):
     (half_a_class, 2, "expected \"name\" and \"id\" in every class, or \"name\" and \"color\" in every class"),
     (colour_among_ids, 2, "error: {root}/dataset.json: label table with the values [0, 1, 2, '#000000']"),
     (wrong_json, 2, "error: {root}/dataset.json: not valid JSON"),
+    (misspelt_split, 2, "error: {root}/dataset.json: \"splits\" has trainn, val; the names are train, val and test"),
     (no_splits, 2, "error: {root}/dataset.json: \"splits\" is missing, empty or malformed"),
     (wrong_glob, 2, "error: {root}: no image matches 'image/*.png'; correct \"images\" in dataset.json or --root"),
 ], ids=lambda v: getattr(v, "__name__", ""))
@@ -474,6 +479,14 @@ def test_all_faults_are_listed_at_once_and_the_same_fault_at_most_twenty_times(t
     assert code == 2 and out.count("unknown ids 9") == 20 and "error: ... and 5 more like these" in out
     assert "images/1.png: damaged" in out and "images/0.png: no mask" in out
     assert "\n30 images, 28 complaints, 27 of them errors\n" in out  # 25 unknown, truncated, no mask; no val split
+
+
+def test_no_class_is_called_absent_while_masks_could_not_be_counted(plain, capsys):
+    absent_class(plain)
+    assert "class 'car' is in no mask" in run(capsys, plain)[1]
+    cut_mask(plain)
+    code, out = run(capsys, plain)
+    assert code == 2 and "damaged or truncated" in out and "is in no mask" not in out
 
 
 def test_limit_reads_an_even_sample_and_says_so(plain, capsys):

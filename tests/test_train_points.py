@@ -296,6 +296,7 @@ def test_one_point_per_instance_of_an_instance_mask(demo, forks, tmp_path):
     (["--grow", 0.5], "--grow without --ema"), (["--points-per-class", 0], "--points-per-class 0: expected 1 to"),
     (["--grow", 0.5, "--ema", 0.9, "--points", "dense"], "no pixel is left"),
     (["--model", "deeplabv3", "--batch-size", 1, "--arch", "nano8"], "BatchNorm needs two images"),
+    (["--points", "dense", "--points-per-class", 3], "for points drawn from masks, not --points dense"),
     (["--points", "OUTSIDE"], "line 2: x 96, y 0 is outside train/images/scene_000 of 96 x 96")])
 def test_bad_input_ends_in_one_line(demo, forks, tmp_path, flags, said):
     (tmp_path / "p.csv").write_text("image,x,y,class\ntrain/images/scene_000,96,0,road\n")
