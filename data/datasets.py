@@ -46,7 +46,7 @@ def read_description(root: str | Path) -> dict:
         names = Labels(d["classes"], d["ignore"]).names
     except BadInput as e:
         raise BadInput(f"{path}: {e}") from None
-    if not d["splits"].keys() <= {"train", "val", "test", "select"} and "train" not in d["splits"]:
+    if not d["splits"].keys() <= {"train", "val", "test", "select"} and d["splits"].get("train") is None:
         raise BadInput(f'{path}: "splits" has {", ".join(d["splits"])}; the names are train, val and test')
     means = d.get("report", {})
     checks = {  # of keys that stand for themselves

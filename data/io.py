@@ -102,8 +102,8 @@ def read_valid(path: str | Path, bands: list[int] | None = None,
     """
     image = open_image(path, deep=input_range is not None)
     mode = {"P": "RGB", "1": "L", "CMYK": "RGB", "YCbCr": "RGB", "LA": "RGBA"}.get(image.mode)
-    if "transparency" in image.info and image.mode in ("P", "L", "RGB"):  # one colour of a PNG or GIF
-        mode = "RGBA"
+    if "transparency" in image.info and image.mode in ("P", "L", "RGB") and not is_deep(image):
+        mode = "RGBA"  # one colour of a PNG or GIF
     a = deep_pixels(path) if is_deep(image) else pixels(image, path, mode)
     a = a[:, :, None] if a.ndim == 2 else a
     valid = np.isfinite(a).all(2) if a.dtype.kind == "f" else None

@@ -414,6 +414,10 @@ def misspelt_split(root):
     edit(root, splits={"trainn": "*/[0-3]", "val": "*/[45]"})
 
 
+def split_without_a_rule(root):
+    edit(root, splits={"train": None, "north": "*/[45]"})
+
+
 def no_splits(root):
     edit(root, splits={})
 
@@ -458,6 +462,7 @@ def wrong_glob(root):
     (colour_among_ids, 2, "error: {root}/dataset.json: label table with the values [0, 1, 2, '#000000']"),
     (wrong_json, 2, "error: {root}/dataset.json: not valid JSON"),
     (misspelt_split, 2, "error: {root}/dataset.json: \"splits\" has trainn, val; the names are train, val and test"),
+    (split_without_a_rule, 2, "error: {root}/dataset.json: \"splits\" has train, north; the names are train, val"),
     (no_splits, 2, "error: {root}/dataset.json: \"splits\" is missing, empty or malformed"),
     (wrong_glob, 2, "error: {root}: no image matches 'image/*.png'; correct \"images\" in dataset.json or --root"),
 ], ids=lambda v: getattr(v, "__name__", ""))

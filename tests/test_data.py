@@ -94,6 +94,11 @@ def test_read_image_refuses_what_would_be_a_guess(tmp_path):
     png[29:33] = zlib.crc32(png[12:29]).to_bytes(4, "big")
     (tmp_path / "a.png").write_bytes(png)
     assert Image.open(tmp_path / "a.png").mode == "RGB" and "16 bits" in refusal(read_image, tmp_path / "a.png")
+    key = b"tRNS" + bytes(6)  # a transparent colour of 16 bits has no mask, and is no crash
+    chunk = (6).to_bytes(4, "big") + key + zlib.crc32(key).to_bytes(4, "big")
+    (tmp_path / "a.png").write_bytes(png[:33] + chunk + png[33:])
+    assert Image.open(tmp_path / "a.png").info["transparency"] == (0, 0, 0)
+    assert read_valid(tmp_path / "a.png", input_range=[0, 65535])[1] is None
     (tmp_path / "a.png").write_text("<html>")
     assert "not a readable image" in refusal(read_image, tmp_path / "a.png")
     assert "no such file" in refusal(read_image, tmp_path / "none.png")
