@@ -275,20 +275,20 @@ def main(args):
                        "name another --out, or the images without earlier results")
     values = [dict(value=c.get("id", c.get("color")) if args.label_out == "raw" else i, train_id=i, **c)
               for i, c in enumerate(labels.classes)]
-    try:
-        earlier = json.loads((out / "classes.json").read_text())
-    except FileNotFoundError:
-        earlier = None
-    except ValueError:
-        earlier = "no JSON"
-    if earlier not in (None, values):
-        raise BadInput(f"{out}/classes.json: of other classes or --label-out than this run's; name another --out")
-    if earlier is None and (there := [f for f in outputs if f.exists()]):
+    listing = out / "classes.json"
+    if listing.exists():
+        try:
+            same = json.loads(listing.read_text()) == values
+        except ValueError:
+            same = False
+        if not same:
+            raise BadInput(f"{listing}: of other classes or --label-out than this run's; name another --out")
+    elif there := [f for f in outputs if f.exists()]:
         raise BadInput(f"{there[0]}: would be overwritten, and predict.py has not written it; name another --out")
     if world > 1:
         dist.barrier()  # what another rank writes from here on is no old file
     if rank == 0:
-        write(out / "classes.json", values)
+        write(listing, values)
     mine, began, bad = list(images.items())[rank::world], time.time(), []
     for i, (file, name) in enumerate(mine):
         try:

@@ -633,12 +633,12 @@ def main(args):
         growing = args.grow > 0 and step >= args.grow_from * args.steps
         unlabelled = y == UNLABELLED
         y = y.where(~unlabelled, IGNORE)
-        grown = torch.full_like(y, IGNORE)
+        asked = [(y != IGNORE).sum(), y.new_tensor(len(stopped))]
         if growing:
             grown = sure_pixels(ema, x, args.grow_above, amp).where(unlabelled, IGNORE)
-        # one collective, four questions: points, other and sure pixels of the whole step, was any rank told to stop
-        count, others, sure, stops = over_ranks(torch.stack([
-            (y != IGNORE).sum(), unlabelled.sum(), (grown != IGNORE).sum(), y.new_tensor(len(stopped))]))
+            asked += [unlabelled.sum(), (grown != IGNORE).sum()]
+        # one collective: points of the whole step, was any rank told to stop; of the second stage other and sure pixels
+        count, stops, *second = over_ranks(torch.stack(asked))
         before_step = [t.clone() for t in statistics]
         for g in opt.param_groups:
             g["lr"] = g["scale"] * rate * lr_at(step, args)
@@ -652,6 +652,7 @@ def main(args):
         loss = compute(terms, logits, y, class_w, 0.0, count, over_ranks)
         loss = loss + sum(AUX * compute([(1.0, "ce")], z, y, class_w, count=count) for z in aux)
         if growing:
+            others, sure = second
             loss = loss + args.grow * ce(logits, grown, others)  # a mean over all: a few sure, easy pixels weigh little
         (loss * world).backward()  # DDP takes the mean over ranks, models/losses.py the sum
         seen += confusion(logits.detach().max(1).indices, y, K)

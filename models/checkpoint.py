@@ -16,20 +16,18 @@ FORMAT = 1
 def save_weights(path: str | Path, tensors: dict[str, torch.Tensor], meta: dict) -> None:
     """Tensors and `meta` (plain JSON types) into one .safetensors file, whole or not at all."""
     tensors = {k: v.detach().cpu().contiguous() for k, v in tensors.items()}
-    def write(tmp):
-        open(tmp, "wb").close()  # safetensors alone would let nobody else read it
-        mode = os.stat(tmp).st_mode
-        save_file(tensors, tmp, {"nanors": json.dumps({"format": FORMAT, **meta})})
-        os.chmod(tmp, mode)
-
-    replace(path, write)
+    replace(path, lambda tmp: save_file(tensors, tmp, {"nanors": json.dumps({"format": FORMAT, **meta})}))
 
 
 def replace(path: str | Path, write) -> None:
     """write(name) under a temporary name, then renamed; what goes wrong is an OSError, and leaves the old file."""
     tmp = f"{path}.tmp"
     try:
+        Path(tmp).unlink(missing_ok=True)
+        Path(tmp).touch()
+        mode = os.stat(tmp).st_mode  # as the umask says: safetensors would let nobody else read the file
         write(tmp)
+        os.chmod(tmp, mode)
         os.replace(tmp, path)
     except (OSError, RuntimeError, SafetensorError) as e:  # torch and safetensors have their own names for a full disk
         Path(tmp).unlink(missing_ok=True)
