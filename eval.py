@@ -28,7 +28,8 @@ from torch.utils.data import DataLoader
 from data import plots, public
 from data.cache import Cache
 from data.datasets import SegDataset, find_pairs, load_splits, read_description
-from data.io import IGNORE, BadInput, Labels, write
+from data.common import IGNORE, BadInput, write
+from data.io import Labels
 from data.metrics import confusion, f1, headline, iou, precision, recall, report
 from data.tiles import blend_weight, windows
 from models import deeplab, efficientnet_unet, unetformer

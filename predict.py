@@ -35,7 +35,8 @@ from torch import nn
 
 from data import plots
 from data.datasets import NORMS, normalise
-from data.io import IGNORE, BadInput, Labels, id_image, read_image, read_valid, write
+from data.common import IGNORE, BadInput, write
+from data.io import Labels, id_image, read_image, read_valid
 from data.scenes import prepare, square
 from data.tiles import blend_weight, windows
 from models import deeplab, efficientnet_unet, unetformer

@@ -38,7 +38,7 @@ from torch.nn.parallel import DistributedDataParallel
 from data import augment, plots
 from data.cache import Cache
 from data.datasets import NORMS
-from data.io import BadInput, write
+from data.common import BadInput, write
 from data.metrics import bootstrap, class_table, confusion, f1, majority, oa
 from data.samplers import StepSampler
 from data.scenes import (augment_scenes, check_classes, decode_scenes, faults, few, find_scenes, groups_of, load_splits,

@@ -41,9 +41,10 @@ from data import augment, classmap, demo, plots, public
 from data.cache import Cache
 from data.crops import random_crop
 from data.datasets import (
-    NORMS, SegDataset, check_sizes, class_counts, count_ids, even_sample, find_pairs, load_splits, read_description,
+    NORMS, SegDataset, check_sizes, class_counts, count_ids, find_pairs, load_splits, read_description,
     read_list)
-from data.io import IGNORE, BadInput, Labels, open_image, write
+from data.common import IGNORE, BadInput, even_sample, write
+from data.io import Labels, open_image
 from data.metrics import confusion, headline, iou, oa, report
 from data.samplers import StepSampler, balanced_weights, difficulty_weights, hard_classes, replicated, rich
 from data.tiles import blend_weight, windows

@@ -41,9 +41,10 @@ from torch.utils.data import DataLoader
 
 from data import augment, crops, demo, plots, points, public
 from data.cache import Cache
-from data.datasets import (NORMS, SegDataset, check_sizes, class_counts, even_sample, find_pairs, load_splits,
+from data.datasets import (NORMS, SegDataset, check_sizes, class_counts, find_pairs, load_splits,
                            match_pairs, normalise, read_description)
-from data.io import IGNORE, BadInput, Labels, read_valid, write
+from data.common import IGNORE, BadInput, even_sample, write
+from data.io import Labels, read_valid
 from data.metrics import averages, confusion, headline, iou, majority, oa, report
 from data.samplers import StepSampler
 from data.tiles import blend_weight, windows

@@ -38,9 +38,10 @@ from torch.utils.data import DataLoader
 from data import augment, demo, plots, public
 from data.cache import Cache
 from data.crops import random_crop
-from data.datasets import (NORMS, SegDataset, check_sizes, class_counts, even_sample, find_pairs, load_splits,
+from data.datasets import (NORMS, SegDataset, check_sizes, class_counts, find_pairs, load_splits,
                            read_description)
-from data.io import IGNORE, BadInput, Labels, write
+from data.common import IGNORE, BadInput, even_sample, write
+from data.io import Labels
 from data.metrics import confusion, headline, iou, oa, report
 from data.samplers import StepSampler
 from data.tiles import blend_weight, windows

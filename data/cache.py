@@ -20,6 +20,7 @@ from typing import Callable
 import numpy as np
 
 from . import io
+from .common import BadInput
 
 HEADER = 512  # bytes: JSON [[dtype, shape], ...], then spaces; the arrays follow
 KEEP_FREE = 4 * 2**30  # bytes, for the checkpoints that may go to the same disk
@@ -54,7 +55,7 @@ class Cache:
         try:
             self.folder.mkdir(parents=True, exist_ok=True)
         except OSError as e:
-            raise io.BadInput(f"{self.folder}: no place for a cache ({e.strerror}); type --cache DIR or off") from None
+            raise BadInput(f"{self.folder}: no place for a cache ({e.strerror}); type --cache DIR or off") from None
 
     def __call__(self, paths: tuple, decode: Callable[..., tuple], tag: str = "") -> tuple[np.ndarray, ...]:
         try:  # a changed file has another name here

@@ -19,11 +19,13 @@ from shlex import quote
 
 import numpy as np
 
-from .datasets import (class_counts, count_ids, cut, even_sample, find_pairs, match_pairs, read_description,
-                       split_names, unlabelled)
+from .common import IGNORE, BadInput, even_sample, write
+from .datasets import (
+    class_counts, count_ids, cut, find_pairs, match_pairs, read_description, split_names,
+    unlabelled)
 from .draft import (Complaints, count_values, draft_classes, draft_patterns, folder_splits, listed_splits, scan,
                     values_table)
-from .io import IGNORE, BadInput, Labels, open_image, read_valid, write
+from .io import Labels, open_image, read_valid
 from .public import SETS, describe
 
 LEVELS = ("note", "warning", "error")  # the worst stand next to the prompt

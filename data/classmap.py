@@ -12,7 +12,7 @@ from pathlib import Path
 
 import numpy as np
 
-from .io import BadInput
+from .common import BadInput
 
 
 def read_map(path: str | Path, teacher: list[str], student: list[str]) -> np.ndarray:

@@ -7,7 +7,7 @@ import torch
 import torch.nn.functional as F
 from PIL import Image
 
-from .io import IGNORE
+from .common import IGNORE
 
 GRID = 2**17  # pixels of a mask that are searched for a rare class
 

@@ -21,7 +21,8 @@ from typing import Callable
 import numpy as np
 import torch
 
-from .io import IGNORE, BadInput, Labels, by_stem, open_image, read_valid
+from .common import IGNORE, BadInput, even_sample
+from .io import Labels, by_stem, open_image, read_valid
 
 NORMS = {"imagenet": ((0.485, 0.456, 0.406), (0.229, 0.224, 0.225)),  # DINOv2, DINOv3 LVD-1689M, torchvision
          "sat": ((0.430, 0.411, 0.296), (0.213, 0.156, 0.143))}  # DINOv3 SAT-493M
@@ -256,13 +257,6 @@ def check_sizes(pairs: dict) -> None:
 
     with ThreadPoolExecutor(min(8, os.cpu_count())) as pool:
         list(pool.map(compare, {pair[:2] for pair in pairs.values() if pair[1]}))
-
-
-def even_sample(items: list, limit: int | None) -> list:
-    """At most `limit` of the items, evenly spread; all of them without a limit."""
-    if not limit or limit >= len(items):
-        return items
-    return [items[round(i)] for i in np.linspace(0, len(items) - 1, limit)]
 
 
 def count_ids(ids: np.ndarray, k: int) -> np.ndarray:

@@ -15,7 +15,7 @@ from typing import NamedTuple
 import numpy as np
 from PIL import Image, ImageFilter
 
-from .io import BadInput
+from .common import BadInput
 
 VERSION = 1  # raise it with every change that alters a pixel: older folders are then refused, not mixed in
 CLASSES = {"field": "#e6c86e", "grassland": "#a3d977", "forest": "#1e7b3c", "water": "#2f6fd0", "road": "#8f8f8f",

@@ -13,7 +13,8 @@ from typing import NamedTuple
 
 import numpy as np
 
-from .io import UNKNOWN, BadInput, pack, palette_of, read_mask
+from .common import BadInput
+from .io import UNKNOWN, pack, palette_of, read_mask
 
 PICTURES = (".png", ".jpg", ".jpeg", ".tif", ".tiff", ".bmp")
 MASK = re.compile(r"masks?|(?<!un)label[a-z]*|annot[a-z]*|segm[a-z]*|ground.?truth|"

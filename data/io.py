@@ -1,8 +1,5 @@
 """Read images and masks without guessing, turn a mask's ids or colours into class ids 0..K-1 and back, write safely."""
 import contextlib
-import io
-import json
-import os
 import re
 import sys
 from collections import Counter
@@ -12,7 +9,8 @@ from typing import Iterable
 import numpy as np
 from PIL import Image, ImageFile, TiffImagePlugin
 
-IGNORE = 255  # the one ignore index: unlabelled, void, padding
+from .common import IGNORE, BadInput
+
 UNKNOWN = 254  # marks file values that no class and no ignore entry names; never leaves this file
 MAX_PIXELS = 2_000_000_000  # Pillow's own limit (179 M) refuses normal orthophotos
 Image.MAX_IMAGE_PIXELS = None  # replaced by the check in open_image, which names the file and the flag
@@ -20,10 +18,6 @@ ImageFile.LOAD_TRUNCATED_IMAGES = False
 for order in (b"II", b"MM"):  # else Pillow drops the fourth band of a TIFF where it is not alpha but, say, infrared
     for photometric, extra in ((2, (0,)), (1, (0, 0, 0))):  # RGB and one more; grey and three more
         TiffImagePlugin.OPEN_INFO[order, photometric, (1,), 1, (8, 8, 8, 8), extra] = "RGBX", "RGBX"
-
-
-class BadInput(ValueError):
-    """A user's file or flag that cannot be used: one line with what was found, what was expected and what to type."""
 
 
 def by_stem(names: Iterable[str]) -> dict[str, str]:
@@ -241,26 +235,6 @@ def pack(color: np.ndarray) -> np.ndarray:  # (..., 3) -> (...) one int per colo
 def default_color(i: int) -> str:  # golden-angle hues: neighbouring ids differ
     hue = Image.new("HSV", (1, 1), (i * 97 % 256, 170, 220)).convert("RGB").getpixel((0, 0))
     return "#%02x%02x%02x" % hue
-
-
-def write(path: str | Path, content: Image.Image | dict | str | bytes, **options) -> None:
-    """Picture, JSON or text: to a temporary name first, then renamed, so that a killed job leaves no half file."""
-    path = Path(path)
-    if isinstance(content, Image.Image):
-        buffer = io.BytesIO()
-        content.save(buffer, format={".jpg": "JPEG", ".tif": "TIFF"}.get(path.suffix, "PNG"), **options)
-        content = buffer.getvalue()
-    elif not isinstance(content, (str, bytes)):
-        content = json.dumps(content, indent=1) + "\n"
-    temporary = path.with_name(f"{path.name}.{os.getpid()}.tmp")
-    try:
-        path.parent.mkdir(parents=True, exist_ok=True)
-        temporary.write_bytes(content.encode() if isinstance(content, str) else content)
-        os.replace(temporary, path)
-    except OSError as e:
-        with contextlib.suppress(OSError):
-            temporary.unlink()
-        raise OSError(f"{path}: cannot be written ({e.strerror})") from None
 
 
 def id_image(ids: np.ndarray, colors: np.ndarray) -> Image.Image:

@@ -5,7 +5,7 @@ Absent classes (neither true nor predicted) are NaN and left out of means. Besid
 import numpy as np
 import torch
 
-from .io import IGNORE
+from .common import IGNORE
 
 
 def confusion(pred: torch.Tensor, true: torch.Tensor, k: int) -> torch.Tensor:

@@ -17,7 +17,8 @@ from pathlib import Path
 
 import numpy as np
 
-from .io import IGNORE, BadInput, Labels, by_stem, open_image, pixels, read_valid, write
+from .common import IGNORE, BadInput, write
+from .io import Labels, by_stem, open_image, pixels, read_valid
 
 PATTERNS = {
     "class-balanced": "n pixels of every class in the image",

@@ -13,7 +13,7 @@ An eighth is one more entry. EuroSAT is scene classification, folders of images 
 """
 from pathlib import Path
 
-from .io import BadInput
+from .common import BadInput
 
 
 def by_id(colors: dict[str, str], first: int = 0) -> list[dict]:  # masks hold first, first + 1, ... in this order

@@ -11,7 +11,7 @@ from collections.abc import Iterator, Sequence
 
 import numpy as np
 
-from .io import BadInput
+from .common import BadInput
 
 
 class StepSampler:

@@ -1,68 +1,99 @@
-"""The two files of a run: best.safetensors (weights, and what is needed to use them), last.pt (to go on training)."""
+"""The two files of a run: best.safetensors (weights, and what is needed to use them), last.pt (to go on training).
+
+    save_weights("runs/a/best.safetensors", net.state_dict(), meta)     meta: plain JSON types, kept in the header
+    tensors, meta = load_weights("runs/a")
+    save_state("runs/a/last.pt", net=learned(net), opt=opt.state_dict(), state=vars(s))
+    restore(net, load_state("runs/a/last.pt")["net"])
+"""
 import json
-import os
 import pickle
 from pathlib import Path
 
 import torch
 from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
+from torch import nn
+
+from data.common import replace
 
 from .weights import BadWeights
 
 FORMAT = 1
 
 
+# ---- best.safetensors
+
 def save_weights(path: str | Path, tensors: dict[str, torch.Tensor], meta: dict) -> None:
     """Tensors and `meta` (plain JSON types) into one .safetensors file, whole or not at all."""
-    tensors = {k: v.detach().cpu().contiguous() for k, v in tensors.items()}
-    replace(path, lambda tmp: save_file(tensors, tmp, {"nanors": json.dumps({"format": FORMAT, **meta})}))
+    tensors = {name: t.detach().cpu().contiguous() for name, t in tensors.items()}
+    header = {"nanors": json.dumps({"format": FORMAT, **meta})}
 
+    def save(name):
+        try:
+            save_file(tensors, name, header)
+        except SafetensorError as e:  # its name for a full disk
+            raise OSError(str(e)) from None
 
-def replace(path: str | Path, write) -> None:
-    """write(name) under a temporary name, then renamed; what goes wrong is an OSError, and leaves the old file."""
-    tmp = f"{path}.tmp"
-    try:
-        Path(tmp).unlink(missing_ok=True)
-        Path(tmp).touch()
-        mode = os.stat(tmp).st_mode  # as the umask says: safetensors would let nobody else read the file
-        write(tmp)
-        os.chmod(tmp, mode)
-        os.replace(tmp, path)
-    except (OSError, RuntimeError, SafetensorError) as e:  # torch and safetensors have their own names for a full disk
-        Path(tmp).unlink(missing_ok=True)
-        raise OSError(f"{path}: cannot be written ({str(e)[:100]}); is the disk full or read-only?") from None
+    replace(path, save)
 
 
 def load_weights(path: str | Path, header_only: bool = False) -> tuple[dict[str, torch.Tensor], dict]:
     """best.safetensors, or the run folder that holds it -> tensors, meta; `header_only` reads no tensor."""
-    path = Path(path) / "best.safetensors" if Path(path).is_dir() else Path(path)
+    path = Path(path)
+    if path.is_dir():
+        path = path / "best.safetensors"
     if not path.exists():
-        raise BadWeights(f"{path}: no such file; train first, or name a run folder or its best.safetensors")
+        raise BadWeights(f"{path}: no such file; train first, or name a run folder or its "
+                         "best.safetensors")
+    tensors = {}
     try:
         with safe_open(path, "pt") as f:
-            meta = (f.metadata() or {}).get("nanors")
-            tensors = {} if header_only else {k: f.get_tensor(k) for k in f.keys()}
+            header = (f.metadata() or {}).get("nanors")
+            if not header_only:
+                tensors = {name: f.get_tensor(name) for name in f.keys()}
     except (SafetensorError, OSError) as e:
-        raise BadWeights(f"{path}: not readable ({str(e)[:100]}); expected the best.safetensors of a run") from None
-    if meta is None:
-        raise BadWeights(f"{path}: weights that no run here wrote; a backbone goes to train_seg.py --weights")
-    meta = json.loads(meta)
+        raise BadWeights(f"{path}: not readable ({str(e)[:100]}); expected the best.safetensors of "
+                         "a run") from None
+    if header is None:
+        raise BadWeights(f"{path}: weights that no run here wrote; a backbone goes to train_seg.py "
+                         "--weights")
+    meta = json.loads(header)
     if meta.get("format") != FORMAT:
-        raise BadWeights(f"{path}: format {meta.get('format')}, expected {FORMAT}; use the code that trained it")
+        raise BadWeights(f"{path}: format {meta.get('format')}, expected {FORMAT}; use the code "
+                         "that trained it")
     return tensors, meta
 
 
+# ---- last.pt
+
 def save_state(path: str | Path, **state) -> None:
     """Tensors and plain Python values only, whole or not at all: a killed job leaves the previous file."""
-    replace(path, lambda tmp: torch.save(state, tmp))
+    replace(path, lambda name: torch.save(state, name))
 
 
 def load_state(path: str | Path) -> dict:
     """What save_state was given, on the CPU."""
     if not Path(path).exists():
-        raise BadWeights(f"{path}: no such file, so there is nothing to resume; start without --resume")
+        raise BadWeights(f"{path}: no such file, so there is nothing to resume; start without "
+                         "--resume")
+    damaged = (RuntimeError, EOFError, OSError, ValueError, TypeError, LookupError,
+               pickle.UnpicklingError)
     try:
         return dict(torch.load(path, map_location="cpu", weights_only=True))
-    except (RuntimeError, EOFError, OSError, ValueError, TypeError, LookupError, pickle.UnpicklingError) as e:
-        raise BadWeights(f"{path}: no last.pt of a run, or truncated ({type(e).__name__}); start a new run") from None
+    except damaged as e:
+        raise BadWeights(f"{path}: no last.pt of a run, or truncated ({type(e).__name__}); start a "
+                         "new run") from None
+
+
+def learned(net: nn.Module) -> dict[str, torch.Tensor]:
+    """What training alters: trainable parameters and buffers. The frozen rest comes from --weights again."""
+    names = {name for name, p in net.named_parameters() if p.requires_grad}
+    names |= {name for name, _ in net.named_buffers()}
+    return {name: t for name, t in net.state_dict().items() if name in names}
+
+
+def restore(net: nn.Module, state: dict[str, torch.Tensor]) -> None:
+    """Puts back what learned(net) gave, exactly these tensors; of another network it is a BadWeights."""
+    if state.keys() != learned(net).keys():
+        raise BadWeights("last.pt holds other tensors than this network learns; start a new run")
+    net.load_state_dict(state, strict=False)

@@ -16,8 +16,9 @@ from collections.abc import Callable
 import torch
 import torch.nn.functional as F
 
+from data.common import IGNORE
+
 # B batch, K classes, H W pixels. logits (B, K, H, W) of any float type, y (B, H, W) int64 in 0..K-1 or IGNORE.
-IGNORE = 255
 
 
 def _float(logits):  # half types to float32, where sums over pixels are safe; double stays, gradcheck needs it

@@ -21,8 +21,9 @@ ROOT = Path(__file__).parents[1]
 sys.path.insert(0, str(ROOT))
 
 from data import demo  # noqa: E402
+from data.common import write  # noqa: E402
 from data.datasets import find_pairs, read_description  # noqa: E402
-from data.io import Labels, id_image, write  # noqa: E402
+from data.io import Labels, id_image  # noqa: E402
 
 # The teacher's classes, made by merging, with the student's classes in them and the shares that a user would guess.
 TEACHERS = {

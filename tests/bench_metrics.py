@@ -10,7 +10,7 @@ import torch
 from torchmetrics.functional.classification import multiclass_confusion_matrix
 
 sys.path.insert(0, str(Path(__file__).parents[1]))
-from data.io import IGNORE
+from data.common import IGNORE
 from data.metrics import confusion
 
 K = 8

@@ -19,7 +19,7 @@ from PIL import Image, ImageDraw
 ROOT = Path(__file__).resolve().parents[1]
 sys.path.insert(0, str(ROOT))
 from data import demo, plots
-from data.io import write
+from data.common import write
 
 # true colours of the masks; the set's own classes.json lists others
 DUBAI = {"name": "dubai", "images": "*/images/*.jpg", "masks": "*/masks/*.png",

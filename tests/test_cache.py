@@ -12,7 +12,8 @@ from PIL import Image
 
 from data import cache as module
 from data.cache import HEADER, Cache
-from data.io import BadInput, Labels, read_image
+from data.common import BadInput
+from data.io import Labels, read_image
 
 SIZE = HEADER + 60 * 40 * 4  # bytes of an entry
 

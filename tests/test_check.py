@@ -7,8 +7,10 @@ import pytest
 from PIL import Image, TiffImagePlugin, TiffTags
 
 from data import check, draft
-from data.datasets import class_counts, find_pairs, match_pairs, read_description, split_names, star_key
-from data.io import BadInput, Labels, write
+from data.datasets import (
+    class_counts, find_pairs, match_pairs, read_description, split_names, star_key)
+from data.common import BadInput, write
+from data.io import Labels
 
 DUBAI = Path(__file__).parents[2] / "shared/data/dubai"
 RED, GREEN, BLUE, BLACK = (255, 0, 0), (0, 255, 0), (0, 0, 255), (0, 0, 0)

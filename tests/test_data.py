@@ -17,7 +17,8 @@ import train_seg
 from data import augment, metrics
 from data.crops import crop, random_crop
 from data.datasets import SegDataset, find_pairs, hold_out, load_splits, split_names
-from data.io import IGNORE, BadInput, Labels, id_image, read_image, read_mask, read_valid, write
+from data.common import IGNORE, BadInput, write
+from data.io import Labels, id_image, read_image, read_mask, read_valid
 from data.samplers import StepSampler
 from data.tiles import blend_weight, windows
 from models.checkpoint import load_state, load_weights, save_state, save_weights

@@ -12,7 +12,8 @@ from sklearn.metrics import accuracy_score, precision_recall_fscore_support
 
 from data import metrics, plots, points
 from data.crops import around, crop, random_place, window
-from data.io import IGNORE, BadInput, Labels
+from data.common import IGNORE, BadInput
+from data.io import Labels
 
 NAMES = ["road", "roof", "tree"]
 LABELS = Labels([{"name": n, "id": i} for i, n in enumerate(NAMES)], [9])

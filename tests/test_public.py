@@ -11,7 +11,8 @@ from PIL import Image
 from data import check
 from data.cache import Cache
 from data.datasets import SegDataset, check_sizes, class_counts, find_pairs, load_splits
-from data.io import IGNORE, BadInput, Labels, read_image, write
+from data.common import IGNORE, BadInput, write
+from data.io import Labels, read_image
 from data.public import SETS, describe
 
 TINY = ["--steps", 2, "--eval-every", 2, "--batch-size", 2, "--warmup", 1, "--arch", "nano16", "--workers", 0,

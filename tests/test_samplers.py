@@ -5,7 +5,7 @@ import numpy as np
 import pytest
 
 from data import crops
-from data.io import IGNORE, BadInput
+from data.common import IGNORE, BadInput
 from data.samplers import StepSampler, balanced_weights, difficulty_weights, hard_classes, replicated, rich
 
 

@@ -18,7 +18,7 @@ from sklearn.neighbors import KNeighborsClassifier
 
 from data import augment, plots
 from data.datasets import NORMS, normalise
-from data.io import BadInput
+from data.common import BadInput
 from data.metrics import bootstrap, class_table, confusion
 from data.scenes import (augment_scenes, base_of, check_classes, decode_scenes, draw_splits, few, find_scenes,
                          groups_of, load_splits, prepare, square, twins)

@@ -16,7 +16,7 @@ from PIL import Image
 from data import classmap
 from data.datasets import NORMS, normalise
 from data.demo import make
-from data.io import IGNORE, BadInput, write
+from data.common import IGNORE, BadInput, write
 from models.checkpoint import load_state, load_weights
 from models.losses import distill, translate
 

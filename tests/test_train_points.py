@@ -16,7 +16,8 @@ import train_points
 from data import points
 from data.datasets import find_pairs, read_description
 from data.demo import make
-from data.io import IGNORE, Labels, read_image, write
+from data.common import IGNORE, write
+from data.io import Labels, read_image
 from models import losses
 from models.checkpoint import load_state, load_weights
 from models.vit import ViT, preset

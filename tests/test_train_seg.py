@@ -17,7 +17,8 @@ from PIL import Image
 import predict
 from data.datasets import normalise
 from data.demo import make
-from data.io import BadInput, Labels, write
+from data.common import BadInput, write
+from data.io import Labels
 from models.checkpoint import load_state, load_weights
 
 TINY = ["--steps", 8, "--eval-every", 2, "--log-every", 1, "--batch-size", 4, "--crop", 64, "--warmup", 2,

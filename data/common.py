@@ -1,0 +1,88 @@
+"""What every other file stands on: the ignore index, the error that a user can mend, the atomic writer, progress.
+
+    raise BadInput(f"{path}: found this, expected that; type so and so")      one line, printed without a traceback
+    write("runs/a/split.json", {"train": names})                              whole or not at all
+    for x, y, name in progress(loader, "validation"): ...                     count and ETA once it takes long
+"""
+import contextlib
+import io
+import json
+import os
+import sys
+import time
+from collections.abc import Callable, Iterable, Iterator
+from pathlib import Path
+
+import numpy as np
+from PIL import Image
+
+IGNORE = 255  # the one ignore index: unlabelled, void, padding
+SILENT = 10.0  # seconds before progress() says anything
+
+
+class BadInput(ValueError):
+    """A user's file or flag that cannot be used: one line with what was found, what was expected and what to type."""
+
+
+def replace(path: str | Path, save: Callable[[str], None]) -> None:
+    """save(temporary name), then rename: a killed job or a full disk leaves the old file. Failures are OSErrors."""
+    temporary = f"{path}.{os.getpid()}.tmp"
+    try:
+        Path(path).parent.mkdir(parents=True, exist_ok=True)
+        Path(temporary).touch()
+        mode = os.stat(temporary).st_mode
+        save(temporary)
+        os.chmod(temporary, mode)  # As the umask says: safetensors would let nobody else read its files.
+        os.replace(temporary, path)
+    except BaseException as e:
+        with contextlib.suppress(OSError):
+            os.unlink(temporary)
+        if not isinstance(e, (OSError, RuntimeError)):  # torch.save reports a full disk as a RuntimeError
+            raise
+        why = getattr(e, "strerror", None) or str(e)[:100]
+        raise OSError(f"{path}: cannot be written ({why}); is the disk full or read-only?") from None
+
+
+def write(path: str | Path, content: Image.Image | dict | list | str | bytes, **options) -> None:
+    """Picture (`options` are Pillow's), JSON, text or bytes into a file, whole or not at all."""
+    path = Path(path)
+    if isinstance(content, Image.Image):
+        buffer = io.BytesIO()
+        content.save(buffer, format={".jpg": "JPEG", ".tif": "TIFF"}.get(path.suffix, "PNG"), **options)
+        content = buffer.getvalue()
+    elif not isinstance(content, (str, bytes)):
+        content = json.dumps(content, indent=1) + "\n"
+    if isinstance(content, str):
+        content = content.encode()
+    replace(path, lambda name: Path(name).write_bytes(content))
+
+
+def minutes(seconds: float) -> str:
+    """75.2 -> '1:15', as ETAs are shown."""
+    seconds = round(seconds)
+    return f"{seconds // 60}:{seconds % 60:02d}"
+
+
+def progress(items: Iterable, what: str, total: int | None = None) -> Iterator:
+    """The items; once they take more than ten seconds, rank 0 shows how many are done and the ETA on stderr."""
+    total = total or len(items)
+    terminal = sys.stderr.isatty()
+    end, pause = ("\r", 1.0) if terminal else ("\n", SILENT)
+    start = time.monotonic()
+    due = start + SILENT
+    for done, item in enumerate(items):
+        now = time.monotonic()
+        if done and now > due and os.environ.get("RANK", "0") == "0":
+            rest = minutes((now - start) / done * (total - done))
+            print(f"{what}: {done} of {total}  ETA {rest} ", end=end, file=sys.stderr, flush=True)
+            due = now + pause
+        yield item
+    if terminal and due > start + SILENT:
+        print(file=sys.stderr)
+
+
+def even_sample(items: list, limit: int | None) -> list:
+    """At most `limit` of the items, evenly spread; all of them without a limit."""
+    if not limit or limit >= len(items):
+        return items
+    return [items[round(i)] for i in np.linspace(0, len(items) - 1, limit)]
