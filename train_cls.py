@@ -1,19 +1,18 @@
 """Classify whole images: k-NN or linear probe on frozen features, fine-tuning, and a CNN to compare with.
 
-    python train_cls.py --root EuroSAT                                  CNN from scratch, on a CPU
-    python train_cls.py --root EuroSAT --features mean                  k-NN on channel means: what to beat
-    python train_cls.py --root D --weights dinov2_vitb14_pretrain.pth   linear probe; --mode knn or finetune
-    python train_cls.py --root D --mode finetune --arch mini8           small ViT from scratch
-    torchrun --standalone --nproc_per_node=8 train_cls.py ...           same flags; --batch-size is per process
-    python train_cls.py --resume runs/eurosat-cnn                       go on after a kill, bit for bit on a CPU
+    python train_cls.py --root EuroSAT                               CNN from scratch, on a CPU
+    python train_cls.py --root EuroSAT --features mean               k-NN on channel means
+    python train_cls.py --root D --weights dinov2_vitb14_pretrain.pth    linear probe
+    python train_cls.py --root D --weights FILE --mode finetune      or --mode knn
+    torchrun --standalone --nproc_per_node=8 train_cls.py ...        --batch-size is per process
+    python train_cls.py --resume runs/eurosat-cnn                    go on after a kill
+
 --root: ROOT/CLASS/images, ROOT/{train,val,test}/CLASS/images, or any parent of EuroSAT's 2750.
-Copy with: models/vit.py models/weights.py models/classify.py models/checkpoint.py data/io.py data/scenes.py
-    data/datasets.py data/cache.py data/augment.py data/samplers.py data/metrics.py data/plots.py
+Reads in the order in which it runs: flags; main() opens the data and makes the network; probe()
+compares heads on frozen features, train() trains a network; main() reports.
+What the report on EuroSAT got wrong: its classes were not EuroSAT's, ten outputs had four classes to
+learn, there was no validation split, test held other images, and no baseline stood beside 72.9 %.
 """
-import argparse
-import ctypes
-import hashlib
-import itertools
 import json
 import math
 import os
@@ -21,590 +20,482 @@ import shlex
 import signal
 import sys
 import time
-from contextlib import suppress
-from datetime import timedelta
-from functools import partial
-from pathlib import Path
+from types import SimpleNamespace
 
-os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")  # read when torch loads: spinning threads cost 6x on a shared CPU
+# Read when torch loads: threads that spin while they wait cost sixfold on a shared CPU.
+os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
 
 import numpy as np
 import torch
 import torch.distributed as dist
 import torch.nn.functional as F
-from torch import nn
 from torch.nn.parallel import DistributedDataParallel
 
-from data import augment, plots
-from data.cache import Cache
+from data import augment, metrics, plots
+from data.common import BadInput, minutes, write
 from data.datasets import NORMS
-from data.common import BadInput, write
-from data.metrics import bootstrap, class_table, confusion, f1, majority, oa
 from data.samplers import StepSampler
-from data.scenes import (augment_scenes, check_classes, decode_scenes, faults, few, find_scenes, groups_of, load_splits,
-                         prepare, read_splits)
-from models.checkpoint import load_state, load_weights, save_state, save_weights
-from models.classify import CNNS, ChannelMeans, Classifier, Knn, cnn, fit_linear
-from models.vit import PRESETS, ViT, arch_name
-from models.weights import BadWeights, checked_sha256, fill, load_vit, locate, read
+from data.scenes import Scenes, augment_scenes, prepare
+from models import checkpoint, nets, run
+from models.classify import CNNS, fit_linear
+from models.run import COUNT, RATE, SHARE, WHOLE, between
+from models.vit import PRESETS
 
+BETAS = 0.9, 0.999  # of AdamW
+CLIP = 1.0  # limit of the gradient's norm
+CARDS = 16  # pictures in each part of samples.png
 
-MOVABLE = ("out", "resume", "cache", "root", "weights")  # what a resumed run may have at another place
+# Flags that may differ on resume: paths and speed, nothing that changes the result.
+MOVABLE = "root", "weights", "cache"
 
 
 def parse_args(argv=None):
-    p = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    p = run.Parser(__doc__)
+
     data = p.add_argument_group("data")
-    data.add_argument("--root", help="folder with a sub-folder of images per class, or EuroSAT's, or any parent of it")
-    data.add_argument("--classes", nargs="+", metavar="NAME", help="the classes to take, in this order (all of train)")
-    data.add_argument("--split-file", help="JSON {split: [names]} instead of the data set's own: a run's split.json")
-    data.add_argument("--fractions", type=float, nargs=3, default=[0.6, 0.2, 0.2], metavar=("TRAIN", "VAL", "TEST"),
-                      help="shares of every class, where neither folders nor --split-file give splits")
-    data.add_argument("--split-seed", type=int, default=0, help="of that draw; --seed leaves the splits alone")
-    data.add_argument("--group-regex", help="the scene in a name: the draw keeps a scene's images together")
-    data.add_argument("--per-class", type=int, help="few-shot: so many training images per class, by --seed, nested")
-    data.add_argument("--skip-bad", action="store_true", help="list bad images and leave them out")
-    data.add_argument("--bands", type=numbers, help="the three to read from images with more, from 1: 4,1,2")
+    data.add_argument("--root", help="folder with a sub-folder of images per class, or its parent")
+    data.add_argument("--classes", nargs="+", metavar="NAME",
+                      help="the classes to take, in this order (all of train)")
+    data.add_argument("--split-file", help="JSON {split: [names]}, such as a run's split.json")
+    data.add_argument("--fractions", type=SHARE, nargs=3, default=[0.6, 0.2, 0.2],
+                      metavar=("TRAIN", "VAL", "TEST"),
+                      help="shares of every class, where nothing else gives splits")
+    data.add_argument("--split-seed", type=WHOLE, default=0, help="of that draw")
+    data.add_argument("--group-regex", help="the scene in a name: the draw keeps scenes together")
+    data.add_argument("--per-class", type=COUNT, help="few-shot: so many training images per class")
+    data.add_argument("--skip-bad", action="store_true", help="list bad images, leave them out")
+    data.add_argument("--bands", type=run.bands, help="three of images with more, from 1: 4,1,2")
     data.add_argument("--input-range", type=float, nargs=2, metavar=("LOW", "HIGH"),
                       help="values that become 0 and 255, for images of other than 8 bits")
-    data.add_argument("--size", type=int, help="side of the network's input (the images' own; with --weights 224)")
-    data.add_argument("--shift", type=int, default=4, help="random shift in training, pixels, beside flips and turns")
-    data.add_argument("--mixup", type=float, default=0.0, help="probability per batch")
-    data.add_argument("--cutmix", type=float, default=0.0, help="probability per batch")
-    data.add_argument("--cache", help="folder for decoded images, at most 64 GB (~/.cache/nanors); off = none")
+    data.add_argument("--size", type=between(8, 2**12, int),
+                      help="side of the network's input (the images' own; with --weights 224)")
+    data.add_argument("--shift", type=WHOLE, default=4, help="random shift in training, pixels")
+    data.add_argument("--mixup", type=SHARE, default=0.0, help="probability per batch")
+    data.add_argument("--cutmix", type=SHARE, default=0.0, help="probability per batch")
+    data.add_argument("--cache", help="folder for decoded images, or off (~/.cache/nanors)")
+
     model = p.add_argument_group("model")
     model.add_argument("--mode", choices=["knn", "linear", "finetune", "cnn"],
                        help="(linear with --weights, knn with --features mean, else cnn)")
-    model.add_argument("--weights", default="none", help="DINOv2/v3 (or CNN) file, folder or URL; none = from scratch")
-    model.add_argument("--arch", default="nano8", choices=sorted(PRESETS), help="backbone without --weights")
+    model.add_argument("--weights", default="none", help="DINO (or CNN) file, folder or URL")
+    model.add_argument("--arch", default="nano8", choices=sorted(PRESETS),
+                       help="backbone without --weights")
     model.add_argument("--features", default="cls+patch", choices=["cls+patch", "cls", "mean"],
-                       help="cls token and mean patch token, cls alone, or means of the three channels")
-    model.add_argument("--cnn", default="nano", choices=CNNS, help="for --mode cnn; --weights: torchvision's file")
+                       help="cls token and mean patch token, cls alone, or channel means")
+    model.add_argument("--cnn", default="nano", choices=CNNS, help="network of --mode cnn")
     model.add_argument("--stem", choices=["small", "imagenet"],
-                       help="first layers of a ResNet: 3x3, or 7x7 and pool (as --weights; else small)")
-    model.add_argument("--norm", default="auto", choices=["auto", *NORMS], help="pixel mean and std (of the weights)")
-    model.add_argument("--unfreeze", help="last K blocks to train, or all (all)")
-    model.add_argument("--save", default="all", choices=["all", "head"], help="head: without the frozen backbone")
-    model.add_argument("--k", type=int, nargs="+", default=[5, 10, 20, 50], help="neighbours; val chooses")
-    model.add_argument("--temperature", type=float, default=0.07, help="of the k-NN votes")
-    model.add_argument("--lrs", type=float, nargs="+", default=[0.003, 0.01, 0.03, 0.1, 0.3, 1.0],
-                       help="rates of the linear probe; val chooses")
+                       help="of a ResNet: 3x3, or 7x7 and pool (imagenet with --weights)")
+    model.add_argument("--norm", default="auto", choices=["auto", *NORMS],
+                       help="mean and std of pixels; auto: as the weights were trained")
+    model.add_argument("--unfreeze", default="all", help="last K blocks to fine-tune, or all")
+    model.add_argument("--save", default="all", choices=["all", "head"],
+                       help="head: without the frozen backbone")
+    model.add_argument("--k", type=COUNT, nargs="+", default=[5, 10, 20, 50],
+                       help="numbers of neighbours; val chooses")
+    model.add_argument("--temperature", type=between(1e-9, 1e9), default=0.07,
+                       help="of the k-NN votes")
+    model.add_argument("--lrs", type=between(1e-9, 100), nargs="+", metavar="RATE",
+                       default=[0.003, 0.01, 0.03, 0.1, 0.3, 1.0],
+                       help="learning rates of the linear probe; val chooses")
+
     opt = p.add_argument_group("optimiser")
-    opt.add_argument("--epochs", type=int, help="(15; linear 100)")
-    opt.add_argument("--batch-size", type=int, default=64, help="per process")
-    opt.add_argument("--lr", type=float, help="of the head (2e-3 from scratch, 1e-3 with --weights)")
-    opt.add_argument("--backbone-lr", type=float, help="(--lr from scratch; with --weights 2e-5, of a CNN 1e-4)")
-    opt.add_argument("--layer-decay", type=float, default=1.0, help="factor on the rate per block below the last")
-    opt.add_argument("--weight-decay", type=float, default=0.05)
-    opt.add_argument("--warmup", type=int, default=50, help="steps of rising rate")
-    opt.add_argument("--schedule", default="cosine", choices=["cosine", "poly"])
-    opt.add_argument("--clip", type=float, default=1.0, help="gradient norm limit, inf = off")
-    opt.add_argument("--label-smoothing", type=float, default=0.0, help="of the cross-entropy")
-    opt.add_argument("--amp", default="auto", choices=["auto", "bf16", "off"])
-    run = p.add_argument_group("run")
-    run.add_argument("--out", help="run folder (runs/<dataset>-<mode>, numbered when taken)")
-    run.add_argument("--resume", metavar="RUN", help="go on with the run in this folder, with its flags")
-    run.add_argument("--seed", type=int, default=0)
-    run.add_argument("--eval-every", type=int, default=375, help="steps between validations, where last.pt is written")
-    run.add_argument("--log-every", type=int, default=50)
-    args = p.parse_args(argv)
-    if empty := [k for k, v in vars(args).items() if v == ""]:
-        p.error(f"--{empty[0].replace('_', '-')} is empty; is the shell variable set?")
-    # >>> same: resume_flags
-    if args.resume:  # the stored flags become the defaults, so a flag that now differs was typed
-        stored = load_state(Path(args.resume) / "last.pt").get("args")
-        if stored is None or stored.keys() != vars(args).keys():
-            raise BadInput(f"{args.resume}/last.pt: not written by this version of this script; name a run of it")
-        p.set_defaults(**stored | {"resume": args.resume})
-        args = p.parse_args(argv)
-        args.out = args.resume
-        for k in (k for k, v in stored.items() if getattr(args, k) != v and k not in MOVABLE):
-            raise BadInput(f"{args.resume}: was trained with {k} = {stored[k]}, not {getattr(args, k)}; leave the flag "
-                           "out, or start a new run")
-        return args
-    # <<< same: resume_flags
-    ranges = [("epochs eval_every log_every per_class", 1, 2**31), ("batch_size", 2, 2**31), ("size", 8, 2**12),
-              ("clip temperature", 1e-9, math.inf), ("seed split_seed warmup shift", 0, 2**31), ("lr", 1e-9, 10),
-              ("label_smoothing", 0, 0.9), ("mixup cutmix", 0, 1), ("backbone_lr layer_decay weight_decay", 0, 10)]
-    for flag, low, high in ((f, *limits) for flags, *limits in ranges for f in flags.split()):
-        if getattr(args, flag) is not None and not low <= getattr(args, flag) <= high:
-            p.error(f"--{flag.replace('_', '-')} {getattr(args, flag)}: expected {low} to {high}")
-    if min(args.fractions) < 0 or not 0.999 < sum(args.fractions) < 1.001 or 0 in args.fractions[:2]:
-        p.error(f"--fractions {args.fractions}: expected three shares of sum 1, train and val above 0")
-    if min(args.k) < 1 or min(args.lrs) <= 0:
-        p.error("--k and --lrs: expected positive numbers")
-    if args.bands and (len(args.bands) != 3 or min(args.bands) < 1):
-        p.error(f"--bands {args.bands}: expected three numbers from 1, such as 4,1,2")
-    if args.input_range and not -math.inf < args.input_range[0] < args.input_range[1] < math.inf:
-        p.error(f"--input-range {args.input_range}: expected the lower value first")
+    opt.add_argument("--epochs", type=COUNT, help="passes over train (15; linear 100)")
+    opt.add_argument("--batch-size", type=between(2, 2**31, int), default=64, help="per process")
+    opt.add_argument("--lr", type=between(1e-9, 10),
+                     help="learning rate of the head (2e-3 from scratch, 1e-3 with --weights)")
+    opt.add_argument("--backbone-lr", type=RATE,
+                     help="(--lr from scratch; with --weights 2e-5, of a CNN 1e-4)")
+    opt.add_argument("--layer-decay", type=RATE, default=1.0,
+                     help="factor on the rate per block below the last")
+    opt.add_argument("--weight-decay", type=RATE, default=0.05, help="of AdamW")
+    opt.add_argument("--warmup", type=WHOLE, default=50, help="steps of rising rate")
+    opt.add_argument("--schedule", default="cosine", choices=["cosine", "poly"],
+                     help="how the rate falls")
+    opt.add_argument("--label-smoothing", type=between(0, 0.9), default=0.0,
+                     help="of the cross-entropy")
+    opt.add_argument("--amp", default="auto", choices=["auto", "bf16", "off"],
+                     help="auto: bf16 where it is fast")
+
+    r = p.add_argument_group("run")
+    r.add_argument("--out", help="run folder (runs/<dataset>-<mode>, numbered when taken)")
+    r.add_argument("--resume", metavar="RUN", help="go on with a run, with its flags")
+    r.add_argument("--seed", type=WHOLE, default=0, help="of weights, augmentation and order")
+    r.add_argument("--eval-every", type=COUNT, default=375,
+                   help="steps between validations, where last.pt is written")
+    r.add_argument("--log-every", type=COUNT, default=50, help="steps between log lines")
+
+    args = run.parse(p, argv, MOVABLE, longer="epochs")
+    run.check_rising(p, args, "input_range")
+    train, val, test = args.fractions
+    if not (train and val and 0.999 < train + val + test < 1.001):
+        p.error(f"--fractions {train} {val} {test}: expected shares of sum 1, train and val above 0")
     return args
 
 
-def numbers(text):  # "4,1,2" -> [4, 1, 2]
-    return [int(n) for n in text.split(",")]
-
-
-def lr_at(step, args, steps, warmup):  # a pure function of step: a resumed run has no scheduler to restore
+def lr_at(step, args, steps, warmup):
+    # A pure function of the step: a resumed run has no scheduler to restore.
+    rise = (step + 1) / max(1, warmup)
     done = max(0.0, (step - warmup) / max(1, steps - warmup))
-    fall = 0.5 * (1 + math.cos(math.pi * done)) if args.schedule == "cosine" else (1 - done) ** 0.9
-    return args.lr * min((step + 1) / max(1, warmup), fall)
+    fall = (1 - done) ** 0.9
+    if args.schedule == "cosine":
+        fall = 0.5 * (1 + math.cos(math.pi * done))
+    return args.lr * min(rise, fall)
 
 
-# >>> same: build_cls
-def build_cls(m):  # the "model" entry of a classification run -> network, weights still random
-    if m["name"] == "cnn":
-        return cnn(m["cnn"], m["stem"], m["classes"])
-    backbone = ChannelMeans() if m["name"] == "mean" else ViT(**m["backbone"])
-    width = backbone.dim * (2 if m["features"] == "cls+patch" else 1)
-    if "bank" in m:
-        head = Knn(m["bank"], width, m["classes"], m["k"], m["temperature"], unit=m["features"] != "mean")
+# here: what all parts of a run need - rank, world, device, say; norm, size, amp; out, meta
+
+@torch.inference_mode()
+def outputs(f, images, here, batch):
+    # f(x) of this rank's part of images (n, S, S, 3) uint8 -> (n / world, D) fp32 on the CPU
+    mine = images[here.rank::here.world]
+    results = []
+    for i in range(0, len(mine), batch):
+        x = torch.from_numpy(mine[i:i + batch]).to(here.device)
+        with torch.autocast(here.device.type, torch.bfloat16, enabled=here.amp):
+            results.append(f(prepare(x, NORMS[here.norm], here.size)).float().cpu())
+    return torch.cat(results) if results else torch.zeros(0, 0)
+
+
+def probabilities(net, images, here, batch):
+    # (n, S, S, 3) uint8 -> (n, K) on every rank
+    net.eval()
+    if here.world > 1:
+        for statistics in net.buffers():  # BatchNorm's differ until DDP's next forward
+            dist.broadcast(statistics, 0)
+    p = outputs(lambda x: net(x).float().softmax(1), images, here, batch)
+    net.train()
+    return run.gather(p, len(images), here.device)
+
+
+def accuracy(p, y):
+    return (p.argmax(1) == y).double().mean().item()
+
+
+def save_best(net, here, step, value):
+    if here.rank == 0:
+        tensors = net.state_dict()
+        if here.meta["saved"] == "head":
+            tensors = {name: t for name, t in tensors.items() if name.startswith("head.")}
+        more = dict(step=step, val_accuracy=value)
+        checkpoint.save_weights(here.out / "best.safetensors", tensors, here.meta | more)
+
+
+# ---- frozen features, computed once, and heads on them: val chooses one
+
+def probe(args, d, net, here, s):
+    # -> (n, K) probabilities of the reported split
+    spec, info = here.meta["model"], here.meta["weights"]
+    began, fresh = time.time(), []
+    net.to(here.device)
+    net.eval()
+
+    def compute(*paths):
+        fresh.append(len(paths))
+        return (outputs(net.features, d.pixels, here, args.batch_size).numpy(),)
+
+    # Of all images, however few train is: one entry in the cache serves every split.
+    origin = info["sha256"] or (args.seed if "backbone" in spec else None)
+    tag = (f"features 1 {origin} {spec.get('backbone')} {args.features} {here.norm} {here.size} "
+           f"{here.amp} {here.device.type} {d.pixels.shape} {d.reading}")
+    mine = tuple(d.base / name for name in d.all[here.rank::here.world])
+    (part,) = d.keep(mine, compute, tag)
+    part = torch.from_numpy(np.array(part))
+    features = run.gather(part, len(d.all), here.device).to(here.device)
+    took = time.time() - began
+    told = f"from the cache, {took:.1f} s"
+    if fresh:
+        s.speed = len(d.all) / took
+        told = f"{took:.1f} s, {s.speed:.0f} images/s on {here.device}"
+    here.say(f"features {len(d.all)} x {features.shape[1]}, {told}")
+
+    x = {split: features[rows] for split, rows in d.rows.items()}
+    y = d.y["train"].to(here.device)
+    if args.mode == "knn":
+        word = "k"
+        net.head.fit(x["train"], y)
+        tried = [(k, net.head) for k in args.k]
     else:
-        head = nn.Linear(width, m["classes"])
-    return Classifier(backbone, head, m["features"])
-# <<< same: build_cls
+        word = "rate"
+        heads = fit_linear(x["train"], y, len(d.names), args.lrs, args.epochs, seed=args.seed)
+        tried = list(zip(args.lrs, heads))
+    for value, head in tried:
+        head.k = value  # of a k-NN head
+        with torch.inference_mode():
+            right = accuracy(head(x["val"]).cpu(), d.y["val"])
+        s.history.append(dict(step=len(s.history) + 1, tried=value, val_accuracy=right))
+        here.say(f"{word} {value:<6g}  val accuracy {right:.4f}")
+
+    scores = [row["val_accuracy"] for row in s.history]
+    s.best = max(scores)
+    s.chosen, net.head = tried[scores.index(s.best)]
+    if args.mode == "knn":
+        net.head.k = spec["k"] = s.chosen
+    save_best(net, here, 0, s.best)
+    here.title += f", step = number of the {word} in {[value for value, _ in tried]}"
+    with torch.inference_mode():
+        return net.head(x[d.reports]).cpu().softmax(1)
 
 
-def param_groups(net, args):  # no decay on norms, biases and tokens; "scale" is the group's share of --lr
-    groups = {}
-    for name, p in net.named_parameters():
-        if not p.requires_grad:
-            continue
-        scale = 1.0
-        if name.startswith("backbone."):
-            parts, depth = name.split("."), net.backbone.depth
-            block = int(parts[2]) if parts[1] == "blocks" else depth - 1 if parts[1] == "norm" else -1
-            scale = args.backbone_lr / args.lr * args.layer_decay ** (depth - 1 - block)
-        elif not name.startswith(("head.", "fc.")):
-            scale = args.backbone_lr / args.lr
-        decay = args.weight_decay if p.ndim > 1 and "token" not in name and "pos_embed" not in name else 0.0
-        groups.setdefault((scale, decay), []).append(p)
-    return [dict(params=ps, scale=scale, weight_decay=decay) for (scale, decay), ps in groups.items()]
+# ---- training of a network: val chooses the step
 
+def train(args, d, net, here, s):
+    # -> (n, K) probabilities of the reported split
+    rank, world, device, say, out = here.rank, here.world, here.device, here.say, here.out
+    groups = nets.param_groups(net, args.lr, args.backbone_lr, args.layer_decay, args.weight_decay)
+    opt = torch.optim.AdamW(groups, lr=args.lr, betas=BETAS, fused=True)
+    params = [p for p in net.parameters() if p.requires_grad]
+    model = net
+    if world > 1:
+        ids = [device.index] if device.type == "cuda" else None
+        model = DistributedDataParallel(net, device_ids=ids)
+    rows, labels = d.rows["train"], d.y["train"]
+    batch = args.batch_size * world
+    steps = max(1, round(args.epochs * len(rows) / batch))
+    warmup = min(args.warmup, steps // 5)  # few-shot runs are short
 
-# >>> same: fast_bf16
-def fast_bf16(device):  # in hardware; older GPUs and CPUs only imitate it
-    if device.type == "cuda":
-        return torch.cuda.get_device_capability(device) >= (8, 0)
-    return getattr(torch.cpu, "_is_avx512_bf16_supported", bool)()  # private; bool() = False where it is missing
-# <<< same: fast_bf16
+    same = dict(world=world, weights=here.meta["weights"]["sha256"])
+    if args.resume:
+        last = checkpoint.load_state(out / "last.pt")
+        run.check_same(out, last, same)
+        net.load_state_dict(last["net"])
+        opt.load_state_dict(last["opt"])
+        vars(s).update(last["state"])
+        say(f"resume  {out} at step {s.step} of {steps}, best val accuracy {s.best:.4f}")
+
+    def save_last():
+        if rank == 0:
+            write(out / "log.jsonl", "".join(json.dumps(row) + "\n" for row in s.history))
+            write(out / "curves.png", plots.curves(s.history, f"{out.name}: {here.title}"))
+            checkpoint.save_state(out / "last.pt", net=net.state_dict(), opt=opt.state_dict(),
+                                  state=vars(s), args=vars(args), **same)
+
+    say(f"loop    {steps} steps of {batch}, {args.epochs} epochs")
+    draws = iter(StepSampler(len(rows), args.batch_size, steps, args.seed, s.step, rank, world))
+    stop = run.Stop()
+    began = time.time() - s.seconds
+    if s.step == 0:
+        save_last()
+    while s.step < steps:
+        # Every random number below is a function of (seed, step), equal on all ranks.
+        step = s.step
+        rng = np.random.default_rng((3, args.seed, step))
+        index, draw = map(list, zip(*next(draws)))
+        x = torch.from_numpy(d.pixels[rows[index]]).to(device)  # (B, S, S, 3) uint8
+        x = prepare(augment_scenes(x, draw, args.seed, args.shift), NORMS[here.norm], here.size)
+        y, other, share = labels[index].to(device), None, 1.0  # (B,)
+        if rng.random() < args.cutmix:
+            x, y, other, share = augment.cutmix_scenes(x, y, rng)
+        elif rng.random() < args.mixup:
+            x, y, other, share = augment.mixup(x, y, rng)
+
+        # forward and backward
+        with torch.autocast(device.type, torch.bfloat16, enabled=here.amp):
+            logits = model(x).float()  # (B, K)
+        loss = share * F.cross_entropy(logits, y, label_smoothing=args.label_smoothing)
+        if other is not None:
+            ce = F.cross_entropy(logits, other, label_smoothing=args.label_smoothing)
+            loss = loss + (1 - share) * ce
+        for group in opt.param_groups:
+            group["lr"] = group["scale"] * lr_at(step, args, steps, warmup)
+        opt.zero_grad(set_to_none=True)
+        loss.backward()  # DDP takes the mean over ranks
+
+        # step; one with a non-finite gradient is skipped, five in a row end the run
+        grad_norm = torch.nn.utils.clip_grad_norm_(params, CLIP)  # equal on all ranks
+        # Over all ranks: the loss, and was any rank told to stop? The one wait for the GPU.
+        stopping = loss.new_full((), stop.signal)
+        over = run.over_ranks(torch.stack([stopping, loss.detach() / world]))
+        grad_norm, stopping, total = torch.stack([grad_norm, *over]).tolist()
+        if abs(grad_norm) < math.inf:
+            s.bad = 0
+            opt.step()
+        else:
+            s.bad += 1
+            if s.bad == 5:
+                names = ", ".join(d.splits["train"][i] for i in index[:3])
+                raise BadInput(f"5 non-finite gradients in a row at step {step + 1}, last images "
+                               f"{names}, ...; look at them, then start a new run with --lr below "
+                               f"{args.lr:g}")
+        s.step += 1
+        s.seconds = time.time() - began
+        s.speed = s.step * batch / s.seconds
+
+        # once in a while: log, validate, save, stop
+        last_step = s.step == steps
+        if s.step % args.log_every == 0 or last_step:
+            row = dict(loss=total, lr=lr_at(step, args, steps, warmup), grad_norm=grad_norm)
+            s.history.append(dict(step=s.step, **run.finite(row)))
+            rest = minutes(s.seconds / s.step * (steps - s.step))
+            say(f"step {s.step:5d} of {steps}  loss {total:.4f}  |g| {grad_norm:.3f}  "
+                f"lr {row['lr']:.2e}  {s.speed:.0f} images/s  ETA {rest}", flush=True)
+        due = s.step % args.eval_every == 0 or last_step
+        if due:
+            p = probabilities(net, d.pixels[d.rows["val"]], here, args.batch_size)
+            value = accuracy(p, d.y["val"])
+            s.history.append(dict(step=s.step, val_accuracy=value))
+            say(f"step {s.step:5d}  val accuracy {value:.4f}", flush=True)
+            if value > s.best:
+                s.best = value
+                save_best(net, here, s.step, value)
+        if due or stopping:
+            save_last()
+        if stopping:
+            say(f"stopped at step {s.step} of {steps}; go on: python train_cls.py --resume "
+                f"{shlex.quote(str(out))}", flush=True)
+            run.end()
+            sys.exit(128 + (stop.signal or signal.SIGTERM))  # 0 here: another rank was told
+
+    stop.release()
+    run.wait()  # rank 0 has written best.safetensors
+    net.load_state_dict(checkpoint.load_weights(out / "best.safetensors")[0])
+    return probabilities(net, d.pixels[d.rows[d.reports]], here, args.batch_size)
 
 
 def main(args):
-    # >>> same: setup
-    rank, world, local = (int(os.environ.get(v, d)) for v, d in (("RANK", 0), ("WORLD_SIZE", 1), ("LOCAL_RANK", 0)))
-    device = torch.device("cuda", local) if torch.cuda.is_available() else torch.device("cpu")
-    if device.type == "cuda":
-        torch.cuda.set_device(device)
-    else:
-        if not getattr(torch.cpu, "_is_amx_tile_supported", bool)():  # which would round to bf16
-            torch.set_float32_matmul_precision("medium")  # on a CPU this means oneDNN: fp32 accuracy, twice the speed
-        if sys.platform == "linux" and hasattr(libc := ctypes.CDLL(None), "mallopt"):
-            libc.mallopt(-4, 0), libc.mallopt(-1, 2**31 - 1)  # keep freed blocks: no page faults at every step
-    if world > 1 and not dist.is_initialized():  # torchrun set the variables; plain `python` is rank 0 of 1
-        dist.init_process_group("nccl" if device.type == "cuda" else "gloo", timeout=timedelta(days=1),  # torchrun ends
-                                device_id=device if device.type == "cuda" else None)  # all ranks when one has died
-    say = print if rank == 0 else lambda *a, **k: None
-    # <<< same: setup
-    torch.manual_seed(args.seed)  # same on all ranks and before the model exists: same initial head
+    rank, world, device = run.start(args.seed)
+    say = print if rank == 0 else lambda *words, **how: None
 
     # ---- data
     if not args.root:
-        raise BadInput("--root is missing; type python train_cls.py --root D, where D holds a folder of images per "
-                       "class; EuroSAT is such a set, 94 MB: github.com/phelber/eurosat")
-    base, found, given, stray, empty = find_scenes(args.root)
-    dataset = "eurosat" if base.name == "2750" else base.name
-    if absent := set(args.classes or ()) - set(found.values()):
-        raise BadInput(f"--classes {min(absent)}: not there; {base} has {', '.join(sorted(set(found.values())))}")
-    scenes = {n: c for n, c in found.items() if not args.classes or c in args.classes}
-    if empty and not args.classes and not args.skip_bad:
-        raise BadInput(f"{base}: class folder {empty[0]!r} holds no image; fill it or remove it, or name the classes "
-                       "to take: --classes A B C")
-    reading = dict(bands=args.bands, input_range=args.input_range)
-    frozen_kind = "mean" if args.features == "mean" else "vit"
-    args.mode = args.mode or ("knn" if frozen_kind == "mean" else "cnn" if args.weights == "none" else "linear")
-    out = Path(args.out or f"runs/{dataset}-{args.mode}")
-    if not args.out:
-        numbered = (out if i == 1 else Path(f"{out}-{i}") for i in itertools.count(1))
-        out = next(f for f in numbered if not (f / "last.pt").exists() and not (f / "results.json").exists())
-    elif rank == 0 and not args.resume and out.exists():
-        if (out / "last.pt").exists():
-            raise BadInput(f"{out}: holds a run; type --resume {out} to go on with it, or another --out")
-        if (out / "results.json").exists() and (out / "protocol.json").exists():
-            raise BadInput(f"{out}: holds a finished run; type another --out")
-        if not out.is_dir() or any(out.iterdir()) and not (out / "protocol.json").exists():
-            raise BadInput(f"{out}: there, and no run of this script; name another --out")
-    if world > 1:  # rank 0 may be ahead and have made the folder
-        dist.broadcast_object_list(name := [str(out)])
-        out = Path(name[0])
-    backbone, state, info = None, None, dict(norm="imagenet", path=None, sha256=None)
-    if args.mode == "cnn" and args.weights != "none":
-        if args.cnn == "nano":
-            raise BadInput(f"--weights {args.weights} with --cnn nano, which nobody has published weights of; type "
-                           "--cnn resnet18 or resnet50, as the file is")
-        file = locate(args.weights)
-        state, info = read(file), dict(norm="imagenet", path=str(file), sha256=checked_sha256(file)[0])
-    elif args.weights != "none":
-        backbone, state, info = load_vit(args.weights)
-    size = args.size or (224 if state is not None else None)
-    if state is not None and not args.size:
-        with suppress(BadWeights):  # a run of this project knows the size of its images
-            size = load_weights(args.weights, header_only=True)[1].get("size", size)
-
-    keep = (lambda paths, decode, tag: decode(*paths)) if args.cache == "off" else Cache(args.cache)
-    decode = partial(decode_scenes, side=size, **reading)
-    began = time.time()
-    for turn in range(2):  # rank 0 decodes, the others find it in the cache
+        raise BadInput("--root is missing; type python train_cls.py --root D, where D holds a "
+                       "folder of images per class; EuroSAT is such a set, 94 MB: "
+                       "github.com/phelber/eurosat")
+    scratch = args.weights == "none"
+    if args.mode is None:
+        args.mode = "cnn" if scratch else "linear"
+        if args.features == "mean":
+            args.mode = "knn"
+    probing = args.mode in ("knn", "linear")
+    if args.features == "mean" and not (probing and scratch):
+        raise BadInput(f"--features mean with --mode {args.mode}, --weights {args.weights}: nothing "
+                       "to train or load in means; type --mode knn or linear, and no --weights")
+    cnn_of = args.cnn if args.mode == "cnn" else None
+    backbone, state, info = nets.load_trunk(args.weights, args.arch, cnn_of)
+    split_file = f"{args.resume}/split.json" if args.resume else args.split_file
+    for turn in (0, 1):  # rank 0 decodes, the others find it in the cache
         if (rank > 0) == turn:
-            pixels, digests = keep(tuple(base / n for n in scenes), decode, f"scenes 1 {size} {reading}")
-        if world > 1:
-            dist.barrier()
-    say(f"data    {base}: {len(scenes)} images, {pixels.shape[1]} x {pixels.shape[2]}, {time.time() - began:.1f} s")
-    faulty, copies = faults(base, scenes, digests, reading)
-    for line in [f"{f}: no image, ignored" for f in stray] + [f"{why}; left out" for why in copies.values()]:
-        say(f"        note: {line}")
-    if empty and not args.classes:
-        say(f"        left out: {', '.join(empty)}: class folders without an image")
-    if faulty and not args.skip_bad:
-        raise BadInput(f"{next(iter(faulty.values()))} ({len(faulty)} such files; --skip-bad leaves them out)")
-    for why in faulty.values():
-        say(f"        left out: {why}")
-    at = {n: i for i, n in enumerate(scenes)}  # row of pixels
-    scenes = {n: c for n, c in scenes.items() if n not in faulty | copies}
-    groups, shares = groups_of(list(scenes), args.group_regex), dict(zip(("train", "val", "test"), args.fractions))
-    if fixed := out / "split.json" if args.resume else args.split_file:
-        given = read_splits(fixed, found)
-    splits = load_splits(scenes, given, shares, groups, args.split_seed)
-    if not given and not args.group_regex:
-        say("        random split without --group-regex: neighbouring scenes may stand on both sides")
-    classes = args.classes or sorted({scenes[n] for n in splits["train"]})
-    for line in check_classes(splits, scenes, classes):
-        say(f"        WARNING {line}")
-    if args.per_class and not args.resume:  # split.json already holds the few
-        splits["train"] = few(splits["train"], scenes, args.per_class, args.seed)
-    test_split, K = "test" if splits.get("test") else "val", len(classes)  # the one that is reported
-    rows = {s: np.array([at[n] for n in names]) for s, names in splits.items()}
-    y = {s: torch.tensor([classes.index(scenes[n]) for n in names]) for s, names in splits.items()}
-    say(f"        {K} classes, " + ", ".join(f"{len(n)} {s}" for s, n in splits.items()))
+            d = Scenes(args.root, args.classes, split_file, args.fractions, args.split_seed,
+                       args.group_regex, args.per_class, args.seed, bool(args.resume),
+                       args.skip_bad, args.bands, args.input_range, args.size or info["size"],
+                       args.cache)
+        run.wait()
+    K = len(d.names)
+    out = run.folder(args.out, f"runs/{d.dataset}-{args.mode}", args.resume)
+    say(f"data    {d.base}: {len(d.all)} images, {d.pixels.shape[1]} x {d.pixels.shape[2]}")
+    for line in d.notes:
+        say(f"        {line}")
+    sizes = ", ".join(f"{len(names)} {split}" for split, names in d.splits.items())
+    say(f"        {K} classes, {sizes}")
 
-    # ---- model
-    pixel_norm = info["norm"] if args.norm == "auto" else args.norm
-    if pixel_norm is None:
-        raise BadInput(f"{args.weights}: published with two normalisations; type --norm imagenet for LVD-1689M, "
-                       "--norm sat for SAT-493M")
-    if info["norm"] not in (None, pixel_norm):
-        say(f"        WARNING --norm {pixel_norm}, but these weights were trained with {info['norm']}")
-    scratch, probe = state is None, args.mode in ("knn", "linear")
-    size = size or pixels.shape[1]
-    lr = args.lr or (2e-3 if scratch else 1e-3)
-    defaults = dict(lr=lr, stem="small" if scratch else "imagenet", unfreeze="all", epochs=100 if probe else 15,
-                    backbone_lr=lr if scratch else 1e-4 if args.mode == "cnn" else 2e-5)
-    vars(args).update({k: v for k, v in defaults.items() if getattr(args, k) is None})
-    if args.features == "mean" and not (probe and scratch):
-        raise BadInput(f"--features mean with --mode {args.mode}, --weights {args.weights}: nothing to train or load "
-                       "in means; type --mode knn or linear, and no --weights")
+    # ---- network
+    norm = nets.choose_norm(args.norm, info)
+    size = args.size or info["size"] or d.pixels.shape[1]
+    if args.lr is None:
+        args.lr = 2e-3 if scratch else 1e-3
+    if args.backbone_lr is None:
+        args.backbone_lr = 1e-4 if args.mode == "cnn" else 2e-5
+        if scratch:
+            args.backbone_lr = args.lr
+    if args.stem is None:
+        args.stem = "small" if scratch else "imagenet"
+    if args.epochs is None:
+        args.epochs = 100 if probing else 15
+
     if args.mode == "cnn":
-        m = dict(name="cnn", cnn=args.cnn, stem=args.stem, classes=K)
+        spec = dict(name="cnn", cnn=args.cnn, stem=args.stem, classes=K)
+    elif args.features == "mean":
+        spec = dict(name="mean", features="mean", classes=K)
     else:
-        m = dict(name=frozen_kind, features=args.features, classes=K)
-        m |= dict(backbone=backbone or PRESETS[args.arch]) if frozen_kind == "vit" else {}
+        spec = dict(name="vit", features=args.features, classes=K, backbone=backbone)
     if args.mode == "knn":
-        m |= dict(bank=len(rows["train"]), k=max(args.k), temperature=args.temperature)
-    net = build_cls(m)
-    title = args.cnn if args.mode == "cnn" else arch_name(m["backbone"]) if "backbone" in m else "channel means"
-    if not scratch and args.mode == "cnn":
-        head = net.fc.state_dict(prefix="fc.")
-        fill(net, {k: t for k, t in state.items() if not k.startswith("fc.")} | head, info)
-        say(f"model   {title}, {info['path']}, sha256 {info['sha256'][:8]}, a new fc")
-    elif not scratch and frozen_kind == "vit":
-        fill(net.backbone, state, info)
-        say(f"model   {title}, {info['line']}")
-    elif frozen_kind == "vit" or args.mode == "cnn":
-        say(f"model   {title} FROM RANDOM WEIGHTS: " + ("frozen so, a control; --weights loads DINO" if probe else
-                                                         "everything is learned from these images"))
-    else:
-        say(f"model   {title}")
-    if args.unfreeze != "all" and not (args.unfreeze.isdigit() and args.mode == "finetune"):
-        raise BadInput(f"--unfreeze {args.unfreeze}: expected all, or a number of blocks with --mode finetune")
-    if probe:
+        spec |= dict(bank=len(d.rows["train"]), k=max(args.k), temperature=args.temperature)
+    net = nets.make_classifier(spec, state, info)
+    if args.unfreeze != "all" and args.mode != "finetune":
+        raise BadInput(f"--unfreeze {args.unfreeze} goes with --mode finetune, not {args.mode}; "
+                       "leave it out")
+    if probing:
         net.backbone.requires_grad_(False)
-    elif args.unfreeze != "all":
-        last = net.backbone.depth - int(args.unfreeze)
-        net.backbone.requires_grad_(False)
-        net.backbone.blocks[max(0, last):].requires_grad_(True)
-        net.backbone.norm.requires_grad_(last < net.backbone.depth)
-    head_only = args.save == "head"
-    if head_only and (scratch or not probe):
-        raise BadInput("--save head needs a frozen backbone from --weights; leave --save out, or --mode linear or knn")
+    elif args.mode == "finetune":
+        nets.unfreeze(net, args.unfreeze)
+    if args.save == "head" and (scratch or not probing):
+        raise BadInput("--save head needs a frozen backbone from --weights; leave --save out, or "
+                       "type --mode linear or knn")
     net.to(device, memory_format=torch.channels_last).train()
-    trainable = {n: p for n, p in net.named_parameters() if p.requires_grad}
-    amp = (args.amp == "bf16" or args.amp == "auto" and fast_bf16(device)) and m["name"] != "mean"
-    say(f"        {args.mode}, {sum(p.numel() for p in trainable.values()) / 1e6:.2f} M of "
-        f"{sum(p.numel() for p in net.parameters()) / 1e6:.2f} M parameters train, input {size} x {size}, "
-        f"normalisation {pixel_norm}, {'bf16' if amp else 'fp32'} on {device}")
-    meta = dict(
-        task="classification", mode=args.mode, model=m, classes=[{"name": c} for c in classes], norm=pixel_norm,
-        size=size, stored=pixels.shape[1], amp="bf16" if amp else "off", saved="head" if head_only else "all",
-        weights=dict(path=info["path"] and str(Path(info["path"]).resolve()), sha256=info["sha256"]), dataset=dataset,
-        root=str(base), chosen_on="val", reported=test_split, reading=reading,
-        splits={s: hashlib.sha256("\n".join(names).encode()).hexdigest()[:16] for s, names in splits.items()})
-    last, command = load_state(out / "last.pt") if args.resume else None, shlex.join(["python", *sys.argv])
-    if args.resume:
-        if last["weights"] != info["sha256"]:
-            raise BadInput(f"{args.weights}: not the file this run was trained on (sha256 {last['weights']})")
-        if last["world"] != world:  # it would change the batch and the order of the samples
-            raise BadInput(f"{out}: trained by {last['world']} processes, not {world}; use as many: torchrun "
-                           f"--nproc_per_node={last['world']}, or plain python for 1")
-        command = last["command"]
-    if rank == 0:
-        out.mkdir(parents=True, exist_ok=True)
-        write(out / "split.json", splits)
-        write(out / "protocol.json", meta | dict(
-            command=command, flags=vars(args), selection="best val accuracy",
-            left_out=faulty | copies, torch=torch.__version__, python=sys.version.split()[0], world=world,
-            device=torch.cuda.get_device_name() if device.type == "cuda" else f"{torch.get_num_threads()} CPU threads"))
+    amp = args.amp == "bf16" or args.amp == "auto" and run.fast_bf16(device)
+    amp = amp and args.features != "mean"
+    title, line = nets.name_of(spec), info["line"]
+    if scratch and probing:
+        line = "frozen as it is, FROM RANDOM WEIGHTS: a control; --weights loads DINO"
+    if args.features == "mean":
+        line = "nothing to learn"
+    say(f"model   {title}, {line}")
+    say(f"        {args.mode}, {nets.size_line(net)}, input {size} x {size}, normalisation {norm}, "
+        f"{'bf16' if amp else 'fp32'} on {device}")
+    if info["norm"] not in (None, norm):
+        say(f"        WARNING --norm {norm}, but these weights were trained with {info['norm']}")
 
-    @torch.inference_mode()
-    def outputs(f, which):  # f(x) of this rank's part of the rows: (n, D) fp32 on the CPU
-        results, mine = [], which[rank::world]
-        for i in range(0, len(mine), args.batch_size):
-            x = torch.from_numpy(pixels[mine[i:i + args.batch_size]]).to(device)
-            with torch.autocast(device.type, torch.bfloat16, enabled=amp):
-                results.append(f(prepare(x, NORMS[pixel_norm], size)).float().cpu())
-        return torch.cat(results) if results else torch.zeros(0, 0)
-
-    def gather(part, n):  # parts (rank::world) of all ranks -> (n, D), on every rank
-        if world == 1:
-            return part
-        widths = [None] * world
-        dist.all_gather_object(widths, part.shape[1])  # 0 where a rank had no image
-        whole = torch.zeros(n, max(widths), device=device)
-        if len(part):
-            whole[rank::world] = part.to(device)
-        dist.all_reduce(whole)
-        return whole.cpu()
-
-    def probabilities(split):  # of the whole split, (n, K), on every rank
-        net.eval()
-        if world > 1:  # DDP hands out rank 0's running statistics only before the next forward
-            for b in net.buffers():
-                dist.broadcast(b, 0)
-        p = gather(outputs(lambda x: net(x).float().softmax(1), rows[split]), len(rows[split]))
-        net.train()
-        return p
-
-    def save_best(step, accuracy):
-        if rank == 0:
-            tensors = {k: t for k, t in net.state_dict().items() if not head_only or k.startswith("head.")}
-            save_weights(out / "best.safetensors", tensors, meta | dict(step=step, val_accuracy=accuracy))
-
-    def accuracy(p, split):  # (n, K) or log of it
-        return (p.argmax(1) == y[split]).double().mean().item()
-
-    history, seconds, best, start, speed = [], 0.0, -1.0, 0, None
+    # ---- run folder
+    out = run.claim(out, args.out, args.resume)
+    facts = run.facts(device, world)
+    meta = d.about() | nets.about(info) | dict(
+        task="classification", mode=args.mode, model=spec, norm=norm, size=size,
+        amp="bf16" if amp else "off", saved=args.save)
+    # All that a run remembers beside its weights.
+    s = SimpleNamespace(step=0, best=-1.0, bad=0, seconds=0.0, history=[], speed=None, chosen=None,
+                        command=facts["command"])
+    here = SimpleNamespace(rank=rank, world=world, device=device, say=say, norm=norm, size=size,
+                           amp=amp, out=out, meta=meta, title=title)
+    if rank == 0 and not args.resume:
+        write(out / "split.json", d.splits)
+        write(out / "protocol.json", meta | facts | dict(
+            flags=vars(args), selection="best val accuracy", left_out=d.left_out))
     began = time.time()
-    if probe:
-        # ---- frozen features, computed once, and a head on them
-        used = np.array([at[n] for n in scenes])  # all splits, however few are drawn from train: one entry in the cache
-        origin = info["sha256"] or (args.seed if "backbone" in m else None)
-        tag = f"features 1 {origin} {m.get('backbone')} {args.features} {pixel_norm} {size} {amp} {device.type}"
-        fresh = []
-        net.eval()
-
-        def compute(*paths):
-            fresh.append(len(paths))
-            return outputs(net.features, used).numpy(),
-
-        files = tuple(base / n for n in list(scenes)[rank::world])
-        (part,) = keep(files, compute, f"{tag} {pixels.shape} {reading}")
-        features = gather(torch.from_numpy(np.array(part)), len(used)).to(device)
-        took = time.time() - began
-        speed = len(used) / took if fresh else None
-        say(f"features {len(used)} x {features.shape[1]}, " +
-            (f"{took:.1f} s, {speed:.0f} images/s on {device}" if fresh else f"from the cache, {took:.1f} s"))
-        place = {r: i for i, r in enumerate(used)}
-        f = {s: features[[place[r] for r in rows[s]]] for s in rows}
-        net.to(device)
-        if args.mode == "knn":
-            net.head.fit(f["train"], y["train"].to(device))
-            tried = [(k, net.head) for k in args.k]
-        else:
-            probes = fit_linear(f["train"], y["train"].to(device), K, args.lrs, args.epochs, seed=args.seed)
-            tried = list(zip(args.lrs, probes))
-        for value, head in tried:
-            net.head, net.head.k = head, value
-            with torch.inference_mode():
-                right = accuracy(head(f["val"]).cpu(), "val")
-            history.append(dict(step=len(history) + 1, tried=value, val_accuracy=right))
-            say(f"{'k' if args.mode == 'knn' else 'rate'} {value:<6g}  val accuracy {right:.4f}")
-        scores = [row["val_accuracy"] for row in history]
-        best = max(scores)
-        value, net.head = tried[scores.index(best)]
-        if args.mode == "knn":
-            net.head.k = m["k"] = value
-        save_best(0, best)
-        with torch.inference_mode():
-            p = net.head(f[test_split]).cpu().softmax(1)
-        meta["chosen"] = value
-        title += f", step = number of the {'k' if args.mode == 'knn' else 'rate'} in {[v for v, _ in tried]}"
+    if probing:
+        p = probe(args, d, net, here, s)
+        s.seconds = time.time() - began
     else:
-        # ---- optimiser
-        params = list(trainable.values())
-        opt = torch.optim.AdamW(param_groups(net, args), lr=args.lr, betas=(0.9, 0.999), fused=True)
-        model = net
-        if world > 1:
-            model = DistributedDataParallel(net, device_ids=[local] if device.type == "cuda" else None)
-        steps = max(1, round(args.epochs * len(rows["train"]) / (args.batch_size * world)))
-        warmup = min(args.warmup, steps // 5)  # few-shot runs are short
+        p = train(args, d, net, here, s)
 
-        # ---- resume
-        bad = 0
-        if args.resume:
-            net.load_state_dict(last["net"])
-            opt.load_state_dict(last["opt"])
-            start, best, bad, seconds = (last[k] for k in ("step", "best", "bad", "seconds"))
-            history = last["history"]
-            del last
-            say(f"resume  {out} at step {start} of {steps}, best val accuracy {best:.4f}")
-
-        def save_last(step):
-            if rank == 0:
-                write(out / "log.jsonl", "".join(json.dumps(row) + "\n" for row in history))
-                save_state(out / "last.pt", net=net.state_dict(), opt=opt.state_dict(), step=step, best=best, bad=bad,
-                           seconds=seconds + time.time() - began, world=world, weights=info["sha256"],
-                           command=command, history=history, args=vars(args))
-
-        statistics = [*net.buffers()] if m["name"] == "cnn" else []
-        stopped = []  # a signal lets the step finish, then saves and leaves
-        def stop(number, frame):
-            stopped.append(number)
-            signal.signal(number, before[number])  # a second one ends at once
-
-        before = {number: signal.signal(number, stop) for number in (signal.SIGINT, signal.SIGTERM)}
-
-        # ---- loop
-        if start == 0:
-            save_last(0)
-        say(f"loop    {steps} steps of {args.batch_size * world}, {args.epochs} epochs")
-        draws = StepSampler(len(rows["train"]), args.batch_size, steps, args.seed, start, rank, world)
-        for step, batch in enumerate(draws, start):
-            index, draw = map(list, zip(*batch))
-            x = torch.from_numpy(pixels[rows["train"][index]]).to(device)  # (B, S, S, 3) uint8
-            x = prepare(augment_scenes(x, draw, args.seed, args.shift), NORMS[pixel_norm], size)
-            target, other, share = y["train"][index].to(device), None, 1.0
-            rng = np.random.default_rng((3, args.seed, step))  # 3: a stream of its own, equal on all ranks
-            if rng.random() < args.cutmix:
-                x, target, other, share = augment.cutmix_scenes(x, target, rng)
-            elif rng.random() < args.mixup:
-                x, target, other, share = augment.mixup(x, target, rng)
-            before_step = [t.clone() for t in statistics]
-            with torch.autocast(device.type, torch.bfloat16, enabled=amp):  # bf16 needs no GradScaler
-                logits = model(x).float()  # (B, K)
-            loss = share * F.cross_entropy(logits, target, label_smoothing=args.label_smoothing)
-            if other is not None:
-                loss = loss + (1 - share) * F.cross_entropy(logits, other, label_smoothing=args.label_smoothing)
-            for g in opt.param_groups:
-                g["lr"] = g["scale"] * lr_at(step, args, steps, warmup)
-            opt.zero_grad(set_to_none=True)
-            loss.backward()  # DDP averages the gradients here, so `norm` is the same number on every rank ...
-            norm = torch.nn.utils.clip_grad_norm_(params, args.clip)
-            bad = 0 if norm.isfinite() else bad + 1  # ... and all ranks skip together, without one more collective
-            if bad:  # what it did to BatchNorm's statistics
-                for t, old in zip(statistics, before_step):
-                    t.copy_(old)
-            if bad == 0:
-                opt.step()
-            elif bad == 5:
-                raise BadInput(f"5 non-finite gradients in a row at step {step + 1}; look at the last images "
-                               f"({', '.join(splits['train'][i] for i in index[:3])}, ...), or --lr below {args.lr:g}")
-            done = step + 1
-            due, stops = done % args.eval_every == 0 or done == steps, len(stopped)
-            loss = loss.detach()
-            if world > 1:  # was any rank told to stop, and the loss over all
-                dist.all_reduce(both := torch.stack([loss.new_tensor(stops), loss / world]))
-                stops, loss = both[0].item(), both[1]
-            if done % args.log_every == 0 or done == steps:
-                took = time.time() - began
-                speed = (done - start) * args.batch_size * world / took
-                rest = round(took / (done - start) * (steps - done))
-                history.append(dict(step=done, loss=loss.item() if loss.isfinite() else None,
-                                    lr=lr_at(step, args, steps, warmup),
-                                    grad_norm=norm.item() if norm.isfinite() else None))
-                say(f"step {done:5d} of {steps}  loss {loss.item():.4f}  |g| {norm.item():.3f}  "
-                    f"lr {history[-1]['lr']:.2e}  {speed:.0f} images/s  ETA {rest // 60}:{rest % 60:02d}",
-                    flush=True)
-            if due:
-                value = accuracy(probabilities("val"), "val")
-                history.append(dict(step=done, val_accuracy=value))
-                say(f"step {done:5d}  val accuracy {value:.4f}", flush=True)
-                if value > best:
-                    save_best(done, value)
-                best = max(best, value)
-                if rank == 0:
-                    write(out / "curves.png", plots.curves(history, f"{out.name}: {title}"))
-            if due or stops:
-                save_last(done)
-            if stops:
-                say(f"stopped at step {done} of {steps}; go on: python train_cls.py --resume {shlex.quote(str(out))}")
-                if world > 1:
-                    dist.barrier()  # rank 0 has saved
-                    dist.destroy_process_group()
-                sys.exit(128 + (stopped or [signal.SIGTERM])[0])
-        for number in before:
-            signal.signal(number, before[number])
-        if world > 1:
-            dist.barrier()
-        net.load_state_dict(load_weights(out / "best.safetensors")[0])
-        p = probabilities(test_split)
-
-    # ---- report: the best weights on test, which nothing above has looked at
+    # ---- report: the chosen weights on the split that nothing above has looked at
     if rank == 0:
-        pred, true, names = p.argmax(1), y[test_split], splits[test_split]
-        cm = confusion(pred, true, K)
-        hits, table = (pred == true).numpy(), class_table(cm, classes)
-        low, high = bootstrap(hits, [groups[n] for n in names])
-        macro, base_rate = f1(cm).nanmean().item(), oa(majority(cm))
-        write(out / "log.jsonl", "".join(json.dumps(row) + "\n" for row in history))
+        pred, true, names = p.argmax(1), d.y[d.reports], d.splits[d.reports]
+        cm = metrics.confusion(pred, true, K)
+        hits = (pred == true).numpy()
+        table = metrics.class_table(cm, d.names)
+        low, high = metrics.bootstrap(hits, [d.groups[name] for name in names])
+        oa, base = metrics.oa(cm), metrics.oa(metrics.majority(cm))
+        f1 = metrics.f1(cm)
+        macro = f1.nanmean().item()
+        write(out / "log.jsonl", "".join(json.dumps(row) + "\n" for row in s.history))
         write(out / "results.json", dict(
-            split=test_split, accuracy=oa(cm), accuracy_low=low, accuracy_high=high, macro_f1=macro,
-            classes_in_mean=int((~f1(cm).isnan()).sum()), majority_accuracy=base_rate, val_accuracy=best,
-            chosen=meta.get("chosen"), images_per_second=speed, seconds=round(seconds + time.time() - began, 1),
-            seed=args.seed, command=command, table=table, confusion=cm.tolist()))
-        write(out / "curves.png", plots.curves(history, f"{out.name}: {title}"))
-        write(out / "confusion.png", plots.confusion(cm.numpy(), classes, f"{dataset} {test_split}"))
+            split=d.reports, accuracy=oa, accuracy_low=low, accuracy_high=high, macro_f1=macro,
+            classes_in_mean=int((~f1.isnan()).sum()), majority_accuracy=base, val_accuracy=s.best,
+            chosen=s.chosen, images_per_second=s.speed, seconds=round(s.seconds, 1),
+            seed=args.seed, command=s.command, table=table, confusion=cm.tolist()))
+        write(out / "curves.png", plots.curves(s.history, f"{out.name}: {here.title}"))
+        title = f"{d.dataset} {d.reports}"
+        write(out / "confusion.png", plots.confusion(cm.numpy(), d.names, title))
 
         def card(i):
-            words = [f"{classes[true[i]]}", f"{classes[pred[i]]} {p[i].max():.2f}"]
-            return pixels[rows[test_split][i]], words, not hits[i]
+            said = f"{d.names[pred[i]]} {p[i].max():.2f}"
+            return d.pixels[d.rows[d.reports][i]], [d.names[true[i]], said], not hits[i]
 
-        wrong = sorted(np.flatnonzero(~hits), key=lambda i: -p[i].max())[:16]
-        some = np.sort(np.random.default_rng(args.seed).permutation(len(names))[:16])
+        wrong = sorted(np.flatnonzero(~hits), key=lambda i: -p[i].max())[:CARDS]
+        drawn = np.random.default_rng(args.seed).permutation(len(names))[:CARDS]
         write(out / "samples.png", plots.cards([
-            ("most confident mistakes: true class, then what was predicted", [card(i) for i in wrong]),
-            (f"drawn at random from {test_split}", [card(i) for i in some])]))
-        width = max(map(len, classes))
-        print(f"{'class':{width}}     TP     FP     TN     FN  prec. recall  spec.     F1")
-        for c, row in table.items():
-            tail = " ".join("     -" if v is None else f"{v:6.3f}" for v in list(row.values())[4:])
-            print(f"{c:{width}} " + " ".join(f"{row[k]:6d}" for k in ("tp", "fp", "tn", "fn")) + f" {tail}")
-        note = "" if test_split == "test" else "  (no test split: these images chose the weights)"
-        print(f"{test_split} accuracy {oa(cm):.4f} (95 % interval {low:.4f} to {high:.4f}), macro F1 {macro:.4f};  "
-              f"always the largest class: accuracy {base_rate:.4f}{note}")
+            ("most confident mistakes: true class, then what was predicted",
+             [card(i) for i in wrong]),
+            (f"drawn at random from {d.reports}", [card(i) for i in np.sort(drawn)])]))
+        print(metrics.table_text(table))
+        print(f"{d.reports} accuracy {oa:.4f} (95 % interval {low:.4f} to {high:.4f}), macro F1 "
+              f"{macro:.4f};  always the largest class: accuracy {base:.4f}")
+        if d.reports != "test":
+            print("  (no test split: these images chose the weights)")
         print(f"look at {out}/samples.png, confusion.png, curves.png; then, on your own images:\n"
               f"  python predict.py {shlex.quote(str(out))} IMAGE_OR_FOLDER --out predictions")
-    # >>> same: leave
-    if world > 1:  # gloo's threads may still hold tensors of the last collective, and Python's end under them aborts
-        dist.barrier()
-        dist.destroy_process_group()
-    # <<< same: leave
+    run.end()
 
 
-# >>> same: main
 if __name__ == "__main__":
-    try:
+    with run.one_line_errors():
         main(parse_args())
-    except (BadInput, BadWeights, OSError) as e:  # its last line: a reading process puts a traceback before the message
-        print(f"error: {str(e).splitlines()[-1].split('BadInput: ')[-1]}", file=sys.stderr)
-        sys.exit(2)
-    except KeyboardInterrupt:
-        sys.exit(130)
-# <<< same: main

@@ -90,3 +90,20 @@ def table(teacher: list[str], student: list[str], **maps: np.ndarray) -> str:
         without = [s for s, total in zip(student, m.sum(0)) if total == 0]
         lines += [f"({name}) the teacher is silent about: {', '.join(without)}"] if without else []
     return "\n".join(lines)
+
+
+def rows(teacher: list[str], student: list[str], shares: np.ndarray) -> dict:
+    """matrix() back: {teacher name: {student name: share} or None}, as map.json holds it."""
+    out = {}
+    for name, row in zip(teacher, shares.tolist()):
+        out[name] = {to: share for to, share in zip(student, row) if share} or None
+    return out
+
+
+def contradicted(teacher: list[str], given: np.ndarray, measured: np.ndarray) -> list[str]:
+    """Teacher classes that a map sends where the measured one says they mostly are not."""
+    names = []
+    for name, a, b in zip(teacher, given, measured):
+        if a.any() and b.any() and a[b.argmax()] == 0:
+            names.append(name)
+    return names

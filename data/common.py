@@ -57,6 +57,16 @@ def write(path: str | Path, content: Image.Image | dict | list | str | bytes, **
     replace(path, lambda name: Path(name).write_bytes(content))
 
 
+def read_json(path: str | Path):
+    """What a JSON file of the user holds, also with the byte order mark of Windows editors."""
+    try:
+        return json.loads(Path(path).read_text("utf-8-sig"))
+    except FileNotFoundError:
+        raise BadInput(f"{path}: no such file") from None
+    except (OSError, ValueError, RecursionError) as e:
+        raise BadInput(f"{path}: not valid JSON ({e})") from None
+
+
 def minutes(seconds: float) -> str:
     """75.2 -> '1:15', as ETAs are shown."""
     seconds = round(seconds)

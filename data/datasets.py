@@ -345,3 +345,12 @@ class SegDataset(torch.utils.data.Dataset):
         if self.augment is not None:
             image, mask = self.augment(image, mask, np.random.default_rng((2, self.seed, draw)))  # 2: its own stream
         return normalise(image, self.norm), torch.from_numpy(mask.astype(np.int64)), self.names[i]
+
+
+def renormalise(norm: str, other: str, device: torch.device | str = "cpu") -> tuple | None:
+    """(factor, shift), (3, 1, 1) each, that turn pixels normalised one way into the other; None where equal."""
+    if norm == other:
+        return None
+    mean, std = (torch.tensor(v, device=device)[:, None, None] for v in NORMS[norm])
+    other_mean, other_std = (torch.tensor(v, device=device)[:, None, None] for v in NORMS[other])
+    return std / other_std, (mean - other_mean) / other_std

@@ -121,3 +121,18 @@ def bootstrap(hits: np.ndarray, groups: list[str], seed: int = 0, rounds: int = 
     pick = np.random.default_rng((6, seed)).integers(len(size), size=(rounds, len(size)))
     low, high = np.percentile(right[pick].sum(1) / size[pick].sum(1), [2.5, 97.5])
     return float(low), float(high)
+
+
+def table_text(table: dict[str, dict]) -> str:
+    """class_table() as lines to print."""
+    width = max(map(len, table))
+    lines = [f"{'class':{width}}     TP     FP     TN     FN  prec. recall  spec.     F1"]
+    for name, row in table.items():
+        cells = []
+        for key, value in row.items():
+            if value is None:
+                cells.append("     -")
+            else:
+                cells.append(f"{value:6d}" if key in ("tp", "fp", "tn", "fn") else f"{value:6.3f}")
+        lines.append(f"{name:{width}} {' '.join(cells)}")
+    return "\n".join(lines)

@@ -16,10 +16,13 @@ from functools import lru_cache
 from pathlib import Path
 
 import numpy as np
+import torch
 
 from .common import IGNORE, BadInput, write
+from .datasets import SegDataset, normalise
 from .io import Labels, by_stem, open_image, pixels, read_valid
 
+UNLABELLED = 254  # in the image but no point: nothing to learn from, unless a teacher is sure of it
 PATTERNS = {
     "class-balanced": "n pixels of every class in the image",
     "random": "as many pixels as class-balanced takes, anywhere in the image",
@@ -267,3 +270,35 @@ def paint(mask: np.ndarray, points: np.ndarray, part: tuple[int, int, int, int],
     col, row = np.minimum(u.astype(int), size[1] - 1), np.minimum(v.astype(int), size[0] - 1)
     order = np.argsort(-((u - col - 0.5) ** 2 + (v - row - 0.5) ** 2), kind="stable")
     mask[row[order], col[order]] = ps[order, 2]  # numpy keeps the last of equal indices
+
+
+# ---- as a data set
+
+class PointSet(SegDataset):
+    """A SegDataset that opens no mask: labels are points {name: (n, 3) x, y, class}, all else is UNLABELLED.
+
+    augment(image, mask, rng, points) -> image, mask; the mask comes in without the points.
+    """
+
+    def __init__(self, files: dict[str, tuple], points: dict[str, np.ndarray], *args, **kw):
+        images = {name: (image, image, *box) for name, (image, _, *box) in files.items()}
+        super().__init__(images, *args, **kw)
+        none = np.zeros((0, 3), np.int64)
+        self.points = [points.get(name, none) for name in self.names]
+        self.tag = f"{self.tag} points"
+
+    def decode(self, image_path: Path, _) -> tuple[np.ndarray, np.ndarray]:
+        """The image, and a mask of UNLABELLED, with IGNORE where the image is no data."""
+        image, valid = read_valid(image_path, self.bands, self.input_range)
+        mask = np.full(image.shape[:2], UNLABELLED, np.uint8)
+        if valid is not None:
+            mask[~valid] = IGNORE
+        return image, mask
+
+    def __getitem__(self, key):
+        i, draw = key if isinstance(key, tuple) else (key, 0)
+        image, mask = self.read(i)
+        rng = np.random.default_rng((2, self.seed, draw))  # as SegDataset draws
+        image, mask = self.augment(image, mask, rng, self.points[i])
+        y = torch.from_numpy(mask.astype(np.int64))
+        return normalise(image, self.norm), y, self.names[i]

@@ -8,10 +8,11 @@
 Weights and lists go by image, never by file copies: whatever is drawn again is the same entry of the training list.
 """
 from collections.abc import Iterator, Sequence
+from pathlib import Path
 
 import numpy as np
 
-from .common import BadInput
+from .common import BadInput, read_json
 
 
 class StepSampler:
@@ -100,3 +101,31 @@ def replicated(names: Sequence[str], listed: Sequence[str]) -> np.ndarray:
         if name not in at:
             raise BadInput(f"{name!r} is to be repeated but is no training image; names look like {names[0]!r}")
     return np.array([*range(len(names)), *(at[name] for name in listed)])
+
+
+# ---- what users give
+
+def share_of(text: str | None) -> float | None:
+    """--replicate: "5%" -> 0.05; None for a file, or for nothing. A share outside 0..100 % is a BadInput."""
+    if not text or not text.endswith("%"):
+        return None
+    try:
+        share = float(text[:-1]) / 100
+    except ValueError:
+        share = -1.0
+    if not 0 < share <= 1:
+        raise BadInput(f"--replicate {text}: expected a share above 0% and up to 100%, or a file of "
+                       "image names")
+    return share
+
+
+def read_difficulty(path: str | Path, names: Sequence[str]) -> dict[str, int]:
+    """difficulty.json of eval.py -> {name: number of hard classes} of these training images."""
+    advice = "make the file with python eval.py RUN --split train --difficulty, of a run on these images"
+    hard = read_json(path)
+    if not isinstance(hard, dict):
+        raise BadInput(f"{path}: no {{name: number}} in it; {advice}")
+    for name in names:
+        if type(hard.get(name)) is not int or hard[name] < 0:
+            raise BadInput(f"{path}: no number for {name!r}; {advice}")
+    return {name: hard[name] for name in names}

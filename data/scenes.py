@@ -13,6 +13,7 @@ import os
 import re
 from collections import Counter, defaultdict
 from concurrent.futures import ThreadPoolExecutor
+from functools import partial
 from pathlib import Path
 
 import numpy as np
@@ -20,7 +21,9 @@ import torch
 import torch.nn.functional as F
 from PIL import Image
 
+from .cache import Cache
 from .common import BadInput
+from .datasets import uncached
 from .io import open_image, read_image
 
 SUFFIXES = {".png", ".jpg", ".jpeg", ".tif", ".tiff", ".bmp", ".webp"}
@@ -119,7 +122,7 @@ def read_splits(path: str | Path, scenes: dict[str, str]) -> dict[str, list[str]
     return splits
 
 
-def load_splits(scenes: dict[str, str], given: dict[str, list[str]], shares: dict[str, float], groups: dict[str, str],
+def complete_splits(scenes: dict[str, str], given: dict[str, list[str]], shares: dict[str, float], groups: dict[str, str],
                 seed: int) -> dict[str, list[str]]:
     """The given splits as far as they are in scenes; without any a draw of all; without val a part of train for it."""
     splits = {split: [n for n in names if n in scenes] for split, names in given.items()}
@@ -259,3 +262,93 @@ def prepare(x: torch.Tensor, norm: tuple, side: int | None = None) -> torch.Tens
         x = F.interpolate(x, (side, side), mode="bicubic", align_corners=False, antialias=True).clamp_(0, 1)
     mean, std = (torch.tensor(v, device=x.device).view(1, 3, 1, 1) for v in norm)
     return x.sub_(mean).div_(std)
+
+
+# ---- opened
+
+class Scenes:
+    """Class folders, opened: images, classes and splits. Faults in the files are BadInputs.
+
+    .pixels (N, S, S, 3) uint8 and .digests of all images; per split .splits (names), .rows (places in
+    .pixels) and .y (class numbers); .names of the classes; .reports, the split that is reported.
+
+    classes: those to take, in this order; without them all of train. size: side that larger images get.
+    fractions: shares of train, val and test for a drawn split; scene: regex of what it keeps together.
+    per_class: so many training images per class, by seed. fixed: splits are a run's own, as they are.
+    """
+
+    def __init__(self, root: str | Path, classes: list[str] | None = None,
+                 split_file: str | Path | None = None, fractions: list[float] = (0.6, 0.2, 0.2),
+                 split_seed: int = 0, scene: str | None = None, per_class: int | None = None,
+                 seed: int = 0, fixed: bool = False, skip_bad: bool = False,
+                 bands: list[int] | None = None, input_range: list[float] | None = None,
+                 size: int | None = None, cache: str | None = None):
+        self.base, found, given, stray, empty = find_scenes(root)
+        self.dataset = "eurosat" if self.base.name == "2750" else self.base.name
+        self.reading = dict(bands=bands, input_range=input_range)
+        self.notes = [f"note: {file}: no image, ignored" for file in stray]
+        check_asked(self.base, classes, found)
+        if empty and not classes:
+            if not skip_bad:
+                raise BadInput(f"{self.base}: class folder {empty[0]!r} holds no image; fill it or "
+                               "remove it, or name the classes to take: --classes A B C")
+            self.notes.append(f"left out: {', '.join(empty)}: class folders without an image")
+        scenes = {n: c for n, c in found.items() if not classes or c in classes}
+
+        # Pixels of all images, kept on disk as one array.
+        self.keep = uncached if cache == "off" else Cache(cache)
+        decode = partial(decode_scenes, side=size, **self.reading)
+        paths = tuple(self.base / name for name in scenes)
+        tag = f"scenes 1 {size} {self.reading}"
+        self.pixels, digests = self.keep(paths, decode, tag)
+        self.all = list(scenes)
+        at = {name: row for row, name in enumerate(scenes)}
+
+        # What cannot be used.
+        faulty, copies = faults(self.base, scenes, digests, self.reading)
+        if faulty and not skip_bad:
+            raise BadInput(f"{next(iter(faulty.values()))} ({len(faulty)} such files; --skip-bad "
+                           "leaves them out)")
+        self.notes += [f"note: {why}; left out" for why in copies.values()]
+        self.notes += [f"left out: {why}" for why in faulty.values()]
+        self.left_out = faulty | copies
+        scenes = {n: c for n, c in scenes.items() if n not in self.left_out}
+
+        self.groups = groups_of(list(scenes), scene)
+        shares = dict(zip(("train", "val", "test"), fractions))
+        if split_file:
+            given = read_splits(split_file, found)
+        if not given and not scene:
+            self.notes.append("random split without --group-regex: neighbouring scenes may stand "
+                              "on both sides")
+        self.splits = complete_splits(scenes, given, shares, self.groups, split_seed)
+        self.names = classes or sorted({scenes[n] for n in self.splits["train"]})
+        self.notes += [f"WARNING {line}"
+                       for line in check_classes(self.splits, scenes, self.names)]
+        if per_class and not fixed:
+            self.splits["train"] = few(self.splits["train"], scenes, per_class, seed)
+        self.reports = "test" if self.splits.get("test") else "val"
+
+        number = {name: i for i, name in enumerate(self.names)}
+        self.rows, self.y = {}, {}
+        for split, names in self.splits.items():
+            self.rows[split] = np.array([at[n] for n in names])
+            self.y[split] = torch.tensor([number[scenes[n]] for n in names])
+
+    def about(self) -> dict:
+        """What a run's files say of its data."""
+        splits = {split: hashlib.sha256("\n".join(names).encode()).hexdigest()[:16]
+                  for split, names in self.splits.items()}
+        return dict(classes=[{"name": c} for c in self.names], dataset=self.dataset,
+                    root=str(self.base), chosen_on="val", reported=self.reports,
+                    reading=self.reading, stored=self.pixels.shape[1], splits=splits)
+
+
+def check_asked(base: Path, classes: list[str] | None, found: dict[str, str]) -> None:
+    """BadInput where --classes names one twice, or one that is not there."""
+    there = sorted(set(found.values()))
+    for name in classes or ():
+        if name not in there:
+            raise BadInput(f"--classes {name}: not there; {base} has {', '.join(there)}")
+        if classes.count(name) > 1:
+            raise BadInput(f"--classes names {name} twice; leave one of them out")

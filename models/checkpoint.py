@@ -37,11 +37,15 @@ def save_weights(path: str | Path, tensors: dict[str, torch.Tensor], meta: dict)
     replace(path, save)
 
 
+def weights_file(run: str | Path) -> Path:
+    """A run folder, or the file itself -> its best.safetensors."""
+    run = Path(run)
+    return run / "best.safetensors" if run.is_dir() else run
+
+
 def load_weights(path: str | Path, header_only: bool = False) -> tuple[dict[str, torch.Tensor], dict]:
     """best.safetensors, or the run folder that holds it -> tensors, meta; `header_only` reads no tensor."""
-    path = Path(path)
-    if path.is_dir():
-        path = path / "best.safetensors"
+    path = weights_file(path)
     if not path.exists():
         raise BadWeights(f"{path}: no such file; train first, or name a run folder or its "
                          "best.safetensors")

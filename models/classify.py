@@ -32,6 +32,17 @@ class Classifier(nn.Module):
         super().__init__()
         self.backbone, self.head, self.kind = backbone, head, features
 
+    def unfreeze(self, blocks: int | None) -> int:
+        """Train the head and the last `blocks` of the backbone; None: the whole backbone -> how many blocks."""
+        depth = self.backbone.depth
+        if blocks is None:
+            return depth
+        blocks = min(blocks, depth)
+        self.backbone.requires_grad_(False)
+        self.backbone.blocks[depth - blocks:].requires_grad_(True)
+        self.backbone.norm.requires_grad_(blocks > 0)
+        return blocks
+
     def train(self, mode: bool = True):
         super().train(mode)
         if not any(p.requires_grad for p in self.backbone.parameters()):

@@ -1,0 +1,130 @@
+"""A segmentation data set, opened: its classes, its splits, and torch data sets of their images.
+
+    d = Source("potsdam", "D", variant="rgb,eroded")        or Source(root="D") with D/dataset.json; Source(): demo
+    d.names, d.splits, d.picks, d.reports                   classes; {split: names}; "val", "test"
+    train = d.part("train", norm="imagenet", augment=f, seed=0)     x (3, H, W), y (H, W), name
+"""
+import hashlib
+from pathlib import Path
+
+import numpy as np
+
+from . import demo, public
+from .cache import Cache
+from .common import BadInput, progress
+from .datasets import (
+    SegDataset, check_sizes, class_counts, count_ids, find_pairs, load_splits, read_description)
+from .io import Labels
+
+
+class Source:
+    """Everything that a script asks of a data set; faults in its files are BadInputs.
+
+    dataset: a name of data/public.py, "folder" or "demo"; without it "folder" if there is a root, else "demo".
+    split_file: a run's split.json instead of the data set's splits. val_frac: part of train to hold out.
+    final: hold nothing out. bands, input_range: as in dataset.json, which they override.
+    cache: folder for decoded images, "off", or None for the usual one.
+    need: splits that must be there. need_masks=False: no image needs a mask (labels are points).
+    """
+
+    def __init__(self, dataset: str | None = None, root: str | Path | None = None,
+                 variant: str | None = None, split_file: str | Path | None = None,
+                 val_frac: float | None = None, final: bool = False,
+                 bands: list[int] | None = None, input_range: list[float] | None = None,
+                 cache: str | None = None, need: tuple[str, ...] = ("train", "val"),
+                 need_masks: bool = True):
+        self.kind = dataset or ("folder" if root else "demo")
+        if self.kind != "demo" and not root:
+            raise BadInput("--root is missing; type the folder that holds images, masks and "
+                           "dataset.json, or a public set")
+        if variant and self.kind not in public.SETS:
+            raise BadInput(f"--variant {variant} goes with a public --dataset, not {self.kind}; "
+                           "leave it out")
+        if final and val_frac:
+            raise BadInput("--final holds nothing out, --val-frac does; leave one of them out")
+        if self.kind == "demo":
+            root = demo.make(root or "runs/data/demo")
+        self.root = Path(root).resolve()
+        self.description = self.describe(variant)
+        self.name = self.description["name"]
+        self.labels = Labels(self.description["classes"], self.description["ignore"])
+        self.names = self.labels.names
+        self.reading = dict(bands=bands or self.description.get("bands"),
+                            input_range=input_range or self.description.get("input_range"))
+        self.cache = {} if cache == "off" else dict(cache=Cache(cache))
+
+        # {name: (image, mask)} or {name: (image, mask, box)} of all images
+        free = {} if need_masks else {"unlabelled": list(self.description["splits"])}
+        self.pairs = find_pairs(self.root, self.description | free)
+        if final:
+            need = tuple(split for split in need if split != "val")
+        self.splits = load_splits(self.root, self.description, self.pairs, split_file, val_frac,
+                                  need=need, final=final)
+        if "train" in need:
+            check_sizes({n: self.pairs[n] for names in self.splits.values() for n in names})
+        # The split that chooses the weights, and the one that is reported: never the same if it can be helped.
+        self.picks = "select" if self.splits.get("select") else "val"
+        if final:
+            self.picks = None
+        self.reports = next((s for s in ("test", "val", "train") if self.splits.get(s)), None)
+        self.further = self.description.get("report", {})
+        self.warnings = []
+        if "warning" in self.description:
+            self.warnings.append(self.description["warning"])
+        if val_frac and "scene" not in self.description:
+            self.warnings.append('--val-frac without "scene" in dataset.json: neighbouring images '
+                                 "may stand on both sides")
+
+    def describe(self, variant: str | None) -> dict:
+        """The contents of dataset.json, or those of a public set in the form that is on disk."""
+        if self.kind in public.SETS:
+            return public.describe(self.kind, self.root, variant)
+        return read_description(self.root)
+
+    def files(self, split: str) -> dict[str, tuple]:
+        """{name: (image, mask)} of a split, with a box as third entry where names are tiles."""
+        return {name: self.pairs[name] for name in self.splits[split]}
+
+    def part(self, split: str, norm: str, augment=None, seed: int = 0,
+             names: list[str] | None = None) -> SegDataset:
+        """The images of a split, or those of `names`, normalised; augment(image, mask, rng) sees uint8 arrays."""
+        files = self.files(split)
+        if names is not None:
+            files = {name: self.pairs[name] for name in names}
+        return SegDataset(files, self.labels, norm, augment, seed, **self.cache, **self.reading)
+
+    def count(self, limit: int | None) -> np.ndarray:
+        """(N, K + 1) pixels per training mask, ignored ones last: of all of them, or of `limit` evenly spread.
+
+        A bad mask in any split is a BadInput now, not hours later.
+        """
+        counts = class_counts(self.files("train"), self.labels, limit)
+        for split in self.splits:
+            if split != "train":
+                class_counts(self.files(split), self.labels, limit or 64)
+        if not counts[:, :-1].any():
+            raise BadInput(f"{self.root}: no labelled pixel in the training masks; correct "
+                           '"ignore" in dataset.json')
+        return counts
+
+    def count_as_read(self, split: str) -> np.ndarray:
+        """(N, K) pixels per image as training reads it: tiles one by one, transparent pixels left out."""
+        data = self.part(split, "imagenet")
+        images = progress(range(len(data)), f"{split} masks")
+        return np.stack([count_ids(data.read(i)[1], len(self.names))[:-1] for i in images])
+
+    def about(self) -> dict:
+        """What a run's files say of its data: enough to open it again, and to tell other splits from these."""
+        splits = {split: hashlib.sha256("\n".join(names).encode()).hexdigest()[:16]
+                  for split, names in self.splits.items()}
+        return dict(classes=self.labels.classes, ignore=self.labels.ignore, dataset=self.name,
+                    root=str(self.root), source=self.kind, variant=self.description.get("variant"),
+                    chosen_on=self.picks, reported=self.reports, reading=self.reading,
+                    report=self.further, splits=splits)
+
+
+def rare_classes(counts: np.ndarray) -> list[int]:
+    """Pixels (N, K) -> the classes with less than half of an equal share, absent ones left out."""
+    pixels = counts.sum(0)
+    few = pixels.sum() / (2 * len(pixels))
+    return [c for c, n in enumerate(pixels) if 0 < n < few]

@@ -1,0 +1,228 @@
+"""From a name to a network: built, filled with weights, loaded from a run, split into groups for the optimiser.
+
+    net, spec, info = make("vit", classes=6, weights="dinov3_vitl16_pretrain_sat493m-eadcf0ff.pth")
+    net, meta = load_run("runs/demo")                  in eval mode, with what best.safetensors says of it
+    AdamW(param_groups(net, lr=1e-3, backbone_lr=2e-5, layer_decay=0.8, weight_decay=0.05))
+
+A spec is the "model" entry of best.safetensors: plain JSON, all that build() needs.
+"""
+from contextlib import suppress
+from pathlib import Path
+
+from torch import nn
+
+from data.common import BadInput
+from data.datasets import NORMS
+
+from . import deeplab, efficientnet_unet, unetformer
+from .checkpoint import load_weights
+from .classify import ChannelMeans, Classifier, Knn, cnn
+from .heads import HEADS, Segmenter
+from .vit import PRESETS, ViT, arch_name, spread_taps
+from .weights import BadWeights, checked_sha256, fill, load_vit, locate, read
+
+# What --model may name beside vit: class, loader of published files, arguments of the class.
+NETS = {
+    "deeplabv3": (deeplab.DeepLabV3, deeplab.load_pretrained, {"output_stride": 16}),
+    "deeplabv3-os8": (deeplab.DeepLabV3, deeplab.load_pretrained, {"output_stride": 8}),
+    "unetformer": (unetformer.UNetFormer, unetformer.load_pretrained, {}),
+    "ftunetformer": (unetformer.FTUNetFormer, unetformer.load_pretrained, {}),
+    "effunet": (efficientnet_unet.EfficientNetUnet, efficientnet_unet.load_pretrained, {}),
+}
+# Parameters of trunks, which --backbone-lr is for; of ViTs, and of every CNN here.
+TRUNKS = ("backbone.", "encoder.", "stem.", "stages.", "conv1.", "bn1.", "layer")
+SCRATCH = dict(norm="imagenet", path=None, sha256=None,
+               line="FROM RANDOM WEIGHTS: everything is learned from these images (--weights loads "
+                    "trained ones)")
+
+
+def build(spec: dict) -> nn.Module:
+    """spec -> network with random weights, for segmentation or classification."""
+    name = spec["name"]
+    if name == "cnn":
+        return cnn(spec["cnn"], spec["stem"], spec["classes"])
+    if "features" in spec:
+        return build_classifier(spec)
+    if name != "vit":
+        return NETS[name][0](spec["classes"], **spec["options"])
+    vit = ViT(**spec["backbone"])
+    head = HEADS[spec["head"]](vit.dim, len(spec["taps"]), spec["classes"])
+    return Segmenter(vit, head, spec["taps"], spec["feat_norm"])
+
+
+def build_classifier(spec: dict) -> Classifier:
+    """A backbone's features under a linear head, or a k-NN head where spec has the size of its "bank"."""
+    backbone = ChannelMeans() if spec["name"] == "mean" else ViT(**spec["backbone"])
+    width = backbone.dim
+    if spec["features"] == "cls+patch":
+        width *= 2
+    if "bank" in spec:
+        unit = spec["features"] != "mean"
+        head = Knn(spec["bank"], width, spec["classes"], spec["k"], spec["temperature"], unit=unit)
+    else:
+        head = nn.Linear(width, spec["classes"])
+    return Classifier(backbone, head, spec["features"])
+
+
+def make(model: str, classes: int, weights: str = "none", arch: str = "nano8",
+         head: str = "fpn") -> tuple[nn.Module, dict, dict]:
+    """--model, K, --weights, --arch, --head -> network, its spec, info (line, norm, path, sha256) of the weights.
+
+    arch and head are for model "vit"; weights "none" leaves everything random.
+    """
+    scratch = weights == "none"
+    if model != "vit":
+        cls, load, options = NETS[model]
+        spec = dict(name=model.removesuffix("-os8"), classes=classes, options=options)
+        net = cls(classes, **options)
+        return net, spec, SCRATCH if scratch else load(net, weights)
+    backbone, state, info = (PRESETS[arch], None, SCRATCH) if scratch else load_vit(weights)
+    taps = spread_taps(backbone["depth"])
+    spec = dict(name="vit", backbone=backbone, head=head, taps=taps, feat_norm=True,
+                classes=classes)
+    net = build(spec)
+    if state is not None:
+        fill(net.backbone, state, info)
+    return net, spec, info
+
+
+def load_trunk(weights: str, arch: str, cnn_name: str | None = None) -> tuple:
+    """--weights for a classifier -> ViT arguments (of `arch` from scratch), tensors or None, info with "size".
+
+    cnn_name: the network if it is a CNN, whose file is torchvision's. size: side of its input, None if any.
+    """
+    if weights == "none":
+        return PRESETS[arch], None, SCRATCH | dict(size=None)
+    if cnn_name is None:
+        backbone, state, info = load_vit(weights)
+        size = 224
+        with suppress(BadWeights):  # a run of this project knows the size of its images
+            size = load_weights(weights, header_only=True)[1].get("size", size)
+        return backbone, state, info | dict(size=size)
+    if cnn_name == "nano":
+        raise BadInput(f"--weights {weights} with --cnn nano, which nobody has published weights "
+                       "of; type --cnn resnet18 or resnet50, as the file is")
+    file = locate(weights)
+    digest, _ = checked_sha256(file)
+    line = f"{file}, sha256 {digest[:8]}, a new fc"
+    return None, read(file), dict(norm="imagenet", path=str(file), sha256=digest, size=224,
+                                  line=line)
+
+
+def make_classifier(spec: dict, state: dict | None, info: dict) -> nn.Module:
+    """spec and what load_trunk gave -> network whose trunk has the weights, and whose head is random."""
+    net = build(spec)
+    if state is None:
+        return net
+    if spec["name"] == "cnn":
+        trunk = {name: t for name, t in state.items() if not name.startswith("fc.")}
+        fill(net, trunk | net.fc.state_dict(prefix="fc."), info)
+    else:
+        fill(net.backbone, state, info)
+    return net
+
+
+def load_run(run: str | Path, weights: str | None = None,
+             task: str | None = None) -> tuple[nn.Module, dict]:
+    """Run folder or best.safetensors -> network in eval mode, meta. weights: backbone of a run saved without it.
+
+    task: None for segmentation, "classification"; a run of the other kind is a BadWeights.
+    """
+    state, meta = load_weights(run)
+    if meta.get("task") != task:
+        raise BadWeights(f"{run}: of another kind (segmentation or classification); name a run "
+                         "that fits")
+    if meta["saved"] == "head":
+        _, backbone, info = load_vit(weights or meta["weights"]["path"])
+        if info["sha256"] != meta["weights"]["sha256"]:
+            raise BadWeights(f"{info['path']}: not the backbone this head was trained on; pass "
+                             "--weights the file with sha256 "
+                             f"{meta['weights']['sha256'][:8]}...")
+        state |= {f"backbone.{name}": t for name, t in backbone.items()}
+    net = build(meta["model"])
+    fill(net, state, dict(path=run))
+    return net.eval(), meta
+
+
+def about(info: dict) -> dict:
+    """What a run's files say of the weights that it started from."""
+    path = str(Path(info["path"]).resolve()) if info["path"] else None
+    return dict(weights=dict(path=path, sha256=info["sha256"]))
+
+
+def name_of(spec: dict) -> str:
+    """'dinov3_vitl16 + fpn', 'unetformer', 'resnet18', 'channel means'."""
+    if spec["name"] == "cnn":
+        return spec["cnn"]
+    if spec["name"] == "mean":
+        return "channel means"
+    if "backbone" not in spec:
+        return spec["name"]
+    name = arch_name(spec["backbone"])
+    return f"{name} + {spec['head']}" if "head" in spec else name
+
+
+def size_line(net: nn.Module) -> str:
+    """'0.21 M of 86.80 M parameters train'."""
+    sizes = [(p.numel(), p.requires_grad) for p in net.parameters()]
+    training = sum(n for n, trains in sizes if trains)
+    return f"{training / 1e6:.2f} M of {sum(n for n, _ in sizes) / 1e6:.2f} M parameters train"
+
+
+def unfreeze(net: nn.Module, blocks: str) -> bool:
+    """--unfreeze: "all", or how many of a ViT's last blocks train -> is its backbone frozen? CNNs always train."""
+    if blocks != "all" and not blocks.isdecimal():
+        raise BadInput(f"--unfreeze {blocks}: expected a number of blocks, or all")
+    number = None if blocks == "all" else int(blocks)
+    if isinstance(net, (Segmenter, Classifier)):
+        return net.unfreeze(number) == 0
+    return False
+
+
+def freeze_bn(net: nn.Module) -> bool:
+    """Keeps BatchNorm's statistics where a batch of one image would be a single value (DeepLabV3) -> done so?"""
+    if not isinstance(net, deeplab.DeepLabV3):
+        return False
+    net.freeze_bn()
+    return True
+
+
+def choose_norm(wanted: str, info: dict) -> str:
+    """--norm and info of the weights -> a name of NORMS; a file that does not tell is a BadInput."""
+    norm = info["norm"] if wanted == "auto" else wanted
+    if norm is None:
+        raise BadInput(f"{info['path']}: published with two normalisations; type --norm imagenet "
+                       "for LVD-1689M, --norm sat for SAT-493M")
+    assert norm in NORMS
+    return norm
+
+
+def param_groups(net: nn.Module, lr: float, backbone_lr: float, layer_decay: float,
+                 weight_decay: float) -> list[dict]:
+    """Groups for AdamW; "scale" is a group's share of the rate of the head. No decay on norms, biases, tokens.
+
+    layer_decay: factor per block of a ViT below its last.
+    """
+    depth = len(getattr(getattr(net, "backbone", None), "blocks", ()))  # 0: no ViT
+    groups = {}
+    for name, p in net.named_parameters():
+        if not p.requires_grad:
+            continue
+        scale = 1.0
+        if name.startswith(TRUNKS):
+            scale = backbone_lr / lr
+            if depth:
+                scale *= layer_decay ** (depth - 1 - block_of(name, depth))
+        decays = p.ndim > 1 and "token" not in name and "pos_embed" not in name
+        key = scale, weight_decay if decays else 0.0
+        groups.setdefault(key, []).append(p)
+    return [dict(params=params, scale=scale, weight_decay=decay)
+            for (scale, decay), params in groups.items()]
+
+
+def block_of(name: str, depth: int) -> int:
+    """Number of the block that a ViT's parameter belongs to; -1 what comes before, the final norm to the last."""
+    _, part, number, *_ = name.split(".") + [""]
+    if part == "blocks":
+        return int(number)
+    return depth - 1 if part == "norm" else -1

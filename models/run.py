@@ -1,0 +1,421 @@
+"""What surrounds a training loop: flags, processes, signals, the run folder, averaged weights.
+
+    rank, world, device = run.start(seed=0)     one process, or one of those that torchrun has started
+    out = run.folder(args.out, "runs/demo", args.resume)
+    out = run.claim(out, args.out)              just before the first write; no second run gets it
+    stop = run.Stop()                           Ctrl-C and SIGTERM: finish the step, save, leave
+    ...
+    run.end()
+
+Nothing here knows a loop or calls back into a script. OMP_WAIT_POLICY is set by the scripts, since
+it is read when torch loads.
+"""
+import argparse
+import contextlib
+import copy
+import ctypes
+import math
+import os
+import shlex
+import signal
+import sys
+from collections.abc import Callable
+from datetime import timedelta
+from pathlib import Path
+
+import torch
+import torch.distributed as dist
+from torch import nn
+
+from data.common import BadInput
+
+from .checkpoint import load_state
+from .weights import BadWeights
+
+try:
+    import fcntl
+except ImportError:  # Windows: run folders are not locked there
+    fcntl = None
+
+# Flags of earlier versions, and what to type instead.
+REMOVED = {
+    "--taps": "the head reads four evenly spaced blocks; leave it out",
+    "--feat-norm": "the final norm is always on every map; leave it out",
+    "--output-stride": "type --model deeplabv3-os8 for output stride 8",
+    "--freeze-bn": "batches of one freeze BatchNorm by themselves; leave it out",
+    "--clip": "the limit is CLIP at the top of the script; leave it out",
+    "--overlap": "windows overlap by OVERLAP at the top of the script; eval.py has --overlap",
+    "--check-data": "CHECKED masks are always read first; leave it out",
+    "--group-regex": 'write it into dataset.json as "scene": REGEX',
+    "--cycle": "type --restarts STEPS MULT, which also chooses the schedule",
+    "--teacher-weights": "the teacher's run knows its backbone file; leave it out",
+    "--hard-iou": "the limit is HARD_IOU at the top of eval.py; leave it out",
+    "--hard-limits": "the limits are LIMITS in data/samplers.py; leave it out",
+    "--hard-weights": "the weights are WEIGHTS in data/samplers.py; leave it out",
+    "--grow-from": "the start is GROW_FROM at the top of the script; leave it out",
+    "--grow-above": "the limit is GROW_ABOVE at the top of the script; leave it out",
+    "--mixup": "train_seg.py mixes images; leave it out here",
+    "--cutmix": "train_seg.py mixes images; leave it out here",
+    "--compile": "train_seg.py compiles; leave it out here",
+    "--patience": "train_seg.py stops early; leave it out here",
+    "--save": "train_seg.py saves heads alone; leave it out here",
+    "--accum": "train_seg.py and train_kd.py accumulate; leave it out here",
+    "--label-smoothing": "train_seg.py and train_kd.py smooth labels; leave it out here",
+}
+
+
+# ---- flags
+
+class Help(argparse.ArgumentDefaultsHelpFormatter, argparse.RawDescriptionHelpFormatter):
+    """Shows every default, also of flags whose default is made later and stands in brackets."""
+
+    def _get_help_string(self, action):
+        if action.default in (None, False, argparse.SUPPRESS):
+            return action.help
+        return f"{action.help} (default: %(default)s)"
+
+
+class Parser(argparse.ArgumentParser):
+    """argparse whose errors are one line, and which answers flags of earlier versions."""
+
+    def __init__(self, description: str):
+        super().__init__(description=description, formatter_class=Help, allow_abbrev=False)
+
+    def error(self, message):
+        self.exit(2, f"error: {message}\n")
+
+    def parse_known_args(self, args=None, namespace=None):
+        known = self._option_string_actions
+        for word in sys.argv[1:] if args is None else args:
+            flag = word.split("=")[0]
+            if flag in REMOVED and flag not in known:
+                self.error(f"{flag} is gone: {REMOVED[flag]}")
+        found, rest = super().parse_known_args(args, namespace)
+        for name, value in vars(found).items():
+            if value == "":
+                self.error(f"--{name.replace('_', '-')} is empty; is the shell variable set?")
+        return found, rest
+
+
+def between(low: float, high: float, kind: type = float) -> Callable[[str], float]:
+    """An argparse type: a number from low to high."""
+    def number(text):
+        try:
+            value = kind(text)
+        except ValueError:
+            value = math.nan
+        if not low <= value <= high:
+            what = "a whole number" if kind is int else "a number"
+            raise argparse.ArgumentTypeError(f"{text}: expected {what} from {low} to {high}")
+        return value
+
+    return number
+
+
+COUNT = between(1, 2**31, int)
+WHOLE = between(0, 2**31, int)
+SHARE = between(0, 1)
+RATE = between(0, 10)
+
+
+def bands(text: str) -> list[int]:
+    """An argparse type: "4,1,2" -> [4, 1, 2]."""
+    words = text.split(",")
+    if len(words) != 3 or not all(w.isdecimal() and w != "0" for w in words):
+        raise argparse.ArgumentTypeError(f"{text}: expected three numbers from 1, such as 4,1,2")
+    return [int(w) for w in words]
+
+
+def check_rising(parser: argparse.ArgumentParser, args: argparse.Namespace, *names: str) -> None:
+    """Ends the program unless each of these flags, if given, is two finite numbers, the lower one first."""
+    for name in names:
+        pair = getattr(args, name)
+        if pair and not -math.inf < pair[0] <= pair[1] < math.inf:
+            parser.error(f"--{name.replace('_', '-')} {pair[0]} {pair[1]}: expected the lower "
+                         "number first")
+
+
+def parse(parser: Parser, argv: list[str] | None = None, movable: tuple[str, ...] = (),
+          longer: str = "steps") -> argparse.Namespace:
+    """The flags; with --resume RUN those in RUN/last.pt are the defaults, so one that differs was typed.
+
+    Only the flags in `movable` may differ then, and the one in `longer` may grow.
+    """
+    args = parser.parse_args(argv)
+    if not args.resume:
+        return args
+    stored = load_state(Path(args.resume) / "last.pt").get("args")
+    if not isinstance(stored, dict) or stored.keys() != vars(args).keys():
+        raise BadInput(f"{args.resume}/last.pt: of another script, or of an earlier version of this "
+                       "one; go on with the code that began it, or start a new run")
+    parser.set_defaults(**stored | {"resume": args.resume, "out": args.resume})
+    args = parser.parse_args(argv)
+    args.out = args.resume
+    for name, was in stored.items():
+        now = getattr(args, name)
+        if now == was or name in (*movable, "resume", "out"):
+            continue
+        if name == longer and now > was:
+            continue
+        more = f", and only more {longer}" if name == longer else ""
+        raise BadInput(f"{args.resume}: was trained with {name} = {was}, not {now}{more}; leave the "
+                       "flag out, or start a new run")
+    return args
+
+
+@contextlib.contextmanager
+def one_line_errors():
+    """Around main(): what a user can mend ends as one line on stderr and exit code 2."""
+    try:
+        yield
+    except (BadInput, BadWeights, OSError) as e:
+        # An error in a DataLoader worker arrives behind its traceback: show the last line.
+        line = str(e).splitlines()[-1].split("BadInput: ")[-1]
+        print(f"error: {line}", file=sys.stderr)
+        sys.exit(2)
+    except KeyboardInterrupt:
+        sys.exit(130)
+
+
+# ---- processes
+
+def start(seed: int | None = None) -> tuple[int, int, torch.device]:
+    """-> rank, number of processes, device. Sets up the device and, under torchrun, the group of processes.
+
+    A seed makes all ranks begin with the same random numbers, and so with the same network.
+    """
+    rank = int(os.environ.get("RANK", 0))
+    world = int(os.environ.get("WORLD_SIZE", 1))
+    if torch.cuda.is_available():
+        device = torch.device("cuda", int(os.environ.get("LOCAL_RANK", 0)))
+        torch.cuda.set_device(device)
+    else:
+        device = torch.device("cpu")
+        tune_cpu()
+    if world > 1 and not dist.is_initialized():
+        # A day: ranks may wait long for rank 0's decoding, and torchrun ends all when one has died.
+        backend = "nccl" if device.type == "cuda" else "gloo"
+        bound = device if device.type == "cuda" else None
+        dist.init_process_group(backend, timeout=timedelta(days=1), device_id=bound)
+    if seed is not None:
+        torch.manual_seed(seed)
+    return rank, world, device
+
+
+def tune_cpu() -> None:
+    """Twice the speed of matrix products, and no page faults at every step."""
+    # With AMX, "medium" would mean bf16; without it oneDNN keeps fp32 accuracy at twice the speed.
+    # Private API: False where this torch does not have it.
+    if not getattr(torch.cpu, "_is_amx_tile_supported", bool)():
+        torch.set_float32_matmul_precision("medium")
+    # Keep freed memory instead of returning it to the system, or every step pays page faults.
+    if sys.platform == "linux":
+        libc = ctypes.CDLL(None)
+        if hasattr(libc, "mallopt"):  # glibc; musl has none
+            libc.mallopt(-4, 0)  # M_MMAP_MAX
+            libc.mallopt(-1, 2**31 - 1)  # M_TRIM_THRESHOLD
+
+
+def fast_bf16(device: torch.device) -> bool:
+    """Is bf16 done in hardware? Older GPUs and CPUs only imitate it."""
+    if device.type == "cuda":
+        return torch.cuda.get_device_capability(device) >= (8, 0)
+    # Private API: False where this torch does not have it.
+    return getattr(torch.cpu, "_is_avx512_bf16_supported", bool)()
+
+
+def over_ranks(t: torch.Tensor) -> torch.Tensor:
+    """Sum over ranks, in place."""
+    if dist.is_initialized():
+        dist.all_reduce(t)
+    return t
+
+
+def gather(part: torch.Tensor, n: int, device: torch.device) -> torch.Tensor:
+    """Rows rank, rank + world, ... of n from every rank -> all (n, D) fp32 rows on the CPU of every rank."""
+    if not dist.is_initialized():
+        return part
+    rank, world = dist.get_rank(), dist.get_world_size()
+    widths = [0] * world
+    dist.all_gather_object(widths, part.shape[1])  # 0 where a rank had no row
+    whole = torch.zeros(n, max(widths), device=device)
+    if len(part):
+        whole[rank::world] = part.to(device)
+    return over_ranks(whole).cpu()
+
+
+def wait() -> None:
+    """Until all ranks are here, such as behind a file that rank 0 writes and all read."""
+    if dist.is_initialized():
+        dist.barrier()
+
+
+def end() -> None:
+    """Leaves the group of processes."""
+    # gloo's threads may still hold tensors of the last collective; Python's end under them aborts.
+    wait()
+    if dist.is_initialized():
+        dist.destroy_process_group()
+
+
+# ---- signals
+
+class Stop:
+    """Ctrl-C and SIGTERM only set .signal, so that a step ends and is saved; a second one ends at once."""
+
+    def __init__(self):
+        self.signal = 0
+        numbers = signal.SIGINT, signal.SIGTERM
+        self.before = {number: signal.signal(number, self.note) for number in numbers}
+
+    def note(self, number, frame):
+        self.signal = number
+        signal.signal(number, self.before[number])
+
+    def release(self) -> None:
+        """Gives the signals back: what follows has nothing to save."""
+        for number, handler in self.before.items():
+            signal.signal(number, handler)
+
+
+def keep_signals_from_worker(worker_id: int) -> None:
+    """For DataLoader's worker_init_fn: Ctrl-C goes to a group of processes; only the main one shall get it."""
+    # Ignoring signals would not do: SIGTERM is how the main process ends its workers.
+    if hasattr(os, "setpgid"):
+        os.setpgid(0, 0)
+
+
+# ---- the run folder
+
+def is_free(folder: Path) -> bool:
+    """Nothing there, or what a run left that was ended before its first last.pt."""
+    if not folder.exists():
+        return True
+    if not folder.is_dir() or any((folder / n).exists() for n in ("last.pt", "results.json")):
+        return False
+    left = {f.name for f in folder.iterdir()} - {".lock"}
+    return not left or "protocol.json" in left
+
+
+def numbered(default: str) -> Path:
+    """runs/demo, or the first of runs/demo-2, runs/demo-3, ... that is free."""
+    folder, i = Path(default), 1
+    while not is_free(folder):
+        i += 1
+        folder = Path(f"{default}-{i}")
+    return folder
+
+
+def folder(wanted: str | None, default: str, resume: str | None) -> Path:
+    """Where the run will write; makes nothing yet. A `wanted` one that holds something is a BadInput."""
+    if resume:
+        return Path(resume)
+    if not wanted:
+        return numbered(default)
+    out = Path(wanted)
+    if (out / "last.pt").exists():
+        raise BadInput(f"{out}: holds a run; type --resume {shlex.quote(str(out))} to go on with it, "
+                       "or another --out")
+    if (out / "results.json").exists() and (out / "protocol.json").exists():
+        raise BadInput(f"{out}: holds a finished run; type another --out")
+    if not is_free(out):
+        raise BadInput(f"{out}: there, and no run of this script; name another --out")
+    return out
+
+
+def claim(out: Path, wanted: str | None, resume: str | None) -> Path:
+    """Makes the folder and locks it while this process lives -> the folder, the same on all ranks.
+
+    Call it just before the first write: a default folder that was taken meanwhile is numbered on.
+    """
+    failure = None
+    if not dist.is_initialized() or dist.get_rank() == 0:
+        while not (lock(out) and (resume or is_free(out))):
+            if wanted or resume:
+                failure = BadInput(f"{out}: another run is writing there; wait for it, or name "
+                                   "another --out")
+                break
+            stem, _, number = out.name.rpartition("-")
+            is_numbered = stem and number.isdecimal()
+            name = f"{stem}-{int(number) + 1}" if is_numbered else f"{out.name}-2"
+            out = out.with_name(name)
+    if dist.is_initialized():
+        shared = [str(out), failure]
+        dist.broadcast_object_list(shared)
+        out, failure = Path(shared[0]), shared[1]
+    if failure:
+        raise failure
+    return out
+
+
+LOCKS = []  # open files: closing one would end its lock
+
+
+def lock(out: Path) -> bool:
+    """Has this process the folder for itself? The system ends the lock with the process, killed or not."""
+    out.mkdir(parents=True, exist_ok=True)
+    if fcntl is None:
+        return True
+    file = open(out / ".lock", "w")
+    try:
+        # Not flock: a fork of this process, such as a DataLoader worker, would hold that one too.
+        fcntl.lockf(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except (BlockingIOError, PermissionError):
+        file.close()
+        return False
+    except OSError:  # a network disk without locks
+        pass
+    LOCKS.append(file)
+    for old in out.glob("*.tmp"):  # of a killed run
+        old.unlink()
+    return True
+
+
+def check_same(out: Path, last: dict, same: dict) -> None:
+    """BadInput unless last.pt holds what `same` holds under each key: processes, weights, classes, teacher."""
+    advice = dict(world="start it with as many: torchrun --nproc_per_node={was}, or plain python "
+                        "for 1",
+                  weights="name the file with that sha256", teacher="name the run with that sha256",
+                  labels="the classes or ignored values have changed; undo that")
+    for key, now in same.items():
+        was = last.get(key)
+        if was != now:
+            what = "processes" if key == "world" else key
+            raise BadInput(f"{out}: was trained with {what} {was}, not {now}; "
+                           f"{advice[key].format(was=was)}, or start a new run")
+
+
+def finite(row: dict) -> dict:
+    """The row with None for NaN and infinity, which JSON does not have."""
+    return {key: value if math.isfinite(value) else None for key, value in row.items()}
+
+
+def facts(device: torch.device, world: int) -> dict:
+    """What protocol.json tells of the command and the machine."""
+    name = f"{torch.get_num_threads()} CPU threads"
+    if device.type == "cuda":
+        name = torch.cuda.get_device_name()
+    return dict(command=shlex.join(["python", *sys.argv]), torch=torch.__version__,
+                python=sys.version.split()[0], world=world, device=name)
+
+
+# ---- averaged weights
+
+class Ema:
+    """Exponential moving average of a network's weights: evaluate and keep .net instead of the network."""
+
+    def __init__(self, net: nn.Module, decay: float):
+        self.live, self.decay = net, decay
+        # Frozen parameters are shared, not copied.
+        frozen = {id(p): p for p in net.parameters() if not p.requires_grad}
+        self.net = copy.deepcopy(net, frozen)
+
+    @torch.no_grad()
+    def update(self, step: int) -> None:
+        """After step 0, 1, ...: young averages forget the initial weights faster."""
+        decay = min(self.decay, (1 + step) / (10 + step))
+        for average, now in zip(self.net.parameters(), self.live.parameters()):
+            if now.requires_grad:
+                average.lerp_(now, 1 - decay)
+        for average, now in zip(self.net.buffers(), self.live.buffers()):
+            average.copy_(now)  # BatchNorm's statistics are averages already
