@@ -13,7 +13,6 @@ compares heads on frozen features, train() trains a network; main() reports.
 What the report on EuroSAT got wrong: its classes were not EuroSAT's, ten outputs had four classes to
 learn, there was no validation split, test held other images, and no baseline stood beside 72.9 %.
 """
-import json
 import math
 import os
 import shlex
@@ -29,10 +28,9 @@ import numpy as np
 import torch
 import torch.distributed as dist
 import torch.nn.functional as F
-from torch.nn.parallel import DistributedDataParallel
 
 from data import augment, metrics, plots
-from data.common import BadInput, minutes, write
+from data.common import BadInput, json_lines, minutes, write
 from data.datasets import NORMS
 from data.samplers import StepSampler
 from data.scenes import Scenes, augment_scenes, prepare
@@ -109,8 +107,7 @@ def parse_args(argv=None):
                      help="factor on the rate per block below the last")
     opt.add_argument("--weight-decay", type=RATE, default=0.05, help="of AdamW")
     opt.add_argument("--warmup", type=WHOLE, default=50, help="steps of rising rate")
-    opt.add_argument("--schedule", default="cosine", choices=["cosine", "poly"],
-                     help="how the rate falls")
+    opt.add_argument("--schedule", default="cosine", choices=["cosine", "poly"], help="of the rate")
     opt.add_argument("--label-smoothing", type=between(0, 0.9), default=0.0,
                      help="of the cross-entropy")
     opt.add_argument("--amp", default="auto", choices=["auto", "bf16", "off"],
@@ -151,8 +148,9 @@ def outputs(f, images, here, batch):
     results = []
     for i in range(0, len(mine), batch):
         x = torch.from_numpy(mine[i:i + batch]).to(here.device)
+        x = prepare(x, NORMS[here.norm], here.size)
         with torch.autocast(here.device.type, torch.bfloat16, enabled=here.amp):
-            results.append(f(prepare(x, NORMS[here.norm], here.size)).float().cpu())
+            results.append(f(x).float().cpu())
     return torch.cat(results) if results else torch.zeros(0, 0)
 
 
@@ -162,9 +160,13 @@ def probabilities(net, images, here, batch):
     if here.world > 1:
         for statistics in net.buffers():  # BatchNorm's differ until DDP's next forward
             dist.broadcast(statistics, 0)
-    p = outputs(lambda x: net(x).float().softmax(1), images, here, batch)
+
+    def shares(x):
+        return net(x).float().softmax(1)
+
+    p = run.gather(outputs(shares, images, here, batch), len(images), here.device)
     net.train()
-    return run.gather(p, len(images), here.device)
+    return p
 
 
 def accuracy(p, y):
@@ -222,7 +224,8 @@ def probe(args, d, net, here, s):
         head.k = value  # of a k-NN head
         with torch.inference_mode():
             right = accuracy(head(x["val"]).cpu(), d.y["val"])
-        s.history.append(dict(step=len(s.history) + 1, tried=value, val_accuracy=right))
+        number = len(s.history) + 1
+        s.history.append(dict(step=number, tried=value, val_accuracy=right))
         here.say(f"{word} {value:<6g}  val accuracy {right:.4f}")
 
     scores = [row["val_accuracy"] for row in s.history]
@@ -240,14 +243,12 @@ def probe(args, d, net, here, s):
 
 def train(args, d, net, here, s):
     # -> (n, K) probabilities of the reported split
-    rank, world, device, say, out = here.rank, here.world, here.device, here.say, here.out
+    rank, world, device = here.rank, here.world, here.device
+    say, out = here.say, here.out
     groups = nets.param_groups(net, args.lr, args.backbone_lr, args.layer_decay, args.weight_decay)
     opt = torch.optim.AdamW(groups, lr=args.lr, betas=BETAS, fused=True)
     params = [p for p in net.parameters() if p.requires_grad]
-    model = net
-    if world > 1:
-        ids = [device.index] if device.type == "cuda" else None
-        model = DistributedDataParallel(net, device_ids=ids)
+    model = run.parallel(net, device)  # the same network, whose gradients are averaged over ranks
     rows, labels = d.rows["train"], d.y["train"]
     batch = args.batch_size * world
     steps = max(1, round(args.epochs * len(rows) / batch))
@@ -264,13 +265,14 @@ def train(args, d, net, here, s):
 
     def save_last():
         if rank == 0:
-            write(out / "log.jsonl", "".join(json.dumps(row) + "\n" for row in s.history))
+            write(out / "log.jsonl", json_lines(s.history))
             write(out / "curves.png", plots.curves(s.history, f"{out.name}: {here.title}"))
             checkpoint.save_state(out / "last.pt", net=net.state_dict(), opt=opt.state_dict(),
                                   state=vars(s), args=vars(args), **same)
 
     say(f"loop    {steps} steps of {batch}, {args.epochs} epochs")
-    draws = iter(StepSampler(len(rows), args.batch_size, steps, args.seed, s.step, rank, world))
+    draws = StepSampler(len(rows), args.batch_size, steps, args.seed, s.step, rank, world)
+    draws = iter(draws)
     stop = run.Stop()
     began = time.time() - s.seconds
     if s.step == 0:
@@ -330,7 +332,7 @@ def train(args, d, net, here, s):
                 f"lr {row['lr']:.2e}  {s.speed:.0f} images/s  ETA {rest}", flush=True)
         due = s.step % args.eval_every == 0 or last_step
         if due:
-            p = probabilities(net, d.pixels[d.rows["val"]], here, args.batch_size)
+            p = probabilities(net, d.images("val"), here, args.batch_size)
             value = accuracy(p, d.y["val"])
             s.history.append(dict(step=s.step, val_accuracy=value))
             say(f"step {s.step:5d}  val accuracy {value:.4f}", flush=True)
@@ -348,7 +350,7 @@ def train(args, d, net, here, s):
     stop.release()
     run.wait()  # rank 0 has written best.safetensors
     net.load_state_dict(checkpoint.load_weights(out / "best.safetensors")[0])
-    return probabilities(net, d.pixels[d.rows[d.reports]], here, args.batch_size)
+    return probabilities(net, d.images(d.reports), here, args.batch_size)
 
 
 def main(args):
@@ -466,7 +468,7 @@ def main(args):
         oa, base = metrics.oa(cm), metrics.oa(metrics.majority(cm))
         f1 = metrics.f1(cm)
         macro = f1.nanmean().item()
-        write(out / "log.jsonl", "".join(json.dumps(row) + "\n" for row in s.history))
+        write(out / "log.jsonl", json_lines(s.history))
         write(out / "results.json", dict(
             split=d.reports, accuracy=oa, accuracy_low=low, accuracy_high=high, macro_f1=macro,
             classes_in_mean=int((~f1.isnan()).sum()), majority_accuracy=base, val_accuracy=s.best,
@@ -476,11 +478,13 @@ def main(args):
         title = f"{d.dataset} {d.reports}"
         write(out / "confusion.png", plots.confusion(cm.numpy(), d.names, title))
 
-        def card(i):
-            said = f"{d.names[pred[i]]} {p[i].max():.2f}"
-            return d.pixels[d.rows[d.reports][i]], [d.names[true[i]], said], not hits[i]
+        images, surest = d.images(d.reports), p.max(1).values
 
-        wrong = sorted(np.flatnonzero(~hits), key=lambda i: -p[i].max())[:CARDS]
+        def card(i):
+            said = f"{d.names[pred[i]]} {surest[i]:.2f}"
+            return images[i], [d.names[true[i]], said], not hits[i]
+
+        wrong = sorted(np.flatnonzero(~hits), key=lambda i: -surest[i])[:CARDS]
         drawn = np.random.default_rng(args.seed).permutation(len(names))[:CARDS]
         write(out / "samples.png", plots.cards([
             ("most confident mistakes: true class, then what was predicted",

@@ -13,7 +13,6 @@ What the KD report got wrong and this does: classes meet by name, not by positio
 averaged over classes and has its T^2; difficulty is scored on whole images without augmentation, by
 name; repeated images are entries of a list, not files; slow weights are in last.pt.
 """
-import json
 import os
 import shlex
 import signal
@@ -30,11 +29,10 @@ os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
 
 import numpy as np
 import torch
-from torch.nn.parallel import DistributedDataParallel
 from torch.utils.data import DataLoader
 
 from data import augment, classmap, metrics, plots, public, samplers
-from data.common import IGNORE, BadInput, even_sample, minutes, write
+from data.common import IGNORE, BadInput, even_sample, json_lines, minutes, write
 from data.crops import random_crop
 from data.datasets import NORMS, read_list, renormalise
 from data.samplers import StepSampler
@@ -64,23 +62,18 @@ def parse_args(argv=None):
 
     kd = p.add_argument_group("distillation")
     kd.add_argument("--teacher", help="run folder of a trained network, or its best.safetensors")
-    kd.add_argument("--map", default="names",
-                    help="teacher's classes -> these: names, measured, or a JSON file")
+    kd.add_argument("--map", default="names", help="of classes: names, measured, or a JSON file")
     kd.add_argument("--within", default="student", choices=["student", "shares"],
                     help="who divides a teacher class that goes to several")
     kd.add_argument("--alpha", type=SHARE, default=0.7, help="weight of the KL term")
-    kd.add_argument("--temperature", type=between(0.1, 100), default=2.0,
-                    help="T that softens both distributions")
+    kd.add_argument("--temperature", type=between(0.1, 100), default=2.0, help="T of the softmaxes")
 
-    sampling = p.add_argument_group("sampling")
-    sampling.add_argument("--sampler", default="uniform",
-                          choices=["uniform", "weighted", "class-balanced"],
-                          help="which images are drawn more often")
-    sampling.add_argument("--difficulty", metavar="FILE",
-                          help="for weighted: from eval.py RUN --split train --difficulty")
-    sampling.add_argument("--replicate", metavar="FILE|5%%",
-                          help="list of training images to repeat; or those of which a rare class "
-                               "covers so much")
+    draw = p.add_argument_group("sampling")
+    draw.add_argument("--sampler", choices=["uniform", "weighted", "class-balanced"],
+                      default="uniform", help="which images are drawn more often")
+    draw.add_argument("--difficulty", help="for weighted: the file of eval.py --difficulty")
+    draw.add_argument("--replicate", metavar="FILE",
+                      help="training images to repeat; 5%%: those that a rare class covers so far")
 
     data = p.add_argument_group("data")
     data.add_argument("--dataset", choices=["demo", "folder", *public.SETS],
@@ -127,8 +120,7 @@ def parse_args(argv=None):
                      help="factor on the rate per block below the last")
     opt.add_argument("--weight-decay", type=RATE, default=0.05, help="of AdamW")
     opt.add_argument("--warmup", type=WHOLE, default=50, help="steps of rising rate")
-    opt.add_argument("--schedule", default="cosine", choices=["cosine", "poly"],
-                     help="how the rate falls")
+    opt.add_argument("--schedule", default="cosine", choices=["cosine", "poly"], help="of the rate")
     opt.add_argument("--restarts", type=COUNT, nargs=2, metavar=("STEPS", "MULT"),
                      help="warm restarts: steps of the first cycle, factor of each next one")
     opt.add_argument("--lookahead", type=COUNT, metavar="STEPS",
@@ -153,11 +145,7 @@ def parse_args(argv=None):
 
     args = run.parse(p, argv, MOVABLE)
     run.check_rising(p, args, "scale", "input_range")
-    if args.model != "vit" and not args.resume:
-        for flag in ("arch", "head", "unfreeze", "layer_decay"):
-            if getattr(args, flag) != p.get_default(flag):
-                p.error(f"--{flag.replace('_', '-')} goes with --model vit, not {args.model}; "
-                        "leave it out")
+    run.only_with(p, args, "model", "vit", "arch", "head", "unfreeze", "layer_decay")
     if args.restarts:  # end where a cycle ends, at the lowest rate
         args.steps = cycle_ends(*args.restarts, args.steps)[-1]
     if args.lookahead and (args.steps % args.lookahead or args.eval_every % args.lookahead):
@@ -246,24 +234,21 @@ def main(args):
     terms = parse_loss(args.loss)  # [(1.0, "ce"), (1.0, "dice")]
 
     # ---- data
-    split_file, val_frac = args.split_file, args.val_frac
-    if args.resume:  # files may have been added since
-        split_file, val_frac = f"{args.resume}/split.json", None
-    d = Source(args.dataset, args.root, args.variant, split_file, val_frac, args.final, args.bands,
-               args.input_range, args.cache)
+    d = Source(args.dataset, args.root, args.variant, args.split_file, args.val_frac, args.final,
+               args.bands, args.input_range, args.cache, args.resume)
     K = len(d.names)
     out = run.folder(args.out, f"runs/{d.name}-kd", args.resume)
-    sizes = ", ".join(f"{len(names)} {split}" for split, names in d.splits.items())
-    say(f"data    {d.name}, {K} classes, images: {sizes}")
+    say(f"data    {d.name}, {K} classes, images: {d.sizes()}")
     for line in d.warnings:
         say(f"        WARNING {line}")
 
     if args.class_weights is None:
         args.class_weights = "sqrt" if d.kind == "demo" else "none"
     weighted = args.class_weights != "none"
-    counts = d.count(limit=None if weighted else CHECKED)  # (N, K + 1) pixels, ignored ones last
-    shares = counts.sum(0) / counts.sum()
-    say("        " + "  ".join(f"{name} {x:.2%}" for name, x in zip([*d.names, "ignored"], shares)))
+    # Pixels per training mask and class, (N, K + 1), ignored ones last. A bad mask stops here.
+    counts = d.count(limit=None if weighted else CHECKED)
+    percents = zip([*d.names, "ignored"], counts.sum(0) / counts.sum())
+    say("        " + "  ".join(f"{name} {x:.2%}" for name, x in percents))
     rare = rare_classes(counts[:, :K]) if args.focus else []
     if rare:
         names = ", ".join(d.names[c] for c in rare)
@@ -290,9 +275,7 @@ def main(args):
         args.unfreeze = "all" if scratch else "0"
 
     frozen = nets.unfreeze(net, args.unfreeze)
-    if world > 1 and device.type == "cuda":
-        net = torch.nn.SyncBatchNorm.convert_sync_batchnorm(net)
-    net.to(device).train()
+    net = run.synchronise_norms(net, device).to(device).train()
     amp = args.amp == "bf16"
     if args.amp == "auto":
         amp = run.fast_bf16(device) and (frozen or device.type == "cuda")
@@ -329,14 +312,13 @@ def main(args):
     share = samplers.share_of(args.replicate)  # 0.05 for 5%, None for a file
     if args.sampler == "class-balanced" or share:
         per_image = d.count_as_read("train")  # (N, K) pixels
-    if args.replicate:
-        if args.resume:
-            listed = (out / "replicated.txt").read_text().splitlines()
-        elif share:
-            rich = samplers.rich(per_image, rare_classes(per_image), share)
-            listed = [plain.names[i] for i in rich]
-        else:
-            listed = read_list(Path(args.replicate), plain.names)
+    if args.replicate and share and not args.resume:
+        rich = samplers.rich(per_image, rare_classes(per_image), share)
+        listed = [plain.names[i] for i in rich]
+    elif args.replicate:
+        file = out / "replicated.txt" if args.resume else args.replicate
+        listed = read_list(Path(file), plain.names)
+    if listed is not None:
         items = samplers.replicated(plain.names, listed)
         say(f"        {len(listed)} entries repeat training images: {len(items)} instead of "
             f"{len(plain)} (--replicate)")
@@ -363,10 +345,7 @@ def main(args):
         say("        class weights " + "  ".join(f"{name} {w:.2f}" for name, w in pairs))
     ema = run.Ema(net, args.ema) if args.ema else None
     judged = ema.net if ema else net  # what is evaluated and kept
-    model = net
-    if world > 1:
-        ids = [device.index] if device.type == "cuda" else None
-        model = DistributedDataParallel(net, device_ids=ids)
+    model = run.parallel(net, device)  # the same network, whose gradients are averaged over ranks
     look = Lookahead(params, args.lookahead) if args.lookahead else None
     if args.restarts:
         ends = cycle_ends(*args.restarts, args.steps)
@@ -418,7 +397,7 @@ def main(args):
 
     def save_last():
         if rank == 0:
-            write(out / "log.jsonl", "".join(json.dumps(row) + "\n" for row in s.history))
+            write(out / "log.jsonl", json_lines(s.history))
             write(out / "curves.png", plots.curves(s.history, f"{out.name}: {nets.name_of(spec)}"))
             checkpoint.save_state(
                 out / "last.pt", net=checkpoint.learned(net), opt=opt.state_dict(), state=vars(s),

@@ -13,7 +13,6 @@ Validation and test are scored on full masks. What the report on points got wron
 the network, took a softmax before the cross-entropy, did not divide by the number of points, and
 reported the scores of always saying the largest class.
 """
-import json
 import os
 import shlex
 import signal
@@ -29,11 +28,10 @@ os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
 import numpy as np
 import torch
 import torch.nn.functional as F
-from torch.nn.parallel import DistributedDataParallel
 from torch.utils.data import DataLoader
 
 from data import augment, crops, metrics, plots, points, public
-from data.common import IGNORE, BadInput, minutes, write
+from data.common import IGNORE, BadInput, json_lines, minutes, write
 from data.datasets import NORMS, match_pairs
 from data.points import UNLABELLED, PointSet
 from data.samplers import StepSampler
@@ -114,8 +112,7 @@ def parse_args(argv=None):
                      help="factor on the rate per block below the last")
     opt.add_argument("--weight-decay", type=RATE, default=0.05, help="of AdamW")
     opt.add_argument("--warmup", type=WHOLE, default=50, help="steps of rising rate")
-    opt.add_argument("--schedule", default="cosine", choices=["cosine", "poly"],
-                     help="how the rate falls")
+    opt.add_argument("--schedule", default="cosine", choices=["cosine", "poly"], help="of the rate")
     opt.add_argument("--loss", default="ce",
                      help="sum of ce, focal, dice, lovasz over the points, such as ce+0.5*dice")
     opt.add_argument("--class-weights", choices=["none", "inverse", "sqrt", "median", "effective"],
@@ -135,11 +132,7 @@ def parse_args(argv=None):
 
     args = run.parse(p, argv, MOVABLE)
     run.check_rising(p, args, "scale", "input_range")
-    if args.model != "vit" and not args.resume:
-        for flag in ("arch", "head", "unfreeze", "layer_decay"):
-            if getattr(args, flag) != p.get_default(flag):
-                p.error(f"--{flag.replace('_', '-')} goes with --model vit, not {args.model}; "
-                        "leave it out")
+    run.only_with(p, args, "model", "vit", "arch", "head", "unfreeze", "layer_decay")
     if args.points_per_class and args.points not in points.PATTERNS:
         p.error(f"--points-per-class {args.points_per_class}: for points drawn from masks, not "
                 f"--points {args.points}; leave it out")
@@ -164,9 +157,6 @@ def open_points(args, d):
     # -> {image name: (n, 3) rows x, y, class} of any split, and a line that says where from
     if args.resume or args.points not in points.PATTERNS:
         path = f"{args.resume}/points.csv" if args.resume else args.points
-        if not path.lower().endswith((".csv", ".geojson", ".json")):
-            raise BadInput(f"--points {path}: expected a .csv or .geojson file, or one of "
-                           f"{', '.join(points.PATTERNS)}")
         given = points.read_points(path, d.pairs, d.names)
         return given, f"{path}, {sum(map(len, given.values()))} in all"
 
@@ -246,29 +236,17 @@ def sure_pixels(teacher, x, above, amp):
     return ids.where(agree & (p > above), IGNORE)
 
 
-def as_text(row):
-    # of metrics.averages: "accuracy .943  precision .157 .889  recall ..."
-    cells = []
-    for name in ("precision", "recall", "f1"):
-        cells.append(f"{name} {row[f'{name}_macro']:.3f} {row[f'{name}_weighted']:.3f}")
-    return f"accuracy {row['accuracy']:.3f}  {'  '.join(cells)}  (macro, weighted)"
-
-
 def main(args):
     rank, world, device = run.start(args.seed)
     say = print if rank == 0 else lambda *words, **how: None
     terms = parse_loss(args.loss)  # [(1.0, "ce"), (1.0, "dice")]
 
     # ---- data
-    split_file, val_frac = args.split_file, args.val_frac
-    if args.resume:  # files may have been added since
-        split_file, val_frac = f"{args.resume}/split.json", None
-    d = Source(args.dataset, args.root, args.variant, split_file, val_frac, args.final, args.bands,
-               args.input_range, args.cache, need_masks=args.points in points.PATTERNS)
+    d = Source(args.dataset, args.root, args.variant, args.split_file, args.val_frac, args.final,
+               args.bands, args.input_range, args.cache, args.resume, need_masks=args.points in points.PATTERNS)
     K = len(d.names)
     out = run.folder(args.out, f"runs/{d.name}-points", args.resume)
-    sizes = ", ".join(f"{len(names)} {split}" for split, names in d.splits.items())
-    say(f"data    {d.name}, {K} classes, images: {sizes}")
+    say(f"data    {d.name}, {K} classes, images: {d.sizes()}")
     for line in d.warnings:
         say(f"        WARNING {line}")
 
@@ -320,9 +298,7 @@ def main(args):
         args.unfreeze = "all" if scratch else "0"
 
     frozen = nets.unfreeze(net, args.unfreeze)
-    if world > 1 and device.type == "cuda":
-        net = torch.nn.SyncBatchNorm.convert_sync_batchnorm(net)
-    net.to(device).train()
+    net = run.synchronise_norms(net, device).to(device).train()
     amp = args.amp == "bf16"
     if args.amp == "auto":
         amp = run.fast_bf16(device) and (frozen or device.type == "cuda")
@@ -349,10 +325,7 @@ def main(args):
     judged = ema.net if ema else net  # what is evaluated and kept, and teaches in the second stage
     if ema:
         ema.net.eval()
-    model = net
-    if world > 1:
-        ids = [device.index] if device.type == "cuda" else None
-        model = DistributedDataParallel(net, device_ids=ids)
+    model = run.parallel(net, device)  # the same network, whose gradients are averaged over ranks
 
     # ---- start or resume
     facts = run.facts(device, world)
@@ -402,7 +375,7 @@ def main(args):
 
     def save_last():
         if rank == 0:
-            write(out / "log.jsonl", "".join(json.dumps(row) + "\n" for row in s.history))
+            write(out / "log.jsonl", json_lines(s.history))
             title = f"{out.name}: {nets.name_of(spec)}"
             write(out / "curves.png", plots.curves(s.history, title))
             write(out / "bars.png", plots.bars(s.history, f"{title}, on points and on masks"))
@@ -514,7 +487,7 @@ def main(args):
             if (cm.sum(0) > 0).sum() == 1:
                 say("        WARNING: one class everywhere")
             for split, row in scores.items():
-                say(f"  {split:6} {as_text(row)}")
+                say(f"  {split:6} {metrics.averages_text(row)}")
             if miou > s.best:
                 s.best = miou
                 save_best(miou)
@@ -553,8 +526,8 @@ def main(args):
         ious = zip(d.names, metrics.iou(cm).tolist())
         print("  ".join(f"{name} {iou:.3f}" for name, iou in ious))
         print(metrics.headline(report, d.further))
-        print(f"{d.reports} {as_text(metrics.averages(cm))}")
-        print(f"always {report['majority_class']!r} {as_text(metrics.averages(base))}")
+        print(f"{d.reports} {metrics.averages_text(metrics.averages(cm))}")
+        print(f"always {report['majority_class']!r} {metrics.averages_text(metrics.averages(base))}")
         if d.reports in ("train", d.picks):
             print("  (no other split: the weights were learned or chosen on these very images)")
         print(f"look at {out}/samples.png, confusion.png, bars.png; then, on your own images:\n"

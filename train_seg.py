@@ -12,7 +12,6 @@ makes a network, models/infer.py slides it over images, models/run.py surrounds 
 train_kd.py and train_points.py are this file with another loss:
 `git diff --no-index train_seg.py train_kd.py` shows what they add.
 """
-import json
 import os
 import shlex
 import signal
@@ -28,11 +27,10 @@ os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
 
 import numpy as np
 import torch
-from torch.nn.parallel import DistributedDataParallel
 from torch.utils.data import DataLoader
 
 from data import augment, metrics, plots, public
-from data.common import IGNORE, BadInput, minutes, write
+from data.common import IGNORE, BadInput, json_lines, minutes, write
 from data.crops import random_crop
 from data.datasets import NORMS
 from data.samplers import StepSampler
@@ -106,8 +104,7 @@ def parse_args(argv=None):
                      help="factor on the rate per block below the last")
     opt.add_argument("--weight-decay", type=RATE, default=0.05, help="of AdamW")
     opt.add_argument("--warmup", type=WHOLE, default=50, help="steps of rising rate")
-    opt.add_argument("--schedule", default="cosine", choices=["cosine", "poly"],
-                     help="how the rate falls")
+    opt.add_argument("--schedule", default="cosine", choices=["cosine", "poly"], help="of the rate")
     opt.add_argument("--loss", default="ce+dice",
                      help="sum of ce, focal, dice, lovasz, boundary, such as ce+0.5*dice")
     opt.add_argument("--class-weights", choices=["none", "inverse", "sqrt", "median", "effective"],
@@ -130,11 +127,7 @@ def parse_args(argv=None):
 
     args = run.parse(p, argv, MOVABLE)
     run.check_rising(p, args, "scale", "input_range")
-    if args.model != "vit" and not args.resume:
-        for flag in ("arch", "head", "unfreeze", "save", "layer_decay"):
-            if getattr(args, flag) != p.get_default(flag):
-                p.error(f"--{flag.replace('_', '-')} goes with --model vit, not {args.model}; "
-                        "leave it out")
+    run.only_with(p, args, "model", "vit", "arch", "head", "unfreeze", "layer_decay", "save")
     return args
 
 
@@ -161,24 +154,21 @@ def main(args):
     terms = parse_loss(args.loss)  # [(1.0, "ce"), (1.0, "dice")]
 
     # ---- data
-    split_file, val_frac = args.split_file, args.val_frac
-    if args.resume:  # files may have been added since
-        split_file, val_frac = f"{args.resume}/split.json", None
-    d = Source(args.dataset, args.root, args.variant, split_file, val_frac, args.final, args.bands,
-               args.input_range, args.cache)
+    d = Source(args.dataset, args.root, args.variant, args.split_file, args.val_frac, args.final,
+               args.bands, args.input_range, args.cache, args.resume)
     K = len(d.names)
     out = run.folder(args.out, f"runs/{d.name}", args.resume)
-    sizes = ", ".join(f"{len(names)} {split}" for split, names in d.splits.items())
-    say(f"data    {d.name}, {K} classes, images: {sizes}")
+    say(f"data    {d.name}, {K} classes, images: {d.sizes()}")
     for line in d.warnings:
         say(f"        WARNING {line}")
 
     if args.class_weights is None:
         args.class_weights = "sqrt" if d.kind == "demo" else "none"
     weighted = args.class_weights != "none"
-    counts = d.count(limit=None if weighted else CHECKED)  # (N, K + 1) pixels, ignored ones last
-    shares = counts.sum(0) / counts.sum()
-    say("        " + "  ".join(f"{name} {x:.2%}" for name, x in zip([*d.names, "ignored"], shares)))
+    # Pixels per training mask and class, (N, K + 1), ignored ones last. A bad mask stops here.
+    counts = d.count(limit=None if weighted else CHECKED)
+    percents = zip([*d.names, "ignored"], counts.sum(0) / counts.sum())
+    say("        " + "  ".join(f"{name} {x:.2%}" for name, x in percents))
     rare = rare_classes(counts[:, :K]) if args.focus else []
     if rare:
         names = ", ".join(d.names[c] for c in rare)
@@ -208,9 +198,7 @@ def main(args):
     if args.save == "head" and (scratch or not frozen):
         raise BadInput("--save head needs a frozen backbone from --weights; leave --save or "
                        "--unfreeze out")
-    if world > 1 and device.type == "cuda":
-        net = torch.nn.SyncBatchNorm.convert_sync_batchnorm(net)
-    net.to(device).train()
+    net = run.synchronise_norms(net, device).to(device).train()
     amp = args.amp == "bf16"
     if args.amp == "auto":
         amp = run.fast_bf16(device) and (frozen or device.type == "cuda")
@@ -233,10 +221,7 @@ def main(args):
         say("        class weights " + "  ".join(f"{name} {w:.2f}" for name, w in pairs))
     ema = run.Ema(net, args.ema) if args.ema else None
     judged = ema.net if ema else net  # what is evaluated and kept
-    model = net
-    if world > 1:
-        ids = [device.index] if device.type == "cuda" else None
-        model = DistributedDataParallel(net, device_ids=ids)
+    model = run.parallel(net, device)  # the same network, whose gradients are averaged over ranks
     if args.compile:
         model = torch.compile(model)
 
@@ -277,7 +262,7 @@ def main(args):
 
     def save_last():
         if rank == 0:
-            write(out / "log.jsonl", "".join(json.dumps(row) + "\n" for row in s.history))
+            write(out / "log.jsonl", json_lines(s.history))
             write(out / "curves.png", plots.curves(s.history, f"{out.name}: {nets.name_of(spec)}"))
             checkpoint.save_state(
                 out / "last.pt", net=checkpoint.learned(net), opt=opt.state_dict(), state=vars(s),

@@ -67,6 +67,11 @@ def read_json(path: str | Path):
         raise BadInput(f"{path}: not valid JSON ({e})") from None
 
 
+def json_lines(rows: list[dict]) -> str:
+    """The rows as text, one JSON object a line."""
+    return "".join(json.dumps(row) + "\n" for row in rows)
+
+
 def minutes(seconds: float) -> str:
     """75.2 -> '1:15', as ETAs are shown."""
     seconds = round(seconds)

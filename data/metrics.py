@@ -136,3 +136,11 @@ def table_text(table: dict[str, dict]) -> str:
                 cells.append(f"{value:6d}" if key in ("tp", "fp", "tn", "fn") else f"{value:6.3f}")
         lines.append(f"{name:{width}} {' '.join(cells)}")
     return "\n".join(lines)
+
+
+def averages_text(row: dict) -> str:
+    """averages() as one line: accuracy, then macro and weighted precision, recall and F1."""
+    cells = []
+    for name in ("precision", "recall", "f1"):
+        cells.append(f"{name} {row[f'{name}_macro']:.3f} {row[f'{name}_weighted']:.3f}")
+    return f"accuracy {row['accuracy']:.3f}  {'  '.join(cells)}  (macro, weighted)"

@@ -335,6 +335,10 @@ class Scenes:
             self.rows[split] = np.array([at[n] for n in names])
             self.y[split] = torch.tensor([number[scenes[n]] for n in names])
 
+    def images(self, split: str) -> np.ndarray:
+        """(n, S, S, 3) uint8 of a split."""
+        return self.pixels[self.rows[split]]
+
     def about(self) -> dict:
         """What a run's files say of its data."""
         splits = {split: hashlib.sha256("\n".join(names).encode()).hexdigest()[:16]

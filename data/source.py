@@ -24,6 +24,7 @@ class Source:
     split_file: a run's split.json instead of the data set's splits. val_frac: part of train to hold out.
     final: hold nothing out. bands, input_range: as in dataset.json, which they override.
     cache: folder for decoded images, "off", or None for the usual one.
+    resume: a run folder, whose split.json counts: files may have been added since.
     need: splits that must be there. need_masks=False: no image needs a mask (labels are points).
     """
 
@@ -31,7 +32,7 @@ class Source:
                  variant: str | None = None, split_file: str | Path | None = None,
                  val_frac: float | None = None, final: bool = False,
                  bands: list[int] | None = None, input_range: list[float] | None = None,
-                 cache: str | None = None, need: tuple[str, ...] = ("train", "val"),
+                 cache: str | None = None, resume: str | None = None, need: tuple[str, ...] = ("train", "val"),
                  need_masks: bool = True):
         self.kind = dataset or ("folder" if root else "demo")
         if self.kind != "demo" and not root:
@@ -42,6 +43,8 @@ class Source:
                            "leave it out")
         if final and val_frac:
             raise BadInput("--final holds nothing out, --val-frac does; leave one of them out")
+        if resume:
+            split_file, val_frac = f"{resume}/split.json", None
         if self.kind == "demo":
             root = demo.make(root or "runs/data/demo")
         self.root = Path(root).resolve()
@@ -80,6 +83,10 @@ class Source:
         if self.kind in public.SETS:
             return public.describe(self.kind, self.root, variant)
         return read_description(self.root)
+
+    def sizes(self) -> str:
+        """'96 train, 16 val, 24 test'."""
+        return ", ".join(f"{len(names)} {split}" for split, names in self.splits.items())
 
     def files(self, split: str) -> dict[str, tuple]:
         """{name: (image, mask)} of a split, with a box as third entry where names are tiles."""

@@ -1,0 +1,11 @@
+"""Networks, how they learn, and what surrounds a training loop. Nothing here knows a script.
+
+vit heads deeplab unetformer efficientnet_unet classify     networks, each file by itself
+weights     files of others: DINO in every layout, recognised and loaded strictly
+nets        --model, --weights, --head -> network; a run -> network; groups for the optimiser
+losses      cross-entropy, focal, Dice, Lovasz, boundary, KL; exact over ranks and micro-batches
+lookahead   slow weights, warm restarts
+infer       sliding windows over images of any size; the confusion matrix of a split
+checkpoint  best.safetensors and last.pt
+run         flags, processes, signals, the run folder, averaged weights
+"""

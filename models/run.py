@@ -26,6 +26,7 @@ from pathlib import Path
 import torch
 import torch.distributed as dist
 from torch import nn
+from torch.nn.parallel import DistributedDataParallel
 
 from data.common import BadInput
 
@@ -85,6 +86,7 @@ class Parser(argparse.ArgumentParser):
         self.exit(2, f"error: {message}\n")
 
     def parse_known_args(self, args=None, namespace=None):
+        """As argparse's, behind a look for flags that are gone and values that are empty."""
         known = self._option_string_actions
         for word in sys.argv[1:] if args is None else args:
             flag = word.split("=")[0]
@@ -133,6 +135,16 @@ def check_rising(parser: argparse.ArgumentParser, args: argparse.Namespace, *nam
         if pair and not -math.inf < pair[0] <= pair[1] < math.inf:
             parser.error(f"--{name.replace('_', '-')} {pair[0]} {pair[1]}: expected the lower "
                          "number first")
+
+
+def only_with(parser: argparse.ArgumentParser, args: argparse.Namespace, owner: str, value: str,
+              *flags: str) -> None:
+    """Ends the program where one of the flags was typed although --owner is not value."""
+    chosen = getattr(args, owner)
+    for flag in flags:
+        if chosen != value and not args.resume and getattr(args, flag) != parser.get_default(flag):
+            parser.error(f"--{flag.replace('_', '-')} goes with --{owner} {value}, not {chosen}; "
+                         "leave it out")
 
 
 def parse(parser: Parser, argv: list[str] | None = None, movable: tuple[str, ...] = (),
@@ -229,6 +241,21 @@ def over_ranks(t: torch.Tensor) -> torch.Tensor:
     if dist.is_initialized():
         dist.all_reduce(t)
     return t
+
+
+def parallel(net: nn.Module, device: torch.device) -> nn.Module:
+    """The network, under torchrun in DDP: call it like the network, its gradients are means over ranks."""
+    if not dist.is_initialized():
+        return net
+    ids = [device.index] if device.type == "cuda" else None
+    return DistributedDataParallel(net, device_ids=ids)
+
+
+def synchronise_norms(net: nn.Module, device: torch.device) -> nn.Module:
+    """The network, on several GPUs with BatchNorm over all of them (torch has none for CPUs)."""
+    if dist.is_initialized() and device.type == "cuda":
+        return nn.SyncBatchNorm.convert_sync_batchnorm(net)
+    return net
 
 
 def gather(part: torch.Tensor, n: int, device: torch.device) -> torch.Tensor:
