@@ -1,11 +1,13 @@
-"""A map from one class list to another, by name: {"teacher class": "student class", {"a": 0.7, "b": 0.3} or null}.
+"""A map from one class list to another, by name, for a student with other classes than its teacher.
 
-    {"map": {"forest": "forest", "water": "background", "rangeland": {"grassland": 0.7, "semi-natural": 0.3},
-             "snow": null}}
+    shares = read_map("map.json", teacher_names, student_names)    (teacher, student)
 
-Each teacher class goes to one student class, in shares of sum 1 to several, or nowhere (null: what the teacher calls so
-teaches nothing). "teacher" and "student" may list the classes in the order of the outputs; then both lists are compared
-with those that the two models bring along.
+    {"map": {"forest": "forest", "water": "background", "snow": null,
+             "rangeland": {"grassland": 0.7, "semi-natural": 0.3}}}
+
+Each teacher class goes to one student class, in shares of sum 1 to several, or nowhere (null: what
+the teacher calls so teaches nothing). "teacher" and "student" may list the classes in the order of
+the outputs; then both lists are compared with those that the two models bring along.
 """
 import json
 from pathlib import Path
@@ -14,82 +16,142 @@ import numpy as np
 
 from .common import BadInput
 
+# Shares in the text of table(): it leaves out those below SHOWN and takes one above WHOLE for 1.
+SHOWN = 0.05
+WHOLE = 0.995
+
 
 def read_map(path: str | Path, teacher: list[str], student: list[str]) -> np.ndarray:
-    """JSON file and both models' class names, in the order of their outputs -> (teacher, student) float64 shares."""
+    """JSON file and both models' class names -> (teacher, student) float64 shares.
+
+    The names stand in the order of the models' outputs.
+    """
     try:
-        d = json.loads(Path(path).read_text(), object_pairs_hook=unique)
+        found = json.loads(Path(path).read_text(), object_pairs_hook=unique)
     except FileNotFoundError:
         raise BadInput(f"{path}: no such file; data/classmap.py begins with an example") from None
     except ValueError as e:
         raise BadInput(f"{path}: not valid JSON ({e})") from None
-    if not isinstance(d, dict) or not isinstance(d.get("map"), dict):
+    if not isinstance(found, dict) or not isinstance(found.get("map"), dict):
         raise BadInput(f'{path}: no "map" in it; data/classmap.py begins with an example')
+    # Names in another order would send every class to a wrong one.
     for side, names in (("teacher", teacher), ("student", student)):
-        if d.get(side, names) != names:
-            raise BadInput(f'{path}: "{side}" lists {d[side]}, the {side} has {names}; the order of its outputs counts')
-    return matrix(d["map"], teacher, student, path)
+        listed = found.get(side, names)
+        if listed != names:
+            raise BadInput(f'{path}: "{side}" lists {listed}, the {side} has {names}; '
+                           "the order of its outputs counts")
+    return matrix(found["map"], teacher, student, path)
 
 
-def unique(pairs):  # JSON keeps the last of two equal keys and says nothing
-    if len(dict(pairs)) < len(pairs):
-        raise ValueError(f"a name stands twice in {[k for k, _ in pairs]}")
-    return dict(pairs)
+def unique(pairs: list[tuple]) -> dict:
+    """A JSON object whose names are all different: json keeps the last of two and says nothing."""
+    found = dict(pairs)
+    if len(found) < len(pairs):
+        raise ValueError(f"a name stands twice in {[name for name, _ in pairs]}")
+    return found
 
 
-def matrix(rows: dict, teacher: list[str], student: list[str], where: str | Path = "class map") -> np.ndarray:
-    """{teacher name: student name, {student name: share} or None} -> (teacher, student); rows of sum 1, or all 0."""
-    strange, absent = [n for n in rows if n not in teacher], [n for n in teacher if n not in rows]
+def matrix(rows: dict, teacher: list[str], student: list[str],
+           where: str | Path = "class map") -> np.ndarray:
+    """{teacher name: student name, {student name: share} or None} -> (teacher, student) shares.
+
+    Rows sum to 1, or are all 0. `where` begins the errors.
+    """
+    # Every teacher class must be named: one that was forgotten would teach nothing, silently.
+    strange = [name for name in rows if name not in teacher]
+    absent = [name for name in teacher if name not in rows]
     if strange:
-        raise BadInput(f"{where}: the teacher has no class {strange[0]!r}; it has {', '.join(teacher)}")
+        raise BadInput(f"{where}: the teacher has no class {strange[0]!r}; "
+                       f"it has {', '.join(teacher)}")
     if absent:
-        raise BadInput(f"{where}: nothing for the teacher's {', '.join(map(repr, absent))}; name student classes "
-                       f"({', '.join(student)}), or null to leave it out")
-    m = np.zeros((len(teacher), len(student)))
-    for name, shares in rows.items():
-        shares = {} if shares is None else {shares: 1.0} if isinstance(shares, str) else shares
-        if not isinstance(shares, dict) or not all(type(v) in (int, float) and v >= 0 for v in shares.values()):
-            raise BadInput(f"{where}: {name!r} goes to {shares!r}; expected a name, {{name: share}} or null")
+        raise BadInput(f"{where}: nothing for the teacher's {', '.join(map(repr, absent))}; "
+                       f"name student classes ({', '.join(student)}), or null to leave it out")
+    out = np.zeros((len(teacher), len(student)))
+    # Rows are teacher classes, columns student classes, both in the order of the outputs.
+    for name, goes_to in rows.items():
+        shares = as_shares(goes_to)
+        if shares is None:
+            raise BadInput(f"{where}: {name!r} goes to {goes_to!r}; "
+                           "expected a name, {name: share} or null")
         for to, share in shares.items():
             if to not in student:
-                raise BadInput(f"{where}: {name!r} goes to {to!r}, which the student does not have; it has "
-                               f"{', '.join(student)}")
-            m[teacher.index(name), student.index(to)] = share
-        if shares and abs(sum(shares.values()) - 1) > 1e-6:
-            raise BadInput(f"{where}: the shares of {name!r} sum to {sum(shares.values()):g}, not 1")
-    return m
+                raise BadInput(f"{where}: {name!r} goes to {to!r}, which the student does not "
+                               f"have; it has {', '.join(student)}")
+            out[teacher.index(name), student.index(to)] = share
+        # Shares typed as 0.33, 0.33, 0.34 sum to 1 but for rounding.
+        total = sum(shares.values())
+        if shares and abs(total - 1) > 1e-6:
+            raise BadInput(f"{where}: the shares of {name!r} sum to {total:g}, not 1")
+    return out
+
+
+def as_shares(goes_to) -> dict[str, float] | None:
+    """A name, {name: share} or None (nowhere) as {name: share}; None for anything else."""
+    # Nowhere is a row of zeros.
+    if goes_to is None:
+        return {}
+    if isinstance(goes_to, str):
+        return {goes_to: 1.0}
+    if not isinstance(goes_to, dict):
+        return None
+    for share in goes_to.values():
+        # Not isinstance: True is an int, too.
+        if type(share) not in (int, float) or not share >= 0:
+            return None
+    return goes_to
 
 
 def same_names(teacher: list[str], student: list[str]) -> np.ndarray:
     """The map of equal class names; one that only the teacher has is a BadInput."""
-    return matrix({n: n for n in teacher if n in student}, teacher, student, "equal class names (no --map FILE)")
+    rows = {name: name for name in teacher if name in student}
+    return matrix(rows, teacher, student, "equal class names (no --map FILE)")
 
 
 def measured(counts: np.ndarray, least: float = 0.0) -> np.ndarray:
-    """Pixels (teacher's class, true student class) -> shares; a class that the teacher never says goes nowhere.
+    """Pixels (teacher's class, true student class) -> shares.
 
-    Shares below `least` are left out as stray pixels, unless most of the student class lies there.
+    A class that the teacher never says goes nowhere. Shares below `least` are left out as stray
+    pixels, unless most of the student class lies there.
     """
+    # Stray pixels are a small part of what the teacher calls so. They stay where most of a student
+    # class lies: so a rare class keeps its place.
     counts = np.asarray(counts, np.float64)
-    stray = (counts < least * counts.sum(1, keepdims=True)) & (counts < counts.max(0))
+    few = counts < least * counts.sum(1, keepdims=True)
+    stray = few & (counts < counts.max(0))
     counts = np.where(stray, 0, counts)
+    # At least 1: a row without pixels stays 0.
     return counts / np.maximum(counts.sum(1, keepdims=True), 1)
 
 
 def table(teacher: list[str], student: list[str], **maps: np.ndarray) -> str:
-    """One line per teacher class, one column per map, shares below 5 % left out; then student classes without any."""
-    def shares(row):
-        big = [j for j in np.argsort(-row, kind="stable") if row[j] >= 0.05]
-        return " + ".join(student[j] if row[j] > 0.995 else f"{row[j]:.2f} {student[j]}" for j in big) or "-"
-
+    """One line per teacher class, one column per map, then the student classes without any."""
+    # First a grid of texts, then every column padded to its widest one.
     cells = [["teacher", *(f"-> student ({name})" for name in maps)]]
-    cells += [[t, *(shares(m[i]) for m in maps.values())] for i, t in enumerate(teacher)]
+    for i, name in enumerate(teacher):
+        cells.append([name, *(describe(m[i], student) for m in maps.values())])
     widths = [max(map(len, column)) for column in zip(*cells)]
-    lines = ["  ".join(c.ljust(w) for c, w in zip(row, widths)).rstrip() for row in cells]
+    lines = []
+    for row in cells:
+        padded = [cell.ljust(width) for cell, width in zip(row, widths)]
+        lines.append("  ".join(padded).rstrip())
+    # Student classes that no teacher class goes to.
     for name, m in maps.items():
-        without = [s for s, total in zip(student, m.sum(0)) if total == 0]
-        lines += [f"({name}) the teacher is silent about: {', '.join(without)}"] if without else []
+        totals = zip(student, m.sum(0))
+        silent = [other for other, total in totals if total == 0]
+        if silent:
+            lines.append(f"({name}) the teacher is silent about: {', '.join(silent)}")
     return "\n".join(lines)
+
+
+def describe(row: np.ndarray, student: list[str]) -> str:
+    """Shares (student,) -> "0.70 grassland + 0.30 semi-natural", the largest first."""
+    parts = []
+    for j in np.argsort(-row, kind="stable"):
+        if row[j] > WHOLE:
+            parts.append(student[j])
+        elif row[j] >= SHOWN:
+            parts.append(f"{row[j]:.2f} {student[j]}")
+    return " + ".join(parts) or "-"
 
 
 def rows(teacher: list[str], student: list[str], shares: np.ndarray) -> dict:

@@ -1,10 +1,16 @@
-"""The demo data set: procedural aerial scenes at about 0.5 m a pixel, made on first use, nothing to download.
+"""The demo data set: procedural aerial scenes at about 0.5 m a pixel, nothing to download.
 
-As in real imagery, colour alone does not tell the classes apart: crops have the greens of grassland, ploughed soil the
-browns of dirt roads and roofs, ponds the dark green of woods, and a roof can be as turquoise as a pool. Texture, shape
-and context do. Lengths are in pixels, colours in 0..255, points and directions complex numbers x + iy.
+    root = make("runs/data/demo")                          96 train, 16 val and 24 test scenes
+    root = make("d", seed=1, scenes=(6, 2, 3), size=96)    a small one of 96 x 96 pixels
+
+As in real imagery, colour alone does not tell the classes apart: crops have the greens of
+grassland, ploughed soil the browns of dirt roads and roofs, ponds the dark green of woods, and a
+roof can be as turquoise as a pool. Texture, shape and context do.
+
+Lengths are in pixels, colours in 0..255, points and directions complex numbers x + iy. A signed
+distance d is negative inside a shape. The order of the random draws is part of the data set: with
+another one the scenes are others.
 """
-
 import json
 import os
 import shutil
@@ -13,278 +19,643 @@ from pathlib import Path
 from typing import NamedTuple
 
 import numpy as np
+from numpy.random import Generator
 from PIL import Image, ImageFilter
 
-from .common import BadInput
+from .common import BadInput, write
 
-VERSION = 1  # raise it with every change that alters a pixel: older folders are then refused, not mixed in
-CLASSES = {"field": "#e6c86e", "grassland": "#a3d977", "forest": "#1e7b3c", "water": "#2f6fd0", "road": "#8f8f8f",
-           "building": "#d1483d", "car": "#b23af0", "pool": "#35e0e0"}
+# Raise it with every change that alters a pixel: older folders are then refused, not mixed in.
+VERSION = 1
+
+CLASSES = {
+    "field": "#e6c86e",
+    "grassland": "#a3d977",
+    "forest": "#1e7b3c",
+    "water": "#2f6fd0",
+    "road": "#8f8f8f",
+    "building": "#d1483d",
+    "car": "#b23af0",
+    "pool": "#35e0e0",
+}
 FIELD, GRASS, FOREST, WATER, ROAD, BUILDING, CAR, POOL = range(len(CLASSES))
 
-GREENS = np.array([(66, 86, 48), (84, 106, 56), (104, 122, 66), (128, 132, 82), (150, 144, 98)])  # lush .. dry
-SOILS = np.array([(92, 78, 66), (122, 100, 80), (140, 126, 110), (166, 142, 110), (188, 168, 118)])  # ploughed .. ripe
-WOODS = np.array([(50, 72, 42), (64, 86, 48), (46, 66, 48), (84, 90, 52)])
-WATERS = np.array([(38, 62, 78), (50, 72, 58), (60, 78, 50), (100, 96, 76)])
-ASPHALTS = np.array([(102, 101, 102), (126, 124, 122), (148, 144, 138)])
-ROOFS = np.array([(156, 86, 66), (150, 96, 76), (122, 96, 80), (118, 118, 121), (86, 86, 90), (206, 204, 198),
-                  (170, 150, 122), (92, 160, 166), (84, 118, 158)])
-CARS = np.array([(226, 226, 226), (176, 178, 182), (44, 44, 48), (160, 44, 40), (48, 74, 132), (150, 138, 112)])
-POOLS = np.array([(84, 178, 196), (112, 198, 202), (74, 150, 178)])
+Map = np.ndarray  # (H, W), one value a pixel
+
+
+def table(colors: str) -> np.ndarray:
+    """Colours as in CSS -> (n, 3) int."""
+    rows = [bytes.fromhex(color[1:]) for color in colors.split()]
+    return np.array([list(row) for row in rows])
+
+
+# What is painted is a mixture of two colours of a table.
+GREENS = table("#425630 #546a38 #687a42 #808452 #969062")  # from lush to dry
+SOILS = table("#5c4e42 #7a6450 #8c7e6e #a68e6e #bca876")  # from ploughed to ripe
+WOODS = table("#32482a #405630 #2e4230 #545a34")
+WATERS = table("#263e4e #32483a #3c4e32 #64604c")
+ASPHALTS = table("#666566 #7e7c7a #94908a")
+ROOFS = table("#9c5642 #96604c #7a6050 #767679 #56565a #ceccc6 #aa967a #5ca0a6 #54769e")
+CARS = table("#e2e2e2 #b0b2b6 #2c2c30 #a02c28 #304a84 #968a70")
+POOLS = table("#54b2c4 #70c6ca #4a96b2")
+
+ALL = np.s_[:]  # paints everywhere
 
 
 class Land(NamedTuple):
-    """What the painters share: colour (H, W, 3), class ids (H, W) and height (H, W), which casts the shadows."""
-    rgb: np.ndarray
-    ids: np.ndarray
-    height: np.ndarray
+    """What the painters share."""
+    rgb: np.ndarray  # (H, W, 3) float
+    ids: Map  # class ids
+    height: Map  # it casts the shadows
 
 
-def noise(rng: np.random.Generator, size: int, cell: float, octaves: int = 1) -> np.ndarray:
-    """Smooth noise (size, size), deviation near 1, detail about `cell` pixels; an octave is half as big and strong."""
+class Cut(NamedTuple):
+    """The line that halved a parcel; some of these lines become roads."""
+    inside: Map  # bool: the parcel that it halved
+    across: Map  # signed distance to the line
+    along: Map  # coordinate along the line
+    along_u: bool  # does it run along u, not v?
+
+    @property
+    def distance(self) -> Map:
+        return np.abs(self.across)
+
+
+class Road(NamedTuple):
+    """A road follows a cut."""
+    half_width: float
+    cut: Cut
+
+
+class Layout(NamedTuple):
+    """The plan of a scene."""
+    size: int
+    axes: Map  # complex: direction of constant v, that is along u
+    parcel: Map  # parcel numbers
+    town: np.ndarray  # (parcels,) bool
+    roads: list[Road]
+    to_road: Map  # signed distance to the nearest road
+    to_edge: Map  # distance to the nearest cut
+
+    @property
+    def in_town(self) -> Map:
+        return self.town[self.parcel]
+
+
+class Rectangle(NamedTuple):
+    """A rectangle on the land, seen through a window (h, w) that is a little larger."""
+    window: tuple[slice, slice]
+    along: Map  # coordinate along the axis, 0 in the middle
+    across: Map
+    d: Map  # signed distance
+    free: bool  # only field and grassland inside and 3 pixels around
+
+
+# ---- tools
+
+def noise(rng: Generator, size: int, cell: float, octaves: int = 1) -> Map:
+    """Smooth noise (size, size) of deviation near 1 and detail of about `cell` pixels.
+
+    Every further octave is half as big and half as strong.
+    """
     total = np.zeros((size, size), np.float32)
-    for k in range(octaves):
-        n = size * 2 ** k / cell
-        grid = Image.fromarray(rng.standard_normal((int(n) + 4, int(n) + 4), dtype=np.float32))
-        total += np.asarray(grid.resize((size, size), Image.BICUBIC, box=(1, 1, 1 + n, 1 + n))) / 2 ** k
+    for octave in range(octaves):
+        cells = size * 2 ** octave / cell
+        # One cell more on each side: bicubic interpolation looks that far.
+        n = int(cells) + 4
+        grid = Image.fromarray(rng.standard_normal((n, n), dtype=np.float32))
+        inner = (1, 1, 1 + cells, 1 + cells)
+        smooth = grid.resize((size, size), Image.BICUBIC, box=inner)
+        total += np.asarray(smooth) / 2 ** octave
     return total * 1.3
 
 
-def pick(rng: np.random.Generator, table: np.ndarray, n: int = 1) -> np.ndarray:
-    """Colours (n, 3), each a mixture of two random rows of a table, mostly one of them, and a little off."""
-    a, b = table[rng.integers(0, len(table), (2, n))]
-    mix = rng.beta(0.5, 0.5, (n, 1))
-    return (a * mix + b * (1 - mix) + rng.normal(0, 6, (n, 1)) + rng.normal(0, 2, (n, 3))).astype(np.float32)
+def pick_colors(rng: Generator, table: np.ndarray, n: int) -> np.ndarray:
+    """Colours (n, 3), each a mixture of two random rows of a table, mostly one, a little off."""
+    rows = rng.integers(0, len(table), (2, n))
+    first, second = table[rows]
+    share = rng.beta(0.5, 0.5, (n, 1))
+    color = first * share + second * (1 - share)
+    color = color + rng.normal(0, 6, (n, 1))  # brightness
+    color = color + rng.normal(0, 2, (n, 3))  # tint
+    return color.astype(np.float32)
 
 
-def box(land: Land, at: complex, axis: complex, long: float, wide: float) -> tuple:
-    """A rectangle by half lengths: window, coordinates along and across, signed distance, is it all open land."""
-    reach = abs(complex(long, wide)) + 4
-    top, bottom, left, right = (max(int(c + r), 0) for c in (at.imag, at.real) for r in (-reach, reach))
-    ids = land.ids[top:bottom, left:right]
-    y, x = np.arange(top, top + ids.shape[0])[:, None], np.arange(left, left + ids.shape[1])
-    local = (x + 1j * y - at) * axis.conjugate()
-    d = np.maximum(np.abs(local.real) - long, np.abs(local.imag) - wide)
-    return np.s_[top:bottom, left:right], local.real, local.imag, d, not (ids[d < 3] > GRASS).any()
+def pick_color(rng: Generator, table: np.ndarray) -> np.ndarray:
+    return pick_colors(rng, table, 1)[0]
 
 
-def paint(land: Land, where, d: np.ndarray, color, label: int | None = None, height: np.ndarray | float = 0.0) -> None:
-    """Colour the inside (d < 0) of a signed distance, with a soft edge; without a label, class and height stay."""
+def paint(land: Land, where, d: Map, color, label: int | None = None, height=0.0) -> None:
+    """Colour the inside (d < 0) of a signed distance, with a soft edge, in the window `where`.
+
+    Without a label, class and height stay.
+    """
     rgb = land.rgb[where]
-    rgb += np.clip(0.5 - d, 0, 1)[..., None] * (color - rgb)
+    cover = np.clip(0.5 - d, 0, 1)[..., None]
+    rgb += cover * (color - rgb)
     if label is not None:
-        land.ids[where][d < 0] = label
-        land.height[where] = np.where(d < 0, height, land.height[where])
+        inside = d < 0
+        land.ids[where][inside] = label
+        land.height[where] = np.where(inside, height, land.height[where])
 
 
-def cut(rng: np.random.Generator, u: np.ndarray, v: np.ndarray, pieces: int) -> tuple[np.ndarray, list]:
-    """Halve the biggest parcel until enough: parcel numbers (H, W); per cut (inside, across, along, runs along u)."""
-    parcel, cuts = np.zeros(u.shape, np.int64), []
+def rectangle(land: Land, at: complex, axis: complex, long: float, wide: float) -> Rectangle:
+    """A rectangle by its centre, the direction of its long side and its half lengths."""
+    reach = abs(complex(long, wide)) + 4
+    top = max(int(at.imag - reach), 0)
+    bottom = max(int(at.imag + reach), 0)
+    left = max(int(at.real - reach), 0)
+    right = max(int(at.real + reach), 0)
+
+    # The window ends at the image's edge, too.
+    ids = land.ids[top:bottom, left:right]
+    h, w = ids.shape
+    y = np.arange(top, top + h)[:, None]
+    x = np.arange(left, left + w)
+    local = (x + 1j * y - at) * axis.conjugate()
+    along = local.real
+    across = local.imag
+    d = np.maximum(np.abs(along) - long, np.abs(across) - wide)
+    taken = (ids[d < 3] > GRASS).any()
+    window = np.s_[top:bottom, left:right]
+    return Rectangle(window, along, across, d, not taken)
+
+
+# ---- the land
+
+def divide(rng: Generator, u: Map, v: Map, pieces: int) -> tuple[Map, list[Cut]]:
+    """Halve the biggest parcel until there are enough: parcel numbers (H, W) and the cuts.
+
+    A cut ends at older cuts: as roads they meet in junctions.
+    """
+    parcel = np.zeros(u.shape, np.int64)
+    cuts = []
     for new in range(1, pieces):
-        inside = parcel == np.bincount(parcel.ravel()).argmax()
+        biggest = np.bincount(parcel.ravel()).argmax()
+        inside = parcel == biggest
         along_u = np.ptp(v[inside]) > np.ptp(u[inside])
         across, along = (v, u) if along_u else (u, v)
-        across = across - np.quantile(across[inside][::17], rng.uniform(0.35, 0.65)).astype(np.float32)
+        # The cut lies near the middle; every 17th pixel is enough to find it.
+        some = across[inside][::17]
+        middle = np.quantile(some, rng.uniform(0.35, 0.65))
+        across = across - middle.astype(np.float32)
         parcel[inside & (across > 0)] = new
-        cuts.append((inside, across, along, along_u))  # it ends at older cuts: as roads they meet in junctions
+        cuts.append(Cut(inside, across, along, along_u))
     return parcel, cuts
 
 
-def open_land(rng: np.random.Generator, u: np.ndarray, v: np.ndarray, parcel: np.ndarray, town: np.ndarray) -> Land:
-    """Fields with rows and tramlines, grassland with patches; a town is grass before its houses come."""
-    size, n = len(u), len(town)
-    crop = (rng.random(n) < rng.uniform(0.75, 1)) & ~town
-    base = np.where(crop[:, None] & (rng.random((n, 1)) < 0.5), pick(rng, SOILS, n), pick(rng, GREENS, n))[parcel]
-    turn, period, tram, depth = (rng.uniform(low, high, n).astype(np.float32)[parcel]
-                                 for low, high in ((-0.2, 0.2), (3.5, 8), (26, 44), (4, 16)))
-    rows = np.where((rng.random(n) < 0.5)[parcel], u + turn * v, v - turn * u)
-    stripes = depth * np.sin(2 * np.pi / period * rows) * np.clip(1 + 0.5 * noise(rng, size, 60), 0.3, 2)
-    stripes -= 14 * (np.abs(np.abs(rows % tram - 6) - 2.5) < 0.8)  # the tractor's two wheels
-    texture = np.where(crop[parcel], stripes + 5 * noise(rng, size, 70, 3), 9 * noise(rng, size, 28, 4))
-    rgb = base + texture[..., None] * np.array((1, 0.95, 0.75), np.float32)
-    rgb += noise(rng, size, 90, 2)[..., None] * np.array((7, 2, 1), np.float32)  # drier and wetter patches
-    return Land(rgb, np.where(crop, FIELD, GRASS).astype(np.uint8)[parcel], np.zeros((size, size), np.float32))
+def open_land(rng: Generator, u: Map, v: Map, parcel: Map, town: np.ndarray) -> Land:
+    """Fields with rows and tramlines, grassland with patches.
+
+    A town (parcels,) is grass before its houses come.
+    """
+    size = len(u)
+    n = len(town)
+    is_crop = rng.random(n) < rng.uniform(0.75, 1)
+    is_crop = is_crop & ~town
+    is_soil = rng.random((n, 1)) < 0.5
+    is_soil = is_soil & is_crop[:, None]
+    soils = pick_colors(rng, SOILS, n)
+    greens = pick_colors(rng, GREENS, n)
+    base = np.where(is_soil, soils, greens)[parcel]  # (H, W, 3)
+
+    def uniform(low, high):  # (H, W), one number a parcel
+        return rng.uniform(low, high, n).astype(np.float32)[parcel]
+
+    # Rows of plants run along one axis of the land, turned a little.
+    turn = uniform(-0.2, 0.2)
+    period = uniform(3.5, 8)
+    tram = uniform(26, 44)
+    depth = uniform(4, 16)
+    along_v = (rng.random(n) < 0.5)[parcel]
+    rows = np.where(along_v, u + turn * v, v - turn * u)
+    vigour = np.clip(1 + 0.5 * noise(rng, size, 60), 0.3, 2)
+    stripes = depth * np.sin(2 * np.pi / period * rows) * vigour
+    # Every `tram` pixels a tractor has left the two tracks of its wheels.
+    from_middle = np.abs(rows % tram - 6)
+    stripes -= 14 * (np.abs(from_middle - 2.5) < 0.8)
+
+    # Plants vary least in blue.
+    on_crop = stripes + 5 * noise(rng, size, 70, 3)
+    on_grass = 9 * noise(rng, size, 28, 4)
+    texture = np.where(is_crop[parcel], on_crop, on_grass)
+    plants = np.array((1, 0.95, 0.75), np.float32)
+    rgb = base + texture[..., None] * plants
+    # Drier patches are more red, wetter ones less.
+    dry = np.array((7, 2, 1), np.float32)
+    rgb += noise(rng, size, 90, 2)[..., None] * dry
+    ids = np.where(is_crop, FIELD, GRASS).astype(np.uint8)
+    height = np.zeros((size, size), np.float32)
+    return Land(rgb, ids[parcel], height)
 
 
-def water(rng: np.random.Generator, land: Land, u: np.ndarray, to_road: np.ndarray) -> np.ndarray:
-    """A river across everything, to be bridged by the roads, or ponds away from them; distance to the shore."""
+def add_water(rng: Generator, land: Land, u: Map, to_road: Map) -> Map:
+    """A river across everything, to be bridged by the roads, or ponds away from them.
+
+    Returns the signed distance to the shore.
+    """
     size = len(u)
     if rng.random() < 0.35:
-        d = np.abs(u - rng.choice(u.ravel()) + 22 * noise(rng, size, 110)) - rng.uniform(8, 24)
+        # A river along v through a random pixel, with bends.
+        course = u - rng.choice(u.ravel()) + 22 * noise(rng, size, 110)
+        half_width = rng.uniform(8, 24)
+        d = np.abs(course) - half_width
     else:
-        d = 18 * (noise(rng, size, 80, 3) + 3 * np.exp(-to_road / 12))
-        d -= np.quantile(d[::4, ::4], rng.uniform(0.02, 0.25))
-    paint(land, np.s_[:], d - 2.5, pick(rng, SOILS)[0] * 0.8)  # bank
-    deep = 2 * noise(rng, size, 60, 2) - 0.4 * np.clip(-d, 0, 20)
-    paint(land, np.s_[:], d, pick(rng, WATERS)[0] + deep[..., None], WATER)
+        # Ponds fill the lowest share of the land; roads lie high.
+        bottom = noise(rng, size, 80, 3)
+        d = 18 * (bottom + 3 * np.exp(-to_road / 12))
+        share = rng.uniform(0.02, 0.25)
+        d -= np.quantile(d[::4, ::4], share)
+
+    bank = pick_color(rng, SOILS) * 0.8
+    paint(land, ALL, d - 2.5, bank)
+    # The deeper the darker.
+    shade = 2 * noise(rng, size, 60, 2)
+    shade = shade - 0.4 * np.clip(-d, 0, 20)
+    color = pick_color(rng, WATERS) + shade[..., None]
+    paint(land, ALL, d, color, WATER)
     return d
 
 
-def trees(rng: np.random.Generator, land: Land, wood: np.ndarray, density: np.ndarray) -> None:
-    """Shaded ground where wood > 0, and round crowns on a jittered grid, one standing where density > U(0, 1)."""
-    size, cell = len(wood), int(rng.integers(8, 13))
-    n = size // cell + 3  # with one ring of cells outside the image
-    cy, cx = (np.stack(np.mgrid[:n, :n]) + rng.random((2, n, n))).astype(np.float32) * cell
-    iy, ix = (np.clip(c - cell, 0, size - 1).astype(int) for c in (cy, cx))
-    radius = np.where(density[iy, ix] > rng.random((n, n)), cell * rng.uniform(0.55, 0.85, (n, n)), 1e-3)
-    radius, pixel = radius.astype(np.float32), np.arange(cell, (n - 1) * cell, dtype=np.float32).reshape(n - 2, cell)
-    dome, owner = np.zeros((n - 2, cell) * 2, np.float32), np.zeros((n - 2, cell) * 2, np.int64)
-    for k in range(9):  # a crown reaches no further than the next cell
-        near = np.s_[k // 3:k // 3 + n - 2, None, k % 3:k % 3 + n - 2, None]
-        rise = 1 - ((pixel[..., None, None] - cy[near]) ** 2 + (pixel - cx[near]) ** 2) / radius[near] ** 2
-        owner = np.where(rise > dome, np.arange(n * n).reshape(n, n)[near], owner)
-        dome = np.maximum(dome, rise)
-    dome, owner = (a.reshape((n - 2) * cell, -1)[:size, :size] for a in (dome, owner))
-    leaf = pick(rng, WOODS)[0] + rng.normal(0, 6, (n * n, 1)) + rng.normal(0, 3, (n * n, 3))  # no two trees are alike
+def where_trees_stand(rng: Generator, layout: Layout, to_water: Map) -> tuple[Map, Map]:
+    """Woodland, above 0 inside, and the density of trees from 0 to 1."""
+    # Woodland is not in town, on roads or in water.
+    wood = noise(rng, layout.size, 70, 3)
+    level = np.quantile(wood[::4, ::4], rng.uniform(0.6, 0.95))
+    wood -= level + layout.in_town
+    room = np.minimum(to_water, layout.to_road - 5)
+    wood = np.minimum(wood, room / 5)
+
+    # Some parcels have hedges around them.
+    hedged = rng.random(len(layout.town)) < 0.3
+    hedge = (layout.to_edge < 4) & hedged[layout.parcel]
+    density = np.where(layout.in_town, 0.03, 0.004)
+    density = np.where(hedge, 0.8, density)
+    density = np.where(wood > 0, 1, density)
+    return wood, density * (to_water > 4) * (layout.to_road > 5)
+
+
+def add_trees(rng: Generator, land: Land, wood: Map, density: Map) -> None:
+    """Shaded ground where wood > 0, and round crowns on a jittered grid.
+
+    A tree stands where the density is above a number from U(0, 1).
+    """
+    # n x n cells with one tree each; one ring of cells lies outside the image.
+    size = len(wood)
+    cell = int(rng.integers(8, 13))
+    n = size // cell + 3
+    corners = np.stack(np.mgrid[:n, :n])
+    centres = corners + rng.random((2, n, n))
+    cy, cx = centres.astype(np.float32) * cell
+    iy = np.clip(cy - cell, 0, size - 1).astype(int)
+    ix = np.clip(cx - cell, 0, size - 1).astype(int)
+    # Without a tree the radius is next to nothing, so that one formula serves all cells.
+    stands = density[iy, ix] > rng.random((n, n))
+    radius = cell * rng.uniform(0.55, 0.85, (n, n))
+    radius = np.where(stands, radius, 1e-3).astype(np.float32)
+
+    # Pixels as (cells, cell, cells, cell), so that each meets the nine trees of its own cell and
+    # those around it: a crown reaches no further. `dome` is the highest crown, `owner` its tree.
+    inner = n - 2
+    shape = (inner, cell, inner, cell)
+    pixel = np.arange(cell, (n - 1) * cell, dtype=np.float32)
+    pixel = pixel.reshape(inner, cell)
+    number = np.arange(n * n).reshape(n, n)
+    dome = np.zeros(shape, np.float32)
+    owner = np.zeros(shape, np.int64)
+    for down in range(3):
+        for right in range(3):
+            near = np.s_[down:down + inner, None, right:right + inner, None]
+            dy2 = (pixel[..., None, None] - cy[near]) ** 2
+            dx2 = (pixel - cx[near]) ** 2
+            rise = 1 - (dy2 + dx2) / radius[near] ** 2
+            owner = np.where(rise > dome, number[near], owner)
+            dome = np.maximum(dome, rise)
+    dome = dome.reshape(inner * cell, -1)[:size, :size]
+    owner = owner.reshape(inner * cell, -1)[:size, :size]
+
+    # No two trees are alike.
+    leaf = pick_color(rng, WOODS) + rng.normal(0, 6, (n * n, 1))
+    leaf = leaf + rng.normal(0, 3, (n * n, 3))
     shade = 0.75 + 0.3 * dome + 0.04 * noise(rng, size, 3)
-    paint(land, np.s_[:], 1 - 9 * wood, pick(rng, WOODS)[0] * 0.6, FOREST)
-    paint(land, np.s_[:], 0.1 - 9 * dome, leaf[owner] * shade[..., None], FOREST, rng.uniform(9, 16) * np.sqrt(dome))
+    ground = pick_color(rng, WOODS) * 0.6
+    paint(land, ALL, 1 - 9 * wood, ground, FOREST)
+    height = rng.uniform(9, 16) * np.sqrt(dome)
+    color = leaf[owner] * shade[..., None]
+    paint(land, ALL, 0.1 - 9 * dome, color, FOREST, height)
 
 
-def car(rng: np.random.Generator, land: Land, at: complex, axis: complex) -> None:
+# ---- roads, buildings, cars
+
+def add_roads(rng: Generator, land: Land, roads: list[Road]) -> None:
+    """Narrow roads are dirt with grass between the wheels; the widest have a dashed white line."""
+    grit = 3 * noise(rng, len(land.ids), 20, 3)[..., None]
+    for road in roads:
+        inside = road.cut.inside
+        is_dirt = road.half_width < 5
+        color = pick_color(rng, SOILS[1:4] if is_dirt else ASPHALTS) + grit
+        dashed = (road.half_width > 7) & (road.cut.along % 24 < 12)
+        middle = np.where(inside & (is_dirt | dashed), road.cut.distance - 0.7, 1)
+        d = np.where(inside, road.cut.distance - road.half_width, 1)
+        paint(land, ALL, d, color, ROAD)
+        line = pick_color(rng, GREENS) if is_dirt else 200
+        paint(land, ALL, middle, line)
+
+
+def add_car(rng: Generator, land: Land, at: complex, axis: complex) -> None:
     """About 4.2 x 1.9 m, with dark glass at the front and the back."""
-    where, along, _, d, _ = box(land, at, axis, rng.uniform(3.8, 4.6), 1.9)
-    body = pick(rng, CARS)[0]
-    paint(land, where, d, body, CAR, 2.5)
-    paint(land, where, np.maximum(d, np.abs(np.abs(along + 0.5) - 2) - 0.7), body * 0.5)
+    half_length = rng.uniform(3.8, 4.6)
+    car = rectangle(land, at, axis, half_length, 1.9)
+    color = pick_color(rng, CARS)
+    paint(land, car.window, car.d, color, CAR, 2.5)
+    from_middle = np.abs(car.along + 0.5)
+    panes = np.abs(from_middle - 2) - 0.7
+    glass = np.maximum(car.d, panes)
+    paint(land, car.window, glass, color * 0.5)
 
 
-def house(rng: np.random.Generator, land: Land, at: complex, axis: complex, long: float, wide: float) -> None:
-    """A gabled, hipped or, if large, flat roof, then a pool or a car park beside it; nothing where there is no room."""
-    where, along, across, d, free = box(land, at, axis, long, wide)
-    if not free:
+def add_house(rng: Generator, land: Land, at: complex, axis: complex,
+              long: float, wide: float) -> None:
+    """A gabled, hipped or, if large, flat roof, then a pool or a car park beside it.
+
+    Nothing where there is no room.
+    """
+    house = rectangle(land, at, axis, long, wide)
+    if not house.free:
         return
-    flat = wide > 11
-    roof = 0 if flat else 0.6 * np.minimum(wide - np.abs(across), long - np.abs(along) + rng.choice((0, 99)))
-    color = pick(rng, ROOFS)[0] + 3 * np.sin(along * rng.uniform(1, 2))[..., None]
-    paint(land, where, d, color, BUILDING, rng.uniform(8, 14) + roof)
-    for _ in range(rng.integers(4, 9) if flat else 1):  # roof lights, or a chimney
+    is_flat = wide > 11
+    slope = 0
+    if not is_flat:
+        # A gabled roof does not slope towards its ends: they are put far away.
+        beyond = rng.choice((0, 99))
+        ends = long - np.abs(house.along) + beyond
+        slope = 0.6 * np.minimum(wide - np.abs(house.across), ends)
+    tiles = pick_color(rng, ROOFS)
+    rows = np.sin(house.along * rng.uniform(1, 2))
+    color = tiles + 3 * rows[..., None]
+    height = rng.uniform(8, 14) + slope
+    paint(land, house.window, house.d, color, BUILDING, height)
+
+    # Roof lights, or a chimney.
+    for _ in range(rng.integers(4, 9) if is_flat else 1):
         p, q = rng.uniform(-0.8, 0.8, 2) * (long, wide)
-        paint(land, where, np.maximum(np.abs(along - p), np.abs(across - q)) - rng.uniform(1, 2), rng.uniform(60, 220))
+        along = np.abs(house.along - p)
+        across = np.abs(house.across - q)
+        d = np.maximum(along, across) - rng.uniform(1, 2)
+        paint(land, house.window, d, rng.uniform(60, 220))
 
-    size = (24, 13) if flat else (rng.uniform(5.5, 8.5), rng.uniform(3, 4.5))
-    at += axis * complex(rng.uniform(-5, 5), rng.choice((-1, 1)) * (wide + size[1] + 4))
-    where, along, across, d, free = box(land, at, axis, *size)
-    if free and flat:
-        paint(land, where, d, pick(rng, ASPHALTS)[0], ROAD)
-        paint(land, where, np.maximum(d + 1, np.maximum(np.abs(along % 6 - 3) - 0.4, 4.5 - np.abs(across))), 205)
-        for k in np.flatnonzero(rng.random(14) < 0.3):  # two rows of slots 3 m wide
-            car(rng, land, at + axis * complex(6 * (k // 2) - 18, 17 * (k % 2) - 8.5), axis * 1j)
-    elif free:
-        if rng.random() < 0.4:
-            d = (np.hypot(along / size[0], across / size[1]) - 1) * size[1]
-        paint(land, where, d - 1.5, 196)  # paving
-        paint(land, where, d, pick(rng, POOLS)[0], POOL)
+    if is_flat:
+        at = at + beside(rng, axis, wide, 13)
+        add_car_park(rng, land, at, axis)
+    else:
+        half = (rng.uniform(5.5, 8.5), rng.uniform(3, 4.5))
+        at = at + beside(rng, axis, wide, half[1])
+        add_pool(rng, land, rectangle(land, at, axis, *half), half)
 
 
-def photograph(rng: np.random.Generator, land: Land) -> np.ndarray:
-    """Sunlit slopes, cast shadows, exposure, white balance, haze, the camera's blur and noise: (H, W, 3) uint8."""
-    height, size = land.height, len(land.height)
-    sun, drop = complex(np.exp(2j * np.pi * rng.random())), rng.uniform(0.7, 1.4)
+def beside(rng: Generator, axis: complex, wide: float, other: float) -> complex:
+    """The way to the middle of what lies 4 pixels beside a house, by the half widths of both."""
+    shift = rng.uniform(-5, 5)
+    side = rng.choice((-1, 1))
+    across = side * (wide + other + 4)
+    return axis * complex(shift, across)
+
+
+def add_car_park(rng: Generator, land: Land, at: complex, axis: complex) -> None:
+    """Two rows of slots 3 m wide, some of them taken."""
+    park = rectangle(land, at, axis, 24, 13)
+    if not park.free:
+        return
+    paint(land, park.window, park.d, pick_color(rng, ASPHALTS), ROAD)
+    # White lines between the slots, which leave the lane in the middle free.
+    line = np.abs(park.along % 6 - 3) - 0.4
+    lane = 4.5 - np.abs(park.across)
+    lines = np.maximum(park.d + 1, np.maximum(line, lane))
+    paint(land, park.window, lines, 205)
+    for slot in np.flatnonzero(rng.random(14) < 0.3):
+        along = 6 * (slot // 2) - 18
+        across = 17 * (slot % 2) - 8.5
+        place = at + axis * complex(along, across)
+        add_car(rng, land, place, axis * 1j)
+
+
+def add_pool(rng: Generator, land: Land, place: Rectangle, half: tuple[float, float]) -> None:
+    """A rectangle or an ellipse of water with paving around it."""
+    if not place.free:
+        return
+    d = place.d
+    if rng.random() < 0.4:
+        long, wide = half
+        d = (np.hypot(place.along / long, place.across / wide) - 1) * wide
+    paint(land, place.window, d - 1.5, 196)
+    paint(land, place.window, d, pick_color(rng, POOLS), POOL)
+
+
+def add_buildings(rng: Generator, land: Land, layout: Layout) -> None:
+    """Large buildings while there is room, then houses from the roads outwards: they line up."""
+    area = (layout.size / 256) ** 2
+    # Random places in town, not too near to a road.
+    spots = np.argwhere(layout.in_town & (layout.to_road > 11))
+    order = rng.permutation(len(spots))
+    spots = spots[order[:int(400 * area)]]
+    # Rows of houses 12 pixels deep.
+    rank = layout.to_road[tuple(spots.T)] // 12
+    along_roads = spots[np.argsort(rank, kind="stable")]
+    # Most of these tries fail.
+    tries = int(rng.integers(0, 60) * area)
+    large = spots[:tries]
+    for k, (y, x) in enumerate((*large, *along_roads)):
+        if land.ids[y, x] > GRASS:
+            continue
+        if k < len(large):
+            long, wide = rng.uniform((20, 12), (34, 20))
+        else:
+            long, wide = rng.uniform((10, 7), (17, 10.5))
+        # The ridge runs along or across the street.
+        quarters = rng.integers(0, 4)
+        axis = layout.axes[y, x] * 1j ** quarters
+        add_house(rng, land, complex(x, y), axis, long, wide)
+
+
+def add_traffic(rng: Generator, land: Land, layout: Layout) -> None:
+    """One to three cars on every road, in the middle of a lane."""
+    for road in layout.roads:
+        off = np.abs(road.cut.distance - road.half_width / 2)
+        middle = road.cut.inside & (off < 1)
+        spots = np.argwhere(middle & (land.ids == ROAD))
+        order = rng.permutation(len(spots))
+        count = rng.integers(1, 4)
+        # Cars stand along their road.
+        turn = 1 if road.cut.along_u else 1j
+        for y, x in spots[order[:count]]:
+            axis = layout.axes[y, x] * turn
+            add_car(rng, land, complex(x, y), axis)
+
+
+# ---- the whole scene
+
+def landing(step: int, size: int) -> slice:
+    """Where the pixels 0..size are after a step, without those that left the image."""
+    first = max(step, 0)
+    last = size - max(-step, 0)
+    return slice(first, last)
+
+
+def photograph(rng: Generator, land: Land) -> np.ndarray:
+    """(H, W, 3) uint8 with light, shadows, exposure, white balance, haze, blur and grain."""
+    height = land.height
+    size = len(height)
+    sun = complex(np.exp(2j * np.pi * rng.random()))
+    drop = rng.uniform(0.7, 1.4)
+    # Slopes towards the sun are brighter.
     gy, gx = np.gradient(height)
-    light, depth = 1 - 0.25 * np.clip(gy * sun.imag + gx * sun.real, -1, 1), np.zeros_like(height)
-    for k in range(1, int(height.max() / drop) + 2):  # march towards the sun on rays that rise by `drop` a pixel
-        dy, dx = round(k * sun.imag), round(k * sun.real)
-        here = np.s_[max(-dy, 0):size - max(dy, 0), max(-dx, 0):size - max(dx, 0)]
-        there = np.s_[max(dy, 0):size - max(-dy, 0), max(dx, 0):size - max(-dx, 0)]
-        depth[here] = np.maximum(depth[here], height[there] - k * drop - height[here])
-    shadow = np.clip(depth, 0, 1)[..., None] * (0.6, 0.55, 0.45)  # the sky's blue light is left
-    rgb = land.rgb * light[..., None] * (1 - shadow) * rng.uniform(1, 1.45) * rng.normal(1, 0.025, 3)
-    rgb += rng.uniform(0, 0.25) * (np.array((176, 188, 200)) - rgb)
-    sharp = Image.fromarray(np.clip(rgb, 0, 255).astype(np.uint8))
-    blurred = sharp.filter(ImageFilter.GaussianBlur(rng.uniform(0.4, 0.8)))
-    grain = rng.uniform(1.5, 4) * rng.standard_normal(rgb.shape, dtype=np.float32)
-    return np.clip(np.asarray(blurred) + grain, 0, 255).astype(np.uint8)
+    slope = gy * sun.imag + gx * sun.real
+    light = 1 - 0.25 * np.clip(slope, -1, 1)
+
+    # March towards the sun on rays that rise by `drop` a pixel; what is above a ray casts a shadow.
+    depth = np.zeros_like(height)
+    for k in range(1, int(height.max() / drop) + 2):
+        dy = round(k * sun.imag)
+        dx = round(k * sun.real)
+        here = landing(-dy, size), landing(-dx, size)
+        there = landing(dy, size), landing(dx, size)
+        above = height[there] - k * drop - height[here]
+        depth[here] = np.maximum(depth[here], above)
+    # The sky's blue light is left.
+    shadow = np.clip(depth, 0, 1)[..., None]
+    shadow = shadow * (0.6, 0.55, 0.45)
+
+    exposure = rng.uniform(1, 1.45)
+    balance = rng.normal(1, 0.025, 3)
+    rgb = land.rgb * light[..., None]
+    rgb = rgb * (1 - shadow) * exposure * balance
+    haze = np.array((176, 188, 200))
+    rgb += rng.uniform(0, 0.25) * (haze - rgb)
+
+    # The lens blurs, the sensor adds its noise.
+    sharp = np.clip(rgb, 0, 255).astype(np.uint8)
+    blur = ImageFilter.GaussianBlur(rng.uniform(0.4, 0.8))
+    blurred = np.asarray(Image.fromarray(sharp).filter(blur))
+    strength = rng.uniform(1.5, 4)
+    grain = strength * rng.standard_normal(rgb.shape, dtype=np.float32)
+    return np.clip(blurred + grain, 0, 255).astype(np.uint8)
 
 
-def scene(rng: np.random.Generator, size: int) -> tuple[np.ndarray, np.ndarray]:
+def scene(rng: Generator, size: int) -> tuple[np.ndarray, np.ndarray]:
     """One aerial photograph (H, W, 3) uint8 and its class ids (H, W) uint8."""
-    area, bend = (size / 256) ** 2, rng.uniform(0, 9)
-    x, y = np.meshgrid(*[np.arange(size)] * 2)
-    turned = (x + 1j * y) * np.exp(2j * np.pi * rng.random())
-    u, v = (a.astype(np.float32) + bend * noise(rng, size, 150) for a in (turned.real, turned.imag))  # the land's axes
+    # The land's axes u and v: a turned and bent grid.
+    area = (size / 256) ** 2
+    bend = rng.uniform(0, 9)
+    x, y = np.meshgrid(np.arange(size), np.arange(size))
+    angle = np.exp(2j * np.pi * rng.random())
+    turned = (x + 1j * y) * angle
+    u = turned.real.astype(np.float32) + bend * noise(rng, size, 150)
+    v = turned.imag.astype(np.float32) + bend * noise(rng, size, 150)
     gy, gx = np.gradient(v)
-    axes = (gy - 1j * gx) / np.hypot(gx, gy)  # direction of constant v, that is along u, at each pixel
-    parcel, cuts = cut(rng, u, v, max(4, round(area * rng.uniform(7, 15))))
+    axes = (gy - 1j * gx) / np.hypot(gx, gy)
+
+    # Parcels, some of them town; the one in the middle of the scene always is.
+    pieces = round(area * rng.uniform(7, 15))
+    parcel, cuts = divide(rng, u, v, max(4, pieces))
     town = rng.random(parcel.max() + 1) < rng.uniform(0, 0.7)
     town[parcel[size // 2, size // 2]] = True
     land = open_land(rng, u, v, parcel, town)
-    in_town = town[parcel]
 
-    roads = [(float(rng.choice((4.5, 6, 8))), *c) for c in cuts[:rng.integers(2, 5)]]  # the first cuts are the longest
-    to_road = np.min([np.where(inside, np.abs(s) - w, np.float32(size)) for w, inside, s, *_ in roads], 0)
-    to_edge = np.min([np.where(inside, np.abs(s), np.float32(size)) for inside, s, *_ in cuts], 0)
-    to_water = water(rng, land, u, to_road)
+    # The first cuts are the longest: they become roads.
+    roads = []
+    for cut in cuts[:rng.integers(2, 5)]:
+        half_width = float(rng.choice((4.5, 6, 8)))
+        roads.append(Road(half_width, cut))
+    far = np.float32(size)
+    kerbs = [np.where(r.cut.inside, r.cut.distance - r.half_width, far) for r in roads]
+    edges = [np.where(cut.inside, cut.distance, far) for cut in cuts]
+    to_road = np.min(kerbs, 0)
+    to_edge = np.min(edges, 0)
+    layout = Layout(size, axes, parcel, town, roads, to_road, to_edge)
 
-    wood = noise(rng, size, 70, 3)  # above 0 is woodland: not in town, on roads or in water
-    wood -= np.quantile(wood[::4, ::4], rng.uniform(0.6, 0.95)) + in_town
-    wood = np.minimum(wood, np.minimum(to_water, to_road - 5) / 5)
-    hedge = (to_edge < 4) & (rng.random(len(town)) < 0.3)[parcel]
-    density = np.where(wood > 0, 1, np.where(hedge, 0.8, np.where(in_town, 0.03, 0.004)))
-    trees(rng, land, wood, density * (to_water > 4) * (to_road > 5))
-
-    grit = 3 * noise(rng, size, 20, 3)[..., None]
-    for w, inside, s, t, _ in roads:  # w is half the width
-        dirt = w < 5  # the colour of soil, grass between the wheels; the widest have a dashed white line
-        color = pick(rng, SOILS[1:4] if dirt else ASPHALTS)[0] + grit
-        middle = np.where(inside & (dirt | (w > 7) & (t % 24 < 12)), np.abs(s) - 0.7, 1)
-        paint(land, np.s_[:], np.where(inside, np.abs(s) - w, 1), color, ROAD)
-        paint(land, np.s_[:], middle, pick(rng, GREENS)[0] if dirt else 200)
-
-    # large buildings first while there is room, then houses from the roads outwards, so that they line up
-    spots = np.argwhere(in_town & (to_road > 11))
-    spots = spots[rng.permutation(len(spots))[:int(400 * area)]]
-    along_roads = spots[np.argsort(to_road[tuple(spots.T)] // 12, kind="stable")]
-    large = spots[:int(rng.integers(0, 60) * area)]  # most tries fail
-    for k, (y, x) in enumerate((*large, *along_roads)):
-        if land.ids[y, x] <= GRASS:
-            long, wide = rng.uniform((20, 12), (34, 20)) if k < len(large) else rng.uniform((10, 7), (17, 10.5))
-            house(rng, land, complex(x, y), axes[y, x] * 1j ** rng.integers(0, 4), long, wide)
-    for w, inside, s, _, along_u in roads:
-        lane = np.argwhere(inside & (np.abs(np.abs(s) - w / 2) < 1) & (land.ids == ROAD))
-        for y, x in lane[rng.permutation(len(lane))[:rng.integers(1, 4)]]:
-            car(rng, land, complex(x, y), axes[y, x] * (1 if along_u else 1j))
+    # Each of these sees what the ones before have painted.
+    to_water = add_water(rng, land, u, to_road)
+    wood, density = where_trees_stand(rng, layout, to_water)
+    add_trees(rng, land, wood, density)
+    add_roads(rng, land, roads)
+    add_buildings(rng, land, layout)
+    add_traffic(rng, land, layout)
     return photograph(rng, land), land.ids
 
 
+# ---- files
+
 def is_made(root: Path, made_by: dict) -> bool:
-    """Whether the folder holds this very data set; another content than this or nothing is an error."""
-    if not root.exists() or root.is_dir() and not any(root.iterdir()):
+    """Whether the folder holds this very data set; any other content is an error."""
+    if not root.exists():
+        return False
+    if root.is_dir() and not any(root.iterdir()):
         return False
     try:
         found = json.loads((root / "dataset.json").read_text())["made_by"]
     except (OSError, ValueError, KeyError, TypeError):
         found = None
     if found != made_by:
-        raise BadInput(f"{root}: wanted {made_by}, found {found or 'other files'}; name another folder")
+        found = found or "other files"
+        raise BadInput(f"{root}: wanted {made_by}, found {found}; name another folder")
     return True
 
 
-def make(root: str | Path, seed: int = 0, scenes: tuple[int, int, int] = (96, 16, 24), size: int = 256) -> Path:
-    """Make the data set in `root` unless it is there; it appears whole or not at all, however many start this."""
+def make(root: str | Path, seed: int = 0, scenes: tuple[int, int, int] = (96, 16, 24),
+         size: int = 256) -> Path:
+    """Make the data set in `root` unless it is there: `scenes` for train, val and test.
+
+    It appears whole or not at all, however many processes start this.
+    """
     root = Path(root)
-    made_by = {"generator": "nanoRS demo", "version": VERSION, "seed": seed, "scenes": list(scenes), "size": size}
+    made_by = {
+        "generator": "nanoRS demo",
+        "version": VERSION,
+        "seed": seed,
+        "scenes": list(scenes),
+        "size": size,
+    }
     if is_made(root, made_by):
         return root
-    palette = b"".join(bytes.fromhex(color[1:]) for color in CLASSES.values())
     part = root.absolute().with_name(f".{root.name}-{uuid.uuid4().hex}.tmp")
     try:
-        for number, (split, count) in enumerate(zip(("train", "val", "test"), scenes)):
-            for kind in ("images", "masks"):
-                (part / split / kind).mkdir(parents=True)
-            for i in range(count):
-                image, mask = (Image.fromarray(a) for a in scene(np.random.default_rng((seed, number, i)), size))
-                mask.putpalette(palette)  # ids stay what they are, and any viewer shows them in colour
-                image.save(part / split / "images" / f"scene_{i:03d}.png", compress_level=3)
-                mask.save(part / split / "masks" / f"scene_{i:03d}.png")
-        classes = [{"name": name, "id": i, "color": color} for i, (name, color) in enumerate(CLASSES.items())]
-        info = {"name": "demo", "images": "*/images/*.png", "masks": "*/masks/*.png", "classes": classes, "ignore": [],
-                "splits": {split: f"{split}/*" for split in ("train", "val", "test")}, "made_by": made_by}
-        (part / "dataset.json").write_text(json.dumps(info, indent=1) + "\n")
+        fill(part, seed, scenes, size, made_by)
         os.rename(part, root)
     except OSError:
-        if not is_made(root, made_by):  # else another process was first, and rename refuses a filled folder
+        # Rename refuses a filled folder: perhaps another process was first.
+        if not is_made(root, made_by):
             raise
     finally:
         shutil.rmtree(part, ignore_errors=True)
     return root
+
+
+def fill(folder: Path, seed: int, scenes: tuple, size: int, made_by: dict) -> None:
+    """All scenes as split/images/*.png and split/masks/*.png, then dataset.json."""
+    splits = ("train", "val", "test")
+    palette = b"".join(bytes.fromhex(color[1:]) for color in CLASSES.values())
+    for number, (split, count) in enumerate(zip(splits, scenes)):
+        images = folder / split / "images"
+        masks = folder / split / "masks"
+        images.mkdir(parents=True)
+        masks.mkdir(parents=True)
+        for i in range(count):
+            # A scene depends on seed, split and number only.
+            pixels, ids = scene(np.random.default_rng((seed, number, i)), size)
+            Image.fromarray(pixels).save(images / f"scene_{i:03d}.png", compress_level=3)
+            # The ids stay what they are, and any viewer shows them in colour.
+            mask = Image.fromarray(ids)
+            mask.putpalette(palette)
+            mask.save(masks / f"scene_{i:03d}.png")
+    classes = []
+    for i, (name, color) in enumerate(CLASSES.items()):
+        classes.append({"name": name, "id": i, "color": color})
+    info = {
+        "name": "demo",
+        "images": "*/images/*.png",
+        "masks": "*/masks/*.png",
+        "classes": classes,
+        "ignore": [],
+        "splits": {split: f"{split}/*" for split in splits},
+        "made_by": made_by,
+    }
+    write(folder / "dataset.json", info)

@@ -1,125 +1,220 @@
-"""Segmentation metrics from one confusion matrix over the whole data set: add counts, divide once at the end.
+"""Segmentation metrics from one confusion matrix over the whole data set.
 
-Absent classes (neither true nor predicted) are NaN and left out of means. Beside each score: the majority baseline.
+    cm += confusion(pred, true, k)    add counts over all images, divide once at the end
+    r = report(cm, names)             mIoU, OA, mean F1 and a row per class, for results.json
+
+Absent classes (neither true nor predicted) are NaN and left out of means. Beside each score stands
+the majority baseline: a predictor that always says the most frequent class.
 """
 import numpy as np
 import torch
+from torch import Tensor
 
 from .common import IGNORE
 
 
-def confusion(pred: torch.Tensor, true: torch.Tensor, k: int) -> torch.Tensor:
-    """pred, true: class ids of any one shape, true with IGNORE -> (k, k) int64, rows true, columns predicted."""
-    # counts all 256 x 256 pairs in one pass: no slow selection of valid pixels, and no id >= k can pass for another
-    pairs = torch.bincount((true.int() * 256 + pred.int()).flatten(), minlength=1 << 16).view(256, 256)
-    if pairs[k:IGNORE].any() or pairs[:k, k:].any():
-        raise ValueError(f"id {int(pairs[:IGNORE].nonzero().max())} in a mask or prediction of {k} classes")
-    return pairs[:k, :k].contiguous()
+# ---- counting
+
+def confusion(pred: Tensor, true: Tensor, k: int) -> Tensor:
+    """pred, true: class ids of any one shape, true with IGNORE -> (k, k) int64, rows true.
+
+    An id that is no class is a ValueError.
+    """
+    # Count all 256 x 256 pairs in one pass. That needs no slow selection of valid pixels, and no id
+    # from k on can pass for another one.
+    pair = true.int() * 256 + pred.int()
+    counts = torch.bincount(pair.flatten(), minlength=256 * 256)
+    counts = counts.view(256, 256)
+    if counts[k:IGNORE].any() or counts[:k, k:].any():
+        strange = int(counts[:IGNORE].nonzero().max())
+        raise ValueError(f"id {strange} in a mask or prediction of {k} classes")
+    return counts[:k, :k].contiguous()
 
 
-def iou(cm: torch.Tensor) -> torch.Tensor:
+def count_pairs_(cm: Tensor, pred: Tensor, true: Tensor) -> None:
+    """Add the counts of confusion() to cm (k, k) int64, in place and without a check of the ids."""
+    # For use in a training step: nothing here waits for a GPU, as torch.bincount and checks would.
+    # One bin more than pairs takes the ignored pixels.
+    k = len(cm)
+    pair = true.long() * k + pred
+    pair = pair.masked_fill(true == IGNORE, k * k).flatten()
+    counts = cm.new_zeros(k * k + 1)
+    counts.scatter_add_(0, pair, torch.ones_like(pair))
+    cm += counts[:-1].view(k, k)
+
+
+# ---- scores of a matrix (k, k)
+# In float64, which holds counts up to 2**53 exactly. 0 / 0 is NaN: the class is absent.
+
+def iou(cm: Tensor) -> Tensor:
     """(k,) float64 intersection over union per class."""
     tp = cm.double().diag()
     return tp / (cm.sum(0) + cm.sum(1) - tp)
 
 
-def f1(cm: torch.Tensor) -> torch.Tensor:
+def f1(cm: Tensor) -> Tensor:
     """(k,) float64 F1 = Dice per class."""
     tp = cm.double().diag()
     return 2 * tp / (cm.sum(0) + cm.sum(1))
 
 
-def precision(cm: torch.Tensor) -> torch.Tensor:
+def precision(cm: Tensor) -> Tensor:
     """(k,) float64; NaN for a class never predicted."""
     return cm.double().diag() / cm.sum(0)
 
 
-def recall(cm: torch.Tensor) -> torch.Tensor:
+def recall(cm: Tensor) -> Tensor:
     """(k,) float64; NaN for a class never true."""
     return cm.double().diag() / cm.sum(1)
 
 
-def oa(cm: torch.Tensor) -> float:
+def oa(cm: Tensor) -> float:
     """Overall accuracy = single-label micro F1."""
-    return (cm.double().diag().sum() / cm.sum()).item()
+    hits = cm.double().diag().sum()
+    return (hits / cm.sum()).item()
 
 
-def averages(cm: torch.Tensor) -> dict[str, float]:
-    """Accuracy; precision, recall and F1 as macro mean over the classes true or predicted, and weighted by true pixels.
+def averages(cm: Tensor) -> dict[str, float]:
+    """Accuracy; precision, recall and F1, as macro mean and weighted by the true pixels.
 
-    A class that is true and never predicted has precision 0 here, as in scikit-learn with zero_division=0; so leaving
-    a class out cannot pay.
+    The macro mean is over the classes true or predicted. A class that is true and never predicted
+    has precision 0, as in scikit-learn with zero_division=0. An empty matrix gives 0 everywhere.
     """
-    share = cm.sum(1).double() / cm.sum().clamp(min=1)  # an empty matrix gives 0 everywhere
-    out, there = {"accuracy": (recall(cm).nan_to_num(0.0) * share).sum().item()}, cm.sum(0) + cm.sum(1) > 0
+    # If such a class were left out instead, never predicting a hard class would pay.
+    share = cm.sum(1).double() / cm.sum().clamp(min=1)
+    present = (cm.sum(0) + cm.sum(1) > 0).sum().clamp(min=1)
+    hits = recall(cm).nan_to_num(0.0) * share
+    out = {"accuracy": hits.sum().item()}
     for name, score in (("precision", precision), ("recall", recall), ("f1", f1)):
         values = score(cm).nan_to_num(0.0)
-        out[f"{name}_macro"] = (values.sum() / there.sum().clamp(min=1)).item()
+        out[f"{name}_macro"] = (values.sum() / present).item()
         out[f"{name}_weighted"] = (values * share).sum().item()
     return out
 
 
-def majority(cm: torch.Tensor) -> torch.Tensor:
-    """The matrix of a predictor that always says the most frequent true class: what any score must beat."""
+def majority(cm: Tensor) -> Tensor:
+    """The matrix of a predictor that always says the most frequent true class."""
+    true = cm.sum(1)
     out = torch.zeros_like(cm)
-    out[:, cm.sum(1).argmax()] = cm.sum(1)
+    out[:, true.argmax()] = true
     return out
 
 
-def report(cm: torch.Tensor, names: list[str], without: dict[str, list[str]] = {}) -> dict:
+# ---- reports
+
+def report(cm: Tensor, names: list[str], without: dict[str, list[str]] = {}) -> dict:
     """Plain dict for results.json; NaN as None, since JSON has no NaN.
 
-    `without`: {"5_without_clutter": ["clutter"]} adds miou_5_without_clutter and mf1_5_without_clutter, the means over
-    the other rows of the same matrix: what is wrongly called clutter, or wrongly not, still counts there.
+    without={"5_without_clutter": ["clutter"]} adds miou_5_without_clutter and
+    mf1_5_without_clutter, the means over the other rows of the same matrix: what is wrongly called
+    clutter, or wrongly not, still counts there.
     """
-    def by_class(values):
-        return {n: None if v != v else round(v, 6) for n, v in zip(names, values.tolist())}
-
     cm = cm.cpu()
-    base, more = majority(cm), {}
+    true = cm.sum(1)
+    ious = iou(cm)
+    f1s = f1(cm)
+    baseline = majority(cm)
+    # The means first: they are what people look for in the file.
+    out = {
+        "miou": ious.nanmean().item(),
+        "oa": oa(cm),
+        "mf1": f1s.nanmean().item(),
+    }
     for name, left_out in without.items():
-        keep = torch.tensor([n not in left_out for n in names])
-        more |= {f"miou_{name}": iou(cm)[keep].nanmean().item(), f"mf1_{name}": f1(cm)[keep].nanmean().item()}
-    return dict(
-        miou=iou(cm).nanmean().item(), oa=oa(cm), mf1=f1(cm).nanmean().item(), **more,
-        classes_in_mean=int((~iou(cm).isnan()).sum()), absent=[n for n, v in zip(names, iou(cm)) if v.isnan()],
-        majority_class=names[int(cm.sum(1).argmax())], majority_miou=iou(base).nanmean().item(), majority_oa=oa(base),
-        iou=by_class(iou(cm)), f1=by_class(f1(cm)), precision=by_class(precision(cm)), recall=by_class(recall(cm)),
-        pixels=dict(zip(names, cm.sum(1).tolist())), confusion=cm.tolist())
+        # Rows left out of the mean only: the matrix stays as it is.
+        kept = torch.tensor([n not in left_out for n in names])
+        out[f"miou_{name}"] = ious[kept].nanmean().item()
+        out[f"mf1_{name}"] = f1s[kept].nanmean().item()
+    absent = ious.isnan()
+    out |= {
+        "classes_in_mean": int((~absent).sum()),
+        "absent": [n for n, gone in zip(names, absent) if gone],
+        # What every score must be compared with.
+        "majority_class": names[int(true.argmax())],
+        "majority_miou": iou(baseline).nanmean().item(),
+        "majority_oa": oa(baseline),
+        "iou": by_class(names, ious),
+        "f1": by_class(names, f1s),
+        "precision": by_class(names, precision(cm)),
+        "recall": by_class(names, recall(cm)),
+        "pixels": dict(zip(names, true.tolist())),
+        "confusion": cm.tolist(),
+    }
+    return out
+
+
+def by_class(names: list[str], values: Tensor) -> dict[str, float | None]:
+    """{class: score}, None for NaN."""
+    out = {}
+    for name, value in zip(names, values.tolist()):
+        # Six digits: the files stay readable.
+        out[name] = None if np.isnan(value) else round(value, 6)
+    return out
 
 
 def headline(r: dict, without: dict[str, list[str]] = {}) -> str:
     """report() in a few lines: the means, those of `without`, and the majority baseline."""
-    absent = f" (absent: {', '.join(r['absent'])})" if r["absent"] else ""
-    further = [f"    {k.replace('_', ' ')}: mIoU {r[f'miou_{k}']:.4f}, mean F1 {r[f'mf1_{k}']:.4f}" for k in without]
-    return "\n".join([
-        f"{r['split']} mIoU {r['miou']:.4f} over {r['classes_in_mean']} of {len(r['iou'])} classes{absent}, mean F1 "
-        f"{r['mf1']:.4f}, OA {r['oa']:.4f};  always {r['majority_class']!r}: mIoU {r['majority_miou']:.4f}, OA "
-        f"{r['majority_oa']:.4f}", *further])
+    absent = ""
+    if r["absent"]:
+        absent = f" (absent: {', '.join(r['absent'])})"
+    first = (
+        f"{r['split']} mIoU {r['miou']:.4f} over {r['classes_in_mean']} of {len(r['iou'])} classes"
+        f"{absent}, mean F1 {r['mf1']:.4f}, OA {r['oa']:.4f};  "
+        f"always {r['majority_class']!r}: mIoU {r['majority_miou']:.4f}, OA {r['majority_oa']:.4f}")
+    # One line each for the means that leave a class out.
+    lines = [first]
+    for name in without:
+        miou = r[f"miou_{name}"]
+        mf1 = r[f"mf1_{name}"]
+        title = name.replace("_", " ")
+        lines.append(f"    {title}: mIoU {miou:.4f}, mean F1 {mf1:.4f}")
+    return "\n".join(lines)
 
 
-def class_table(cm: torch.Tensor, names: list[str]) -> dict[str, dict]:
-    """{class: tp, fp, tn, fn, precision, recall, specificity, f1}, one class against the rest; 0 / 0 is None.
+def class_table(cm: Tensor, names: list[str]) -> dict[str, dict]:
+    """{class: tp, fp, tn, fn, precision, recall, specificity, f1}, one class against the rest.
 
-    Every row adds up to all samples, the tp and fn to the true ones of the class, the tp and fp to the predicted ones.
+    Every row adds up to all samples, tp and fn to the true ones of the class, tp and fp to the
+    predicted ones. 0 / 0 is None.
     """
-    cm, table = cm.cpu(), {}
+    cm = cm.cpu()
+    table = {}
     for i, name in enumerate(names):
+        # True and false, positives and negatives, as Python ints for JSON.
         tp = int(cm[i, i])
-        fp, fn = int(cm[:, i].sum()) - tp, int(cm[i].sum()) - tp
+        fp = int(cm[:, i].sum()) - tp
+        fn = int(cm[i].sum()) - tp
         tn = int(cm.sum()) - tp - fp - fn
-        ratios = dict(precision=(tp, tp + fp), recall=(tp, tp + fn), specificity=(tn, tn + fp),
-                      f1=(2 * tp, 2 * tp + fp + fn))
-        table[name] = dict(tp=tp, fp=fp, tn=tn, fn=fn, **{k: a / b if b else None for k, (a, b) in ratios.items()})
+        table[name] = {
+            "tp": tp,
+            "fp": fp,
+            "tn": tn,
+            "fn": fn,
+            "precision": ratio(tp, tp + fp),
+            "recall": ratio(tp, tp + fn),
+            "specificity": ratio(tn, tn + fp),
+            "f1": ratio(2 * tp, 2 * tp + fp + fn),
+        }
     return table
 
 
-def bootstrap(hits: np.ndarray, groups: list[str], seed: int = 0, rounds: int = 2000) -> tuple[float, float]:
-    """(N,) bool hits -> 95 % interval of the accuracy, by drawing whole groups (scenes) with replacement."""
+def ratio(a: int, b: int) -> float | None:
+    return a / b if b else None
+
+
+def bootstrap(hits: np.ndarray, groups: list[str], seed: int = 0,
+              rounds: int = 2000) -> tuple[float, float]:
+    """(N,) bool hits -> 95 % interval of the accuracy, by drawing whole groups with replacement."""
+    # Images of one scene resemble each other: drawn one by one, the interval would be too narrow.
     _, index = np.unique(groups, return_inverse=True)
-    right, size = np.bincount(index, hits), np.bincount(index)
-    pick = np.random.default_rng((6, seed)).integers(len(size), size=(rounds, len(size)))
-    low, high = np.percentile(right[pick].sum(1) / size[pick].sum(1), [2.5, 97.5])
+    right = np.bincount(index, hits)
+    size = np.bincount(index)
+    # The 6 keeps these draws apart from all others of the same seed.
+    rng = np.random.default_rng((6, seed))
+    drawn = rng.integers(len(size), size=(rounds, len(size)))
+    # One accuracy a round, over all images of the groups drawn.
+    accuracy = right[drawn].sum(1) / size[drawn].sum(1)
+    low, high = np.percentile(accuracy, [2.5, 97.5])
     return float(low), float(high)
 
 

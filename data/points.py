@@ -1,10 +1,14 @@
-"""Point labels: read, check and write them, simulate them from masks, follow them through a scaled crop.
+"""Point labels: read, check and write them, draw them from masks, follow them through a crop.
 
-The points of an image are an (n, 3) int64 array of rows x, y, class id; x is the column and y the row of a pixel,
-counted from 0 at the top left. A file of points is a CSV with the columns image, x, y, class, or a GeoJSON of Point
-features [x, y] with the properties image and class; pixel coordinates in both, fractions belong to the pixel they lie
-in. `image` is the name in the data set (path without suffix), with or without suffix, or the bare file name where only
-one image has it; `class` is the class's name.
+    points = read_points("points.csv", files, names)    {image: (n, 3) int64 rows x, y, class id}
+    points = simulate(files, labels, "class-balanced", 5, seed=0)
+    mark(mask, points[name], *crop_window(H, W, size, scale, centre))
+
+x is the column and y the row of a pixel, counted from 0 at the top left. A file of points is a CSV
+with the columns image, x, y, class, or a GeoJSON of Point features [x, y] with the properties image
+and class; pixel coordinates in both, fractions belong to the pixel they lie in. `image` is the name
+in the data set (path without suffix), with or without suffix, or the bare file name where only one
+image has it; `class` is the class's name.
 """
 import csv
 import hashlib
@@ -17,259 +21,435 @@ from pathlib import Path
 
 import numpy as np
 import torch
+from numpy.random import Generator
 
 from .common import IGNORE, BadInput, write
 from .datasets import SegDataset, normalise
 from .io import Labels, by_stem, open_image, pixels, read_valid
 
-UNLABELLED = 254  # in the image but no point: nothing to learn from, unless a teacher is sure of it
+Box = tuple[int, int, int, int]  # top, left, h, w
+Points = dict[str, np.ndarray]  # {image: (n, 3) int64 rows x, y, class id}
+
+# In the image but no point: nothing to learn from, unless a teacher is sure of it.
+UNLABELLED = 254
 PATTERNS = {
     "class-balanced": "n pixels of every class in the image",
     "random": "as many pixels as class-balanced takes, anywhere in the image",
     "one-per-instance": "a random pixel of n instances of every class",
     "clicked-centre": "the innermost pixel of the n largest instances of every class",
 }
+COLUMNS = ("image", "x", "y", "class")
+GEOJSON = (".geojson", ".json")
 
 
 # ---- files
 
-def read_points(path: str | Path, files: dict[str, tuple], names: list[str]) -> dict[str, np.ndarray]:
+def read_points(path: str | Path, files: dict[str, tuple], names: list[str]) -> Points:
     """{image: points} of a .csv or .geojson; a row that cannot be used is an error that names it.
 
-    files {name: (image, mask)} or {name: (image, mask, (top, left, h, w))} as data/datasets.py has them: a point counts
-    from the corner of its box. `names`: the classes.
+    files {name: (image, mask)} or {name: (image, mask, (top, left, h, w))} as data/datasets.py has
+    them: a point counts from the corner of its box. `names`: the classes.
     """
-    known, sizes, found = by_stem(files), {}, {}
+    known = by_stem(files)
+    # An image's header is read once, however many points it has.
+    sizes = {}
+    found = {}  # {name: {(x, y): class id}}
     for row, image, x, y, label in read_rows(Path(path)):
-        def bad(what):
-            return BadInput(f"{path} {row}: {what}")
-
+        where = f"{path} {row}"
+        # With or without a suffix; "a.b" may be a name itself.
         name = known.get(image) or known.get(os.path.splitext(image)[0])
         if name is None:
-            raise bad(f"{image!r} is no image of the data set, or several; names look like {next(iter(files))!r}")
+            like = next(iter(files))
+            raise BadInput(f"{where}: {image!r} is no image of the data set, or several; "
+                           f"names look like {like!r}")
         if label not in names:
-            raise bad(f"unknown class {label!r}; expected one of: {', '.join(names)}")
+            raise BadInput(f"{where}: unknown class {label!r}; expected one of: {', '.join(names)}")
         if name not in sizes:
-            file, _, *box = files[name]
-            sizes[name] = box[0][2:] if box else open_image(file, deep=True).size[::-1]
-        (H, W), at = sizes[name], []
-        for value in (x, y):
-            try:
-                at.append(float(value))
-            except (TypeError, ValueError):
-                raise bad(f"{value!r} is no number; expected x and y in pixels") from None
-        x, y = at
-        if not (0 <= x < W and 0 <= y < H):
-            hint = "; are x and y exchanged?" if 0 <= y < W and 0 <= x < H else ""
-            raise bad(f"x {x:g}, y {y:g} is outside {name} of {W} x {H} (W x H); expected pixels from 0 at the top "
-                      f"left{hint}")
-        pixel, c = (int(x), int(y)), names.index(label)
-        if found.setdefault(name, {}).setdefault(pixel, c) != c:
-            raise bad(f"the pixel {pixel} of {name} is {names[found[name][pixel]]!r} in an earlier row and {label!r} "
-                      "here; leave one of them")
+            sizes[name] = size_of(files[name])
+        pixel = pixel_of(x, y, sizes[name], name, where)
+        c = names.index(label)
+        # The same point twice is one; a pixel has one class.
+        marked = found.setdefault(name, {})
+        earlier = marked.setdefault(pixel, c)
+        if earlier != c:
+            raise BadInput(f"{where}: the pixel {pixel} of {name} is {names[earlier]!r} in an "
+                           f"earlier row and {label!r} here; leave one of them")
     if not found:
         raise BadInput(f"{path}: no points; expected rows of image, x, y, class")
-    return {name: np.array([(*at, c) for at, c in rows.items()], np.int64) for name, rows in found.items()}
+    points = {}
+    for name, marked in found.items():
+        rows = [(x, y, c) for (x, y), c in marked.items()]
+        points[name] = np.array(rows, np.int64)
+    return points
 
 
-def read_rows(path: Path) -> list[tuple]:  # -> (what an error calls the row, image, x, y, class)
+def size_of(file: tuple) -> tuple[int, int]:
+    """(H, W) of an image or of the box of it that counts."""
+    image, _, *box = file
+    if box:
+        _, _, h, w = box[0]
+        return h, w
+    W, H = open_image(image, deep=True).size
+    return H, W
+
+
+def pixel_of(x, y, size: tuple[int, int], name: str, where: str) -> tuple[int, int]:
+    """(x, y) of the pixel in which two coordinates of a file lie."""
+    x = as_number(x, where)
+    y = as_number(y, where)
+    H, W = size
+    # NaN compares as outside.
+    if 0 <= x < W and 0 <= y < H:
+        return int(x), int(y)
+    hint = ""
+    if 0 <= y < W and 0 <= x < H:
+        hint = "; are x and y exchanged?"
+    raise BadInput(f"{where}: x {x:g}, y {y:g} is outside {name} of {W} x {H} (W x H); "
+                   f"expected pixels from 0 at the top left{hint}")
+
+
+def as_number(value, where: str) -> float:
     try:
-        text = path.read_bytes().decode("utf-8-sig")  # Excel begins its CSV with a byte order mark
+        return float(value)
+    except (TypeError, ValueError):
+        raise BadInput(f"{where}: {value!r} is no number; expected x and y in pixels") from None
+
+
+def read_rows(path: Path) -> list[tuple]:
+    """Rows (what errors call it, image, x, y, class) of a file of points, x and y as they stand."""
+    try:
+        # Excel begins its CSV with a byte order mark.
+        text = path.read_bytes().decode("utf-8-sig")
     except OSError as e:
         raise BadInput(f"{path}: {e.strerror}; expected a .csv or .geojson of points") from None
     except UnicodeDecodeError:
         raise BadInput(f"{path}: not UTF-8 text; expected a .csv or .geojson of points") from None
-    if path.suffix.lower() in (".geojson", ".json"):
-        try:
-            features, rows = json.loads(text)["features"], []
-            assert isinstance(features, list)
-        except (ValueError, LookupError, TypeError, AssertionError):
-            raise BadInput(f"{path}: no GeoJSON FeatureCollection; expected Point features") from None
-        for i, feature in enumerate(features, 1):
-            try:
-                properties, (x, y, *_) = feature["properties"], feature["geometry"]["coordinates"]
-                rows.append((f"feature {i}", str(properties["image"]), x, y, str(properties["class"])))
-                assert feature["geometry"]["type"] == "Point" and isinstance(feature["geometry"]["coordinates"], list)
-            except (LookupError, TypeError, ValueError, AssertionError):
-                raise BadInput(f"{path} feature {i}: expected a Point [x, y] with the properties image and "
-                               "class") from None
-        return rows
-    delimiter = max(",;\t", key=text.split("\n", 1)[0].count)
-    table = csv.DictReader(io.StringIO(text, newline=None), delimiter=delimiter, skipinitialspace=True)
+    if path.suffix.lower() in GEOJSON:
+        return read_features(path, text)
+    return read_table(path, text)
+
+
+def read_features(path: Path, text: str) -> list[tuple]:
+    """The rows of a GeoJSON."""
     try:
-        rows = [(f"line {table.line_num}", *(r.get(c) for c in ("image", "x", "y", "class"))) for r in table]
+        features = json.loads(text)["features"]
+    except (ValueError, LookupError, TypeError):
+        features = None
+    if not isinstance(features, list):
+        raise BadInput(f"{path}: no GeoJSON FeatureCollection; expected Point features")
+    rows = []
+    for i, feature in enumerate(features, 1):
+        try:
+            geometry = feature["geometry"]
+            at = geometry["coordinates"]
+            x, y, *_ = at
+            image = str(feature["properties"]["image"])
+            label = str(feature["properties"]["class"])
+            # A text can be unpacked, too, but is no list of coordinates.
+            is_point = geometry["type"] == "Point" and isinstance(at, list)
+        except (LookupError, TypeError, ValueError):
+            is_point = False
+        if not is_point:
+            raise BadInput(f"{path} feature {i}: expected a Point [x, y] with the properties image "
+                           "and class")
+        rows.append((f"feature {i}", image, x, y, label))
+    return rows
+
+
+def read_table(path: Path, text: str) -> list[tuple]:
+    """The rows of a CSV, whose delimiter is what its header has most of."""
+    # Spreadsheets write commas, semicolons or tabs, by language.
+    header = text.split("\n", 1)[0]
+    delimiter = max(",;\t", key=header.count)
+    lines = io.StringIO(text, newline=None)
+    table = csv.DictReader(lines, delimiter=delimiter, skipinitialspace=True)
+    rows = []
+    try:
+        for row in table:
+            image, x, y, label = (row.get(column) for column in COLUMNS)
+            rows.append((f"line {table.line_num}", str(image), x, y, str(label)))
     except csv.Error as e:
-        raise BadInput(f"{path} line {table.line_num + 1}: {e}; is a quote left open?") from None
-    absent = [c for c in ("image", "x", "y", "class") if c not in (table.fieldnames or ())]
-    if absent:
-        raise BadInput(f"{path} line 1: no column {absent[0]!r} in {', '.join(table.fieldnames or ['an empty file'])}; "
-                       "expected a header with image,x,y,class")
-    return [(line, str(image), x, y, str(label)) for line, image, x, y, label in rows]
+        # A field is longer than csv allows: mostly it runs to the end of the file.
+        line = table.line_num + 1
+        raise BadInput(f"{path} line {line}: {e}; is a quote left open?") from None
+    # The names are known only when the first row has been read.
+    columns = table.fieldnames or []
+    for column in COLUMNS:
+        if column not in columns:
+            there = ", ".join(columns) or "an empty file"
+            raise BadInput(f"{path} line 1: no column {column!r} in {there}; "
+                           "expected a header with image,x,y,class")
+    return rows
 
 
-def write_points(path: str | Path, points: dict[str, np.ndarray], names: list[str]) -> None:
+def write_points(path: str | Path, points: Points, names: list[str]) -> None:
     """The file that read_points reads, .csv or .geojson."""
-    rows = [(image, int(x), int(y), names[c]) for image, ps in points.items() for x, y, c in ps]
-    if Path(path).suffix.lower() in (".geojson", ".json"):
-        features = [{"type": "Feature", "geometry": {"type": "Point", "coordinates": [x, y]},
-                     "properties": {"image": image, "class": label}} for image, x, y, label in rows]
-        write(path, json.dumps({"type": "FeatureCollection", "features": features}) + "\n")
+    rows = []
+    for image, drawn in points.items():
+        rows += [(image, int(x), int(y), names[c]) for x, y, c in drawn]
+    if Path(path).suffix.lower() not in GEOJSON:
+        text = io.StringIO()
+        csv.writer(text, lineterminator="\n").writerows([COLUMNS, *rows])
+        write(path, text.getvalue())
         return
-    text = io.StringIO()
-    csv.writer(text, lineterminator="\n").writerows([("image", "x", "y", "class"), *rows])
-    write(path, text.getvalue())
+    features = []
+    for image, x, y, label in rows:
+        geometry = {"type": "Point", "coordinates": [x, y]}
+        properties = {"image": image, "class": label}
+        features.append({"type": "Feature", "geometry": geometry, "properties": properties})
+    # On one line: write() would indent every coordinate.
+    text = json.dumps({"type": "FeatureCollection", "features": features})
+    write(path, text + "\n")
 
 
 # ---- simulation
 
 def simulate(files: dict[str, tuple], labels: Labels, pattern: str, n: int | None, seed: int,
-             instances: dict[str, Path] = {}, **reading) -> dict[str, np.ndarray]:
-    """{image: points} drawn from masks, see PATTERNS; each image's own are a function of (seed, name, mask).
+             instances: dict[str, Path] = {}, **reading) -> Points:
+    """{image: points} drawn from masks, see PATTERNS.
 
-    files: as for read_points. instances {name: mask of instance numbers or colours, 0 = none}; else, and where that is
-    0, an instance is a connected region of one class. Transparent pixels, as read_valid(**reading) has them, get none.
+    An image's points are a function of seed, name and mask. files: as for read_points. instances
+    {name: mask of instance numbers or colours, 0 = none}; without them, and where they are 0, an
+    instance is a connected region of one class. Transparent pixels, as read_valid(**reading) has
+    them, get none.
     """
-    load = lru_cache(8)(labels.load)  # the tiles of a file follow each other
+    # Keep the last masks: the tiles of a file follow each other.
+    load = lru_cache(8)(labels.load)
 
-    def one(name):
+    def draw_from(name):
         image, mask, *box = files[name]
-        ids, parts = load(mask), None
+        ids = load(mask)
         if open_image(image, deep=True).mode in ("RGBA", "LA"):
             valid = read_valid(image, **reading)[1]
-            ids = ids if valid is None else np.where(valid, ids, IGNORE)
+            if valid is not None:
+                ids = np.where(valid, ids, IGNORE)
+        numbers = None
         if name in instances:
-            parts = read_instances(instances[name])
-            if parts.shape != ids.shape:
-                raise BadInput(f"{instances[name]}: {parts.shape} for a mask of {ids.shape} (H x W)")
-        top, left, h, w = box[0] if box else (0, 0, *ids.shape)
-        cut = np.s_[top:top + h, left:left + w]
-        return draw(ids[cut], pattern, n, seed, name, None if parts is None else parts[cut])
+            numbers = read_instances(instances[name])
+            if numbers.shape != ids.shape:
+                raise BadInput(f"{instances[name]}: {numbers.shape} for a mask of "
+                               f"{ids.shape} (H x W)")
+        # A tile of a larger file has its own points, counted from its corner.
+        if box:
+            top, left, h, w = box[0]
+            tile = np.s_[top:top + h, left:left + w]
+            ids = ids[tile]
+            numbers = None if numbers is None else numbers[tile]
+        return draw(ids, pattern, n, seed, name, numbers)
 
-    with ThreadPoolExecutor(min(4, os.cpu_count())) as pool:  # Pillow decodes without holding the GIL
-        return dict(zip(files, pool.map(one, files)))
+    # Pillow decodes without holding the GIL.
+    with ThreadPoolExecutor(min(4, os.cpu_count())) as pool:
+        return dict(zip(files, pool.map(draw_from, files)))
 
 
 def draw(mask: np.ndarray, pattern: str, n: int | None, seed: int, name: str,
          instances: np.ndarray | None = None) -> np.ndarray:
     """Points of one mask (H, W) uint8 with IGNORE; those for n are among those for n + 1.
 
-    A class with fewer than n pixels or instances gives what it has, and so does every class where n is None.
+    A class with fewer than n pixels or instances gives what it has; so does every class where n is
+    None.
     """
     if pattern not in PATTERNS:
         raise ValueError(f"pattern {pattern!r}; expected one of {', '.join(PATTERNS)}")
-    key = int.from_bytes(hashlib.sha256(name.encode()).digest()[:8], "big")
-    classes, chosen, flat = [c for c in np.unique(mask).tolist() if c != IGNORE], [], mask.ravel()
-    by_instance = pattern in ("one-per-instance", "clicked-centre")
-    if by_instance and classes:
-        parts = components(mask, instances).ravel()
-        order = np.argsort(parts, kind="stable")  # the pixels of part p: order[start[p]:start[p + 1]]
-        start = np.concatenate([[0], np.bincount(parts).cumsum()])
-        of_class = flat[order[start[:-1]]]
-        depth = to_edge(parts.reshape(mask.shape)).ravel() if pattern == "clicked-centre" else None
-    for c in classes if pattern != "random" else [IGNORE] * bool(classes):
-        rng = np.random.default_rng((5, seed, key, c))  # 5: a stream of its own; a class's points know no other class
-        if pattern == "random":
-            chosen.append(some(np.flatnonzero(flat != IGNORE), n and n * len(classes), rng))
-        elif pattern == "class-balanced":
-            chosen.append(some(np.flatnonzero(flat == c), n, rng))
-        elif pattern == "one-per-instance":
-            picked = rng.permutation(np.flatnonzero(of_class == c))[:n]
-            chosen.append([order[rng.integers(start[p], start[p + 1])] for p in picked])
-        else:
-            picked = np.flatnonzero(of_class == c)
-            picked = picked[np.argsort(start[picked] - start[picked + 1], kind="stable")][:n]
-            chosen.append([innermost(order[start[p]:start[p + 1]], depth, mask.shape[1]) for p in picked])
-    at = np.concatenate(chosen).astype(np.int64) if chosen else np.zeros(0, np.int64)
+    classes = [c for c in np.unique(mask).tolist() if c != IGNORE]
+    if not classes:
+        return np.zeros((0, 3), np.int64)
+    # Python's own hash() differs from run to run.
+    digest = hashlib.sha256(name.encode()).digest()
+    key = int.from_bytes(digest[:8], "big")
+
+    # The 5 keeps these draws apart from all others of the same seed. Each class has its own: its
+    # points do not depend on other classes.
+    def stream(c):
+        return np.random.default_rng((5, seed, key, c))
+
+    # Pixels are flat numbers here: y * W + x.
+    flat = mask.ravel()
+    if pattern == "random":
+        total = None if n is None else n * len(classes)
+        chosen = [sample(np.flatnonzero(flat != IGNORE), total, stream(IGNORE))]
+    elif pattern == "class-balanced":
+        chosen = [sample(np.flatnonzero(flat == c), n, stream(c)) for c in classes]
+    elif pattern == "one-per-instance":
+        regions = Regions(mask, instances)
+        chosen = [regions.any_pixels(c, n, stream(c)) for c in classes]
+    else:
+        regions = Regions(mask, instances)
+        depth = to_edge(regions.parts)
+        chosen = [regions.centres(c, n, depth) for c in classes]
+    at = np.concatenate(chosen).astype(np.int64)
     y, x = np.divmod(at, mask.shape[1])
     return np.stack([x, y, flat[at]], axis=1).astype(np.int64)
 
 
-def some(items: np.ndarray, n: int | None, rng: np.random.Generator) -> np.ndarray:
-    """n of the items without repeats, those of a smaller n first; all where n is None or too large."""
+def sample(items: np.ndarray, n: int | None, rng: Generator) -> np.ndarray:
+    """n of the items without repeats, those of a smaller n first; all of them without an n."""
     if n is None or n >= len(items):
         return items
-    moved, out = {}, []  # the first n swaps of a shuffle: a permutation of all pixels of a large tile costs a second
+    # The first n swaps of a shuffle: a permutation of all pixels of a large tile costs a second.
+    moved = {}
+    out = []
     for i, j in enumerate(rng.integers(np.arange(n), len(items)).tolist()):
         out.append(items[moved.get(j, j)])
         moved[j] = moved.get(i, i)
     return np.array(out)
 
 
-def innermost(part: np.ndarray, depth: np.ndarray, W: int) -> int:
-    """Of the pixels (flat numbers) farthest from their region's edge, the one nearest to its centre of mass."""
-    y, x = np.divmod(part, W)
-    off = (y - y.mean()) ** 2 + (x - x.mean()) ** 2
-    return part[np.lexsort((off, -depth[part]))[0]]
+class Regions:
+    """The instances of a mask (H, W). A pixel is its flat number, y * W + x."""
+
+    def __init__(self, mask: np.ndarray, instances: np.ndarray | None):
+        self.parts = components(mask, instances)
+        parts = self.parts.ravel()
+        # The pixels of part p are order[start[p]:start[p + 1]].
+        self.order = np.argsort(parts, kind="stable")
+        self.start = np.concatenate([[0], np.bincount(parts).cumsum()])
+        self.ids = mask.ravel()[self.order[self.start[:-1]]]
+
+    def any_pixels(self, c: int, n: int | None, rng: Generator) -> list:
+        """A random pixel of each of n random instances of class c."""
+        # Of a permutation, so that those for n are among those for n + 1.
+        picked = rng.permutation(np.flatnonzero(self.ids == c))
+        out = []
+        for p in picked[:n]:
+            at = rng.integers(self.start[p], self.start[p + 1])
+            out.append(self.order[at])
+        return out
+
+    def centres(self, c: int, n: int | None, depth: np.ndarray) -> list:
+        """The innermost pixel of each of the n largest instances of class c; depth from to_edge."""
+        picked = np.flatnonzero(self.ids == c)
+        size = self.start[picked + 1] - self.start[picked]
+        picked = picked[np.argsort(-size, kind="stable")]
+        out = []
+        for p in picked[:n]:
+            part = self.order[self.start[p]:self.start[p + 1]]
+            out.append(innermost(part, depth))
+        return out
+
+
+def innermost(part: np.ndarray, depth: np.ndarray) -> int:
+    """Of the pixels farthest from their region's edge, the one nearest to its centre of mass."""
+    y, x = np.divmod(part, depth.shape[1])
+    # The last key of lexsort counts first: depth, then nearness.
+    dy = y - y.mean()
+    dx = x - x.mean()
+    off = dy ** 2 + dx ** 2
+    best = np.lexsort((off, -depth.ravel()[part]))
+    return part[best[0]]
 
 
 def components(ids: np.ndarray, instances: np.ndarray | None = None) -> np.ndarray:
     """(H, W) int64 numbers from 0 of the regions of equal id that touch by pixel edges.
 
-    Where `instances` (H, W) is not 0, all pixels of one (id, instance) are one region, touching or not.
+    Where `instances` (H, W) is not 0, all pixels of one (id, instance) are one region, touching or
+    not.
     """
+    # Equal keys belong together: the id, and where there is one the instance.
     key = ids.astype(np.int64)
     if instances is not None:
-        key = key + 256 * np.unique(instances, return_inverse=True)[1].reshape(ids.shape) * (instances != 0)
-    first = np.ones(key.shape, bool)  # of a run of equal pixels in a row
+        given = instances != 0
+        number = np.unique(instances, return_inverse=True)[1].reshape(ids.shape)
+        key = key + 256 * number * given
+
+    # Number the runs of equal pixels in the rows.
+    first = np.ones(key.shape, bool)
     first[:, 1:] = key[:, 1:] != key[:, :-1]
     run = first.cumsum().reshape(key.shape) - 1
+
+    # Runs a and b of one region, one above the other.
     touch = key[1:] == key[:-1]
-    a, b = run[:-1][touch], run[1:][touch]  # runs that meet, once per pixel of contact
-    once = np.ones(len(a), bool)
-    once[1:] = (a[1:] != a[:-1]) | (b[1:] != b[:-1])
-    a, b = a[once], b[once]
-    if instances is not None:  # ties the first run of an instance to all others
-        of_run, given = key[first], (instances != 0)[first]
-        _, leader, member = np.unique(of_run, return_index=True, return_inverse=True)
-        runs = np.flatnonzero(given)
-        a, b = np.concatenate([a, leader[member[runs]]]), np.concatenate([b, runs])
-    root = np.arange(first.sum())  # every run points to the smallest known run of its region
-    while (root[a] != root[b]).any():
-        low = np.minimum(root[a], root[b])
-        np.minimum.at(root, root[a], low), np.minimum.at(root, root[b], low)
-        while (root[root] != root).any():
-            root = root[root]
+    above = run[:-1][touch]
+    below = run[1:][touch]
+    a, b = once(above, below)
+    if instances is not None:
+        # Tie the first run of an instance to all its others.
+        _, leader, member = np.unique(key[first], return_index=True, return_inverse=True)
+        tied = np.flatnonzero(given[first])
+        a = np.concatenate([a, leader[member[tied]]])
+        b = np.concatenate([b, tied])
+    root = smallest_of_each(first.sum(), a, b)
     return np.unique(root, return_inverse=True)[1][run]
 
 
+def once(a: np.ndarray, b: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+    """Pairs without the repeats that follow each other: two runs meet once a pixel of contact."""
+    new = np.ones(len(a), bool)
+    other_a = a[1:] != a[:-1]
+    other_b = b[1:] != b[:-1]
+    new[1:] = other_a | other_b
+    return a[new], b[new]
+
+
+def smallest_of_each(n: int, a: np.ndarray, b: np.ndarray) -> np.ndarray:
+    """(n,) for every item the smallest one of its group; pairs a, b of items make the groups."""
+    # Every item points to a smaller one of its group or to itself, in the end to the smallest.
+    root = np.arange(n)
+    while (root[a] != root[b]).any():
+        low = np.minimum(root[a], root[b])
+        np.minimum.at(root, root[a], low)
+        np.minimum.at(root, root[b], low)
+        # Follow the pointers to their ends.
+        while (root[root] != root).any():
+            root = root[root]
+    return root
+
+
 def to_edge(parts: np.ndarray) -> np.ndarray:
-    """(H, W) city-block distance of a pixel to the nearest one at its region's or the image's edge, which has 0."""
+    """(H, W) city-block distance of a pixel to the edge of its region or image; edges have 0."""
+    H, W = parts.shape
+    # Farther than any pixel can be.
+    d = np.full((H, W), H + W)
     framed = np.pad(parts, 1, constant_values=-1)
-    inner, d = framed[1:-1, 1:-1], np.full(parts.shape, sum(parts.shape))
-    for near in (framed[:-2, 1:-1], framed[2:, 1:-1], framed[1:-1, :-2], framed[1:-1, 2:]):
-        d[near != inner] = 0
-    for axis, n in enumerate(parts.shape):  # |y - y'| + |x - x'| is least axis by axis
-        i = np.arange(n).reshape((-1, 1) if axis == 0 else (1, -1))
-        down = np.minimum.accumulate(d - i, axis) + i
-        d = np.minimum(down, np.flip(np.minimum.accumulate(np.flip(d + i, axis), axis), axis) - i)
+    for top, left in ((0, 1), (2, 1), (1, 0), (1, 2)):
+        neighbour = framed[top:top + H, left:left + W]
+        d[neighbour != parts] = 0
+    # |y - y'| + |x - x'| is least axis by axis: from the top or left, then from the other side.
+    for axis, i in enumerate((np.arange(H)[:, None], np.arange(W))):
+        ahead = np.minimum.accumulate(d - i, axis) + i
+        back = np.minimum.accumulate(np.flip(d + i, axis), axis)
+        d = np.minimum(ahead, np.flip(back, axis) - i)
     return d
 
 
 def read_instances(path: str | Path) -> np.ndarray:
-    """(H, W) int64 instance numbers; the colours of an RGB mask become one number each, black is 0."""
-    a = pixels(open_image(path), path).astype(np.int64)
-    return a if a.ndim == 2 else a[..., :3] @ np.array([1 << 16, 1 << 8, 1])
+    """(H, W) int64 instance numbers; the colours of an RGB mask become numbers, black is 0."""
+    values = pixels(open_image(path), path).astype(np.int64)
+    if values.ndim == 2:
+        return values
+    return values[..., :3] @ np.array([1 << 16, 1 << 8, 1])
 
 
 # ---- on the way to the network
 
-def inside(points: np.ndarray, part: tuple[int, int, int, int]) -> np.ndarray:
+def inside(points: np.ndarray, part: Box) -> np.ndarray:
     """The points within `part` (top, left, h, w)."""
-    (x, y), (top, left, h, w) = points.T[:2], part
-    return points[(x >= left) & (x < left + w) & (y >= top) & (y < top + h)]
+    top, left, h, w = part
+    x, y = points.T[:2]
+    in_columns = (x >= left) & (x < left + w)
+    in_rows = (y >= top) & (y < top + h)
+    return points[in_columns & in_rows]
 
 
-def paint(mask: np.ndarray, points: np.ndarray, part: tuple[int, int, int, int], size: tuple[int, int]) -> None:
-    """Write into a crop's mask, in place, the points inside `part` (top, left, h, w), scaled to `size` (h, w).
+def mark(mask: np.ndarray, points: np.ndarray, part: Box, size: tuple[int, int]) -> None:
+    """Write into a crop's mask, in place, the points inside `part`, scaled to `size` (h, w).
 
-    A point stays one pixel at any scale, which resizing a mask cannot promise. Where two share a pixel the one nearer
-    to its middle is kept, as nearest-neighbour resizing does.
+    A point stays one pixel at any scale, which resizing a mask cannot promise. Where two share a
+    pixel the one nearer to its middle is kept, as nearest-neighbour resizing does.
     """
-    (top, left, h, w), ps = part, inside(points, part)
-    u, v = (ps[:, 0] - left + 0.5) * (size[1] / w), (ps[:, 1] - top + 0.5) * (size[0] / h)
-    col, row = np.minimum(u.astype(int), size[1] - 1), np.minimum(v.astype(int), size[0] - 1)
-    order = np.argsort(-((u - col - 0.5) ** 2 + (v - row - 0.5) ** 2), kind="stable")
-    mask[row[order], col[order]] = ps[order, 2]  # numpy keeps the last of equal indices
+    top, left, h, w = part
+    out_h, out_w = size
+    points = inside(points, part)
+    # The middle of a point's pixel, in pixels of the crop.
+    u = (points[:, 0] - left + 0.5) * (out_w / w)
+    v = (points[:, 1] - top + 0.5) * (out_h / h)
+    column = np.minimum(u.astype(int), out_w - 1)
+    row = np.minimum(v.astype(int), out_h - 1)
+    # The nearest last: of equal indices numpy keeps the last.
+    du = u - column - 0.5
+    dv = v - row - 0.5
+    order = np.argsort(-(du ** 2 + dv ** 2), kind="stable")
+    mask[row[order], column[order]] = points[order, 2]
 
 
 # ---- as a data set

@@ -1,11 +1,14 @@
-"""Batch samplers as pure functions of (seed, step): no state to save, the same samples for any number of ranks.
+"""Batch samplers as pure functions of (seed, step): no state, the same samples for any world size.
 
-    StepSampler(len(train), 8, 900, seed=0)                                              every image equally often
-    StepSampler(len(train), 8, 900, seed=0, weights=difficulty_weights(hard_classes(cms)))     hard images more often
-    StepSampler(len(train), 8, 900, seed=0, weights=balanced_weights(counts))            every class equally often
-    StepSampler(len(train), 8, 900, seed=0, items=replicated(train.names, listed))       listed images once more
+    StepSampler(n, 8, 900, seed=0)                     900 batches of 8, images equally often
+    StepSampler(n, 8, 900, seed=0, weights=weights)    hard images more often, or rare classes
+    StepSampler(n, 8, 900, seed=0, items=items)        listed images once more
 
-Weights and lists go by image, never by file copies: whatever is drawn again is the same entry of the training list.
+    weights = difficulty_weights(hard_classes(matrices))    or balanced_weights(counts)
+    items = replicated(names, listed)
+
+Weights and lists go by image, never by file copies: whatever is drawn again is the same entry of
+the training list.
 """
 from collections.abc import Iterator, Sequence
 from pathlib import Path
@@ -14,93 +17,141 @@ import numpy as np
 
 from .common import BadInput, read_json
 
+# The KD report's rule: images with up to 0, 2, 4 and with more hard classes have these weights.
+LIMITS = (0, 2, 4)
+WEIGHTS = (1, 2, 4, 6)
+
 
 class StepSampler:
-    """Yields, for step = start..steps-1, this rank's list of (index, draw), `draw` counting samples over all ranks.
+    """Yields for every step this rank's list of (index, draw).
 
-    One pass over the n samples after another, each in its own order. With the same global batch (batch * world), 1 rank
-    and 8 ranks see the same samples in the same step, and each of them in one rank only.
+    `draw` counts samples over all ranks. One pass over the n samples follows another, each in its
+    own order. With the same global batch (batch * world), 1 rank and 8 ranks see the same samples
+    in the same step, each sample in one rank only.
 
+    start: the first step, for a resumed run.
     items: the indices that a pass goes over, with repetitions; None = 0..n-1.
     weights: (n,) per sample; draws are then with replacement, len(items) of them in a pass too.
     """
 
-    def __init__(self, n: int, batch: int, steps: int, seed: int, start: int = 0, rank: int = 0, world: int = 1,
-                 items: Sequence[int] | None = None, weights: np.ndarray | None = None):
+    def __init__(self, n: int, batch: int, steps: int, seed: int, start: int = 0,
+                 rank: int = 0, world: int = 1, items: Sequence[int] | None = None,
+                 weights: np.ndarray | None = None):
+        # The weights go by sample; a repeated item has its weight each time.
         self.items = np.arange(n) if items is None else np.asarray(items)
-        self.share = None if weights is None else np.asarray(weights, np.float64)[self.items]
-        if self.share is not None:
-            if not (np.isfinite(self.share).all() and (self.share >= 0).all() and self.share.sum() > 0):
-                raise BadInput(f"sampling weights from {self.share.min()} to {self.share.max()}; expected finite ones "
-                               "from 0, not all 0")
-            self.share = self.share / self.share.sum()
-        self.batch, self.steps, self.seed = batch, steps, seed
-        self.start, self.rank, self.world = start, rank, world
+        self.share = None
+        if weights is not None:
+            self.share = shares(np.asarray(weights, np.float64)[self.items])
+        self.batch = batch
+        self.steps = steps
+        self.seed = seed
+        self.start = start
+        self.rank = rank
+        self.world = world
 
     def __len__(self):
         return self.steps - self.start
 
     def order(self, epoch: int) -> np.ndarray:
         """The samples of one pass, len(items) of them."""
-        rng, n = np.random.default_rng((1, self.seed, epoch)), len(self.items)
-        return self.items[rng.permutation(n) if self.share is None else rng.choice(n, n, p=self.share)]
+        # The 1 keeps these draws apart from all others of the same seed.
+        rng = np.random.default_rng((1, self.seed, epoch))
+        n = len(self.items)
+        if self.share is None:
+            return self.items[rng.permutation(n)]
+        # With replacement: a heavy sample comes several times in a pass, a light one perhaps never.
+        return self.items[rng.choice(n, n, p=self.share)]
 
     def __iter__(self) -> Iterator[list[tuple[int, int]]]:
-        epoch, order = -1, None
+        n = len(self.items)
+        epoch = -1
+        order = None
         for step in range(self.start, self.steps):
+            # Ranks take turns: step 0 of rank 0, of rank 1, ..., step 1 of rank 0.
             first = (step * self.world + self.rank) * self.batch
             batch = []
             for draw in range(first, first + self.batch):
-                if draw // len(self.items) != epoch:
-                    epoch = draw // len(self.items)
+                # A batch may reach into the next pass.
+                if draw // n != epoch:
+                    epoch = draw // n
                     order = self.order(epoch)
-                batch.append((int(order[draw % len(self.items)]), draw))
+                index = int(order[draw % n])
+                batch.append((index, draw))
             yield batch
 
 
+def shares(weights: np.ndarray) -> np.ndarray:
+    """Weights that sum to 1."""
+    usable = np.isfinite(weights).all() and (weights >= 0).all() and weights.sum() > 0
+    if not usable:
+        raise BadInput(f"sampling weights from {weights.min()} to {weights.max()}; "
+                       "expected finite ones from 0, not all 0")
+    return weights / weights.sum()
+
+
 def hard_classes(matrices: np.ndarray, below: float = 0.5) -> np.ndarray:
-    """Confusion matrices (N, K, K) of single images, rows true -> (N,) int: classes in the image with IoU < `below`.
+    """Confusion matrices (N, K, K) of single images, rows true -> (N,): classes of IoU < `below`.
 
-    A class without a true pixel in an image is not one of its classes, whatever was predicted there.
+    A class without a true pixel in an image is none of its classes, whatever was predicted there.
     """
-    m = np.asarray(matrices, np.float64)
-    tp, true, pred = np.einsum("nkk->nk", m), m.sum(2), m.sum(1)
-    return ((true > 0) & (tp < below * (true + pred - tp))).sum(1)
+    # IoU < below, written without a division: a class in the image has a union above 0.
+    matrices = np.asarray(matrices, np.float64)
+    tp = np.einsum("nkk->nk", matrices)
+    true = matrices.sum(2)
+    union = true + matrices.sum(1) - tp
+    hard = (true > 0) & (tp < below * union)
+    return hard.sum(1)
 
 
-def difficulty_weights(hard: np.ndarray, limits: Sequence[int] = (0, 2, 4),
-                       weights: Sequence[float] = (1, 2, 4, 6)) -> np.ndarray:
-    """Hard classes per image (N,) -> weight (N,): 1 up to 0 of them, 2 up to 2, 4 up to 4, 6 above (the KD report)."""
-    if len(weights) != len(limits) + 1 or list(limits) != sorted(set(limits)):
-        raise BadInput(f"difficulty limits {list(limits)} with weights {list(weights)}; expected rising limits and one "
-                       "weight more than limits")
-    return np.asarray(weights, np.float64)[np.searchsorted(limits, hard)]
+def difficulty_weights(hard: np.ndarray, limits: Sequence[int] = LIMITS,
+                       weights: Sequence[float] = WEIGHTS) -> np.ndarray:
+    """Hard classes per image (N,) -> weight (N,): the first weight up to the first limit, ..."""
+    rising = list(limits) == sorted(set(limits))
+    if not rising or len(weights) != len(limits) + 1:
+        raise BadInput(f"difficulty limits {list(limits)} with weights {list(weights)}; "
+                       "expected rising limits and one weight more than limits")
+    # The number of limits below a count is the place of its weight.
+    weights = np.asarray(weights, np.float64)
+    return weights[np.searchsorted(limits, hard)]
 
 
 def balanced_weights(counts: np.ndarray) -> np.ndarray:
-    """Pixels per image and class (N, K) -> weight (N,) of choosing a class, then one of the images that have it."""
+    """Pixels per image and class (N, K) -> weight (N,): every class is drawn equally often."""
+    # A class is chosen, and one of the images that have it, all alike likely.
     has = np.asarray(counts) > 0
     images = has.sum(0)  # with the class
-    weights = (has[:, images > 0] / images[images > 0]).sum(1)
+    # A class that no image has is never chosen.
+    used = images > 0
+    weights = (has[:, used] / images[used]).sum(1)
     if not weights.any():
+        # All masks hold nothing but ignored pixels.
         raise BadInput("no labelled pixel in any training mask; nothing to balance")
     return weights
 
 
 def rich(counts: np.ndarray, classes: Sequence[int], share: float) -> np.ndarray:
-    """Indices of the images (N, K) where one of `classes` has at least `share` of the labelled pixels."""
+    """Images (N, K) in which one of `classes` has at least `share` of the labels -> indices."""
     counts = np.asarray(counts, np.float64)
-    part = counts / np.maximum(counts.sum(1, keepdims=True), 1)
-    return np.flatnonzero((part[:, list(classes)] >= share).any(1))
+    # At least 1 pixel: an image without labels has share 0 of everything.
+    labelled = np.maximum(counts.sum(1, keepdims=True), 1)
+    enough = counts[:, list(classes)] / labelled >= share
+    return np.flatnonzero(enough.any(1))
 
 
 def replicated(names: Sequence[str], listed: Sequence[str]) -> np.ndarray:
-    """Training names, names to repeat (one listed twice: two more times) -> indices 0..n-1, then the repeated."""
-    at = {name: i for i, name in enumerate(names)}
+    """Training names, names to repeat -> indices 0..n-1, then those of the repeated.
+
+    A name that is listed twice is repeated twice.
+    """
+    # Every image once, so that a pass leaves none out, then the listed ones.
+    index = {name: i for i, name in enumerate(names)}
+    repeated = []
     for name in listed:
-        if name not in at:
-            raise BadInput(f"{name!r} is to be repeated but is no training image; names look like {names[0]!r}")
-    return np.array([*range(len(names)), *(at[name] for name in listed)])
+        if name not in index:
+            raise BadInput(f"{name!r} is to be repeated but is no training image; "
+                           f"names look like {names[0]!r}")
+        repeated.append(index[name])
+    return np.array([*range(len(names)), *repeated])
 
 
 # ---- what users give

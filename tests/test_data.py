@@ -349,6 +349,24 @@ def test_mixup_and_cutmix_keep_labels_with_their_pixels():
     assert 0.4 < np.mean(shares) < 0.6 and torch.equal(x[:, 0], y.float())  # uniform; the inputs stay as they were
 
 
+def test_mix_is_cutmix_then_mixup_by_their_probabilities():
+    x, y = torch.randn(4, 3, 8, 6), torch.arange(4 * 48).view(4, 8, 6)
+    seen = set()
+    for seed in range(100):
+        mixed, targets = augment.mix(x, y, np.random.default_rng(seed), 0.5, 0.4)
+        rng, want, labels = np.random.default_rng(seed), x, y
+        if pasted := rng.random() < 0.5:
+            want, labels = augment.cutmix(want, labels, rng)
+        if blended := rng.random() < 0.4:
+            want, labels, other, share = augment.mixup(want, labels, rng)
+            assert targets[1][0] == 1 - share and torch.equal(targets[1][1], other)
+        assert torch.equal(mixed, want) and torch.equal(targets[0][1], labels)
+        assert sum(share for share, _ in targets) == pytest.approx(1) and len(targets) == 1 + blended
+        seen.add((pasted, blended))
+    assert len(seen) == 4
+    assert torch.equal(augment.mix(x, y, np.random.default_rng(0), 0, 0)[0], x)
+
+
 # ---- samplers
 
 def steps_of(world, batch, accum=1, **more):
@@ -433,6 +451,17 @@ def test_an_id_that_is_no_class_fails_and_never_counts_for_another(where, bad):
             metrics.confusion(**pair, k=5)
     ignored = metrics.confusion(torch.full((9,), 77), torch.full((9,), IGNORE), 5)  # nobody looks there
     assert ignored.shape == (5, 5) and not ignored.any()
+
+
+@pytest.mark.parametrize("dtype", [torch.int64, torch.uint8])
+def test_counting_without_checks_adds_the_same_matrix(dtype):
+    pred, true = (t.to(dtype).view(6, 10) for t in drawn(60))
+    cm = torch.arange(25).view(5, 5)
+    metrics.count_pairs_(cm, pred, true)
+    assert torch.equal(cm, torch.arange(25).view(5, 5) + metrics.confusion(pred, true, 5))
+    before = cm.clone()
+    metrics.count_pairs_(cm, torch.full((9,), 77, dtype=dtype), torch.full((9,), IGNORE, dtype=dtype))
+    assert torch.equal(cm, before)  # what is predicted on ignored pixels does not count, whatever it is
 
 
 def test_report_names_the_absent_and_the_baseline():

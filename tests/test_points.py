@@ -1,4 +1,4 @@
-"""data/points.py, its averages and bars; oracles: scipy.ndimage, Pillow, scikit-learn, the definitions in Python."""
+"""data/points.py and its averages; oracles: scipy.ndimage, Pillow, scikit-learn, the definitions in Python."""
 import csv
 import json
 import re
@@ -10,8 +10,8 @@ from PIL import Image
 from scipy import ndimage
 from sklearn.metrics import accuracy_score, precision_recall_fscore_support
 
-from data import metrics, plots, points
-from data.crops import around, crop, random_place, window
+from data import metrics, points
+from data.crops import around, crop, crop_window, random_place
 from data.common import IGNORE, BadInput
 from data.io import Labels
 
@@ -115,12 +115,12 @@ def test_transparent_pixels_get_no_points(files):
 def test_a_draw_without_repeats_is_even_and_grows():
     hits = np.zeros((4, 6), int)
     for seed in range(3000):
-        picked = points.some(np.arange(6), 4, np.random.default_rng(seed))
+        picked = points.sample(np.arange(6), 4, np.random.default_rng(seed))
         assert len(set(picked.tolist())) == 4
-        np.testing.assert_array_equal(picked[:3], points.some(np.arange(6), 3, np.random.default_rng(seed)))
+        np.testing.assert_array_equal(picked[:3], points.sample(np.arange(6), 3, np.random.default_rng(seed)))
         hits[np.arange(4), picked] += 1
     assert abs(hits - 500).max() < 5 * 500 ** 0.5
-    assert points.some(np.arange(6), 6, np.random.default_rng(0)).tolist() == list(range(6))
+    assert points.sample(np.arange(6), 6, np.random.default_rng(0)).tolist() == list(range(6))
 
 
 # ---- files
@@ -191,7 +191,7 @@ def test_points_everywhere_are_the_mask_resized(scale):
     for centre in ((0, 0), (37, 45), (70, 20)):
         _, want = crop(np.zeros((75, 90, 3), np.uint8), mask, 32, scale, centre)
         got = np.full((32, 32), IGNORE, np.uint8)
-        points.paint(got, every_pixel(mask), *window(75, 90, 32, scale, centre))
+        points.mark(got, every_pixel(mask), *crop_window(75, 90, 32, scale, centre))
         np.testing.assert_array_equal(got, want)
 
 
@@ -204,16 +204,16 @@ def test_a_point_stays_one_pixel_on_what_it_marks_at_every_scale():
         scale, centre = random_place(70, 90, 48, (0.5, 2), rng)
         centre = around(at[::-1], 48 / scale, rng)
         x, y = crop(image, np.full((70, 90), IGNORE, np.uint8), 48, scale, centre)
-        points.paint(y, np.array([[*at, 1]]), *window(70, 90, 48, scale, centre))
+        points.mark(y, np.array([[*at, 1]]), *crop_window(70, 90, 48, scale, centre))
         assert (y == 1).sum() == 1 and x[y == 1].min() > 180
 
 
-def test_a_point_outside_the_crop_is_not_painted():
+def test_a_point_outside_the_crop_is_not_marked():
     y, part = np.full((8, 8), IGNORE, np.uint8), (3, 3, 6, 6)
     for ps in (np.array([[9, 2, 1], [2, 9, 1], [10, 10, 1]]), np.zeros((0, 3), np.int64)):
-        points.paint(y, ps, part, (8, 8))
+        points.mark(y, ps, part, (8, 8))
         assert (y == IGNORE).all() and len(points.inside(ps, part)) == 0
-    points.paint(y, np.array([[8, 3, 1]]), part, (8, 8))  # x 8 is its last column, y 3 its first row
+    points.mark(y, np.array([[8, 3, 1]]), part, (8, 8))  # x 8 is its last column, y 3 its first row
     assert y[0, 7] == 1 and (y != IGNORE).sum() == 1
 
 
@@ -241,18 +241,6 @@ def test_the_reports_validation_scores_are_those_of_a_constant_answer():
     report = {"accuracy": 0.94, "precision_weighted": 0.8893, "recall_weighted": 0.9430, "f1_weighted": 0.9153}
     assert all(got[k] == pytest.approx(v, abs=0.005 if k == "accuracy" else 1e-4) for k, v in report.items())
     assert metrics.iou(cm).nanmean() < 0.16
-
-
-def test_bars_are_as_high_as_the_scores():
-    history = [{"step": s, "scores": {"train": {"accuracy": v, "f1": 0.0}, "val": {"accuracy": v / 2, "f1": None}}}
-               for s, v in ((10, 0.5), (20, 1.0))] + [{"step": 20, "loss": 3.0}]
-    a = np.asarray(plots.bars(history, "a run"))
-    blue = (a == plots.LINES[0]).all(2)
-    blue[:90] = False  # the legend's swatch
-    columns = [np.flatnonzero(blue[:, x]) for x in range(blue.shape[1]) if blue[:, x].any()]
-    heights = sorted({len(c) for c in columns})
-    assert heights == [150, 300]  # two panels of 200 pixels: 100 + 50 at step 10, 200 + 100 at step 20
-    assert plots.bars([]).size[1] > 0 and plots.bars(history * 30).size == plots.bars(history).size
 
 
 def test_every_pattern_is_explained():

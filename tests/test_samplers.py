@@ -84,11 +84,8 @@ def test_class_balance_and_the_share_rule():
 
 # ---- the strategic crop of the KD report is data/crops.py with focus 0.7
 
-def test_the_focused_pixel_is_in_the_crop_at_every_scale(monkeypatch):
-    """A thousand draws a scale: images of any shape, the pixel anywhere, the window's place caught in the act."""
-    real, seen = crops.crop, []
-    monkeypatch.setattr(crops, "crop", lambda image, mask, size, scale, centre: seen.append(
-        [crops.fit(c, size / scale, n) for c, n in zip(centre, mask.shape)]) or real(image, mask, size, scale, centre))
+def test_the_focused_pixel_is_in_the_crop_at_every_scale():
+    """A thousand draws a scale: images of any shape, the pixel anywhere."""
     rng = np.random.default_rng(0)
     for scale in (0.25, 0.5, 0.75, 1.0, 1.5, 2.0, 4.0):
         for _ in range(1000):
@@ -96,9 +93,9 @@ def test_the_focused_pixel_is_in_the_crop_at_every_scale(monkeypatch):
             y, x = rng.integers(H), rng.integers(W)
             mask = np.zeros((H, W), np.uint8)
             mask[y, x] = 5
-            image = np.zeros((H, W, 3), np.uint8)
-            crops.random_crop(image, mask, 32, (scale, scale), rng, focus=[4, 5], focus_p=1.0)
-            (top, h), (left, w) = seen.pop()
+            drawn, centre = crops.random_place(
+                H, W, 32, (scale, scale), rng, lambda: crops.random_pixel(mask, [4, 5], rng), focus_p=1.0)
+            (top, left, h, w), _ = crops.crop_window(H, W, 32, drawn, centre)
             assert top <= y < top + h <= H and left <= x < left + w <= W, (scale, H, W, y, x)
 
 
@@ -114,21 +111,21 @@ def test_what_survives_scaling_is_in_the_cropped_mask():
             assert (ids == 5).any(), (scale, y, x)
 
 
-def test_the_share_the_jitter_the_fallback_and_the_padding(monkeypatch):
-    rng, seen = np.random.default_rng(0), []
-    real = crops.crop
-    monkeypatch.setattr(crops, "crop", lambda *args: seen.append(args[4]) or real(*args))
+def test_the_share_the_jitter_the_fallback_and_the_padding():
+    rng = np.random.default_rng(0)
     mask = np.zeros((400, 400), np.uint8)
     mask[200, 200] = 4
     image = np.zeros((400, 400, 3), np.uint8)
     hits = sum((crops.random_crop(image, mask, 16, (1, 1), rng, [4], 0.7)[1] == 4).any() for _ in range(3000))
     assert within_3_sigma(np.array([hits, 3000 - hits]), [0.7 + 0.3 * 16 ** 2 / 385 ** 2, 0.3])
-    near = np.array([c for c in seen if max(abs(c[0] - 200.5), abs(c[1] - 200.5)) <= 6])  # 3/8 of 16
+
+    def centres(pixel):
+        return np.array([crops.random_place(400, 400, 16, (1, 1), rng, pixel, 1.0)[1] for _ in range(500)])
+
+    near = centres(lambda: crops.random_pixel(mask, [4], rng))
+    assert (abs(near - 200.5) <= 6).all()  # 3/8 of 16
     assert (near.min(0) < 195.5).all() and (near.max(0) > 205.5).all()  # jitter fills its square
-    seen.clear()
-    empty = np.zeros((400, 400), np.uint8)
-    for _ in range(500):  # no such pixel: an ordinary crop, anywhere
-        crops.random_crop(image, empty, 16, (1, 1), rng, [4], 1.0)
-    assert np.ptp(np.array(seen), axis=0).min() > 350
+    assert crops.random_pixel(mask, [3], rng) is None
+    assert np.ptp(centres(lambda: None), axis=0).min() > 350  # no such pixel: an ordinary crop, anywhere
     x, ids = crops.random_crop(image[:10, :20], mask[195:205, 195:215], 16, (1, 1), rng, [4], 1.0)
     assert x.shape == (16, 16, 3) and (ids[10:] == IGNORE).all() and (ids[:10] != IGNORE).all() and (ids == 4).any()
