@@ -1,109 +1,231 @@
-"""Segmentation data sets as one small description: where images and masks are, what labels mean, who is in which split.
+"""Segmentation data sets as one small description: where images and masks are, what labels mean.
 
-A `folder` data set carries the description as dataset.json in its root (draft it with `python -m data.check ROOT`):
+    description = read_description("D")                      D/dataset.json, or public.describe(...)
+    pairs = find_pairs("D", description)                     {name: (image, mask)}
+    splits = load_splits("D", description, pairs, seed=0)    {"train": names, "val": names, ...}
+    labels = Labels(description["classes"], description["ignore"])
+    x, y, name = SegDataset(pairs, labels, norm="imagenet")[0]
+
+A `folder` data set carries the description as dataset.json in its root (data/check drafts it):
     {"name": "dubai", "images": "Tile */images/*.jpg", "masks": "Tile */masks/*.png",
-     "classes": [{"name": "building", "color": "#3C1098"}, {"name": "road", "color": "#6EC1E4"}, ...],
-     "ignore": ["#000000"], "splits": {"train": "Tile [1-6]/*", "val": ["Tile 7/*"], "test": "lists/test.txt"}}
-Masks of ids: {"name": "road", "id": 2, "color": "#6EC1E4"}, the colour for pictures, and "ignore": [0].
-An image and a mask belong together when the stars of the two patterns stand for the same text. "images" and "masks" may
-also be lists of patterns; then the stars of the first two are compared, those of the second two, and so on. Further
-keys, such as "unlabelled", "select" and "report", are explained in data/public.py.
+     "classes": [{"name": "building", "color": "#3C1098"}, {"name": "road", "color": "#6EC1E4"}],
+     "ignore": ["#000000"],
+     "splits": {"train": "Tile [1-6]/*", "val": ["Tile 7/*"], "test": "lists/test.txt"}}
+Masks of ids: {"name": "road", "id": 2, "color": "#6EC1E4"}, the colour for pictures, "ignore": [0].
+An image and a mask belong together when the stars of the two patterns stand for the same text.
+"images" and "masks" may also be lists of patterns; then the stars of the first two are compared,
+those of the second two, and so on. Further keys, none of them needed:
+    "bands"        [4, 1, 2]: the three to read from images with more, from 1; --bands overrides it
+    "input_range"  [0, 3000]: the values that become 0 and 255; --input-range overrides it
+    "select"       0.2: the share of train held out to choose the weights
+    "scene"        regex for the scene in a name, its first group if it has one: a hold-out keeps
+                   scenes whole, and data/check finds those in two splits
+    "tiles"        side of the square tiles that the split lists mean: NAME_k is the k-th of NAME
+    "unlabelled"   splits whose masks may be missing: for predict.py only
+    "instances"    pattern of files with the number of the instance at every pixel (train_points.py)
+    "report"       further means under their own names, without the classes listed:
+                   {"5_without_clutter": ["clutter"]}
+    "warning"      what is known to be wrong with the data, said before every training
 """
 import json
+import math
 import os
 import re
 from collections import Counter
+from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
 from fnmatch import fnmatch
 from pathlib import Path
-from typing import Callable
+from shlex import quote
 
 import numpy as np
 import torch
 
-from .common import IGNORE, BadInput, even_sample
-from .io import Labels, by_stem, open_image, read_valid
+from .common import IGNORE, BadInput, even_sample, progress
+from .io import SUFFIXES, Labels, by_stem, is_hidden, open_image, read_valid
 
-NORMS = {"imagenet": ((0.485, 0.456, 0.406), (0.229, 0.224, 0.225)),  # DINOv2, DINOv3 LVD-1689M, torchvision
-         "sat": ((0.430, 0.411, 0.296), (0.213, 0.156, 0.143))}  # DINOv3 SAT-493M
+# Mean and standard deviation of red, green and blue that the weights were trained with.
+NORMS = {
+    "imagenet": ((0.485, 0.456, 0.406), (0.229, 0.224, 0.225)),  # DINOv2, LVD-1689M, torchvision
+    "sat": ((0.430, 0.411, 0.296), (0.213, 0.156, 0.143))}  # DINOv3 SAT-493M
+PROJECT = Path(__file__).resolve().parents[1]
+EXAMPLE = "data/datasets.py begins with an example"
 
+
+# ---- commands to type next
+
+def script_command(script: str) -> str:
+    """What starts a script, such as train_seg.py, from the folder where the user stands."""
+    if Path.cwd() != PROJECT:
+        script = str(PROJECT / script)
+    return f"python {quote(script)}"
+
+
+def check_command(root: str | Path) -> str:
+    """What checks the folder `root`, or drafts its dataset.json, from where the user stands."""
+    if Path.cwd() == PROJECT:
+        program = "python -m data.check"
+    else:
+        program = script_command("data/check")  # a folder with a __main__.py can be run by its path
+    return f"{program} {quote(str(root))}"
+
+
+# ---- the description
 
 def read_description(root: str | Path) -> dict:
-    """root/dataset.json, checked for its parts; label values are checked by io.Labels."""
+    """root/dataset.json, checked for its parts; one line says what is wrong."""
     path = Path(root) / "dataset.json"
     if not path.exists():
-        raise BadInput(f"{path}: no such file; draft it with: python -m data.check '{root}'")
+        raise BadInput(f"{path}: no such file; draft it with: {check_command(root)}")
     try:
         d = json.loads(path.read_text("utf-8-sig"))  # as Windows editors write it, too
     except (ValueError, OSError) as e:
         raise BadInput(f"{path}: not valid JSON ({e})") from None
-    for key, kind in {"images": (str, list), "masks": (str, list), "classes": list, "splits": dict}.items():
-        if not isinstance(d, dict) or not d.get(key) or not isinstance(d[key], kind):
-            raise BadInput(f'{path}: "{key}" is missing, empty or malformed; data/datasets.py begins with an example')
-    if not all(isinstance(c, dict) and isinstance(c.get("name"), str) for c in d["classes"]):
-        raise BadInput(f'{path}: an entry of "classes" has no "name"; data/datasets.py begins with an example')
+    check_needed_keys(d, path)
+    # A set without a name is called like its folder, and its runs go to runs/<name>.
     d = {"name": Path(root).resolve().name, "ignore": [], **d}
     try:
         names = Labels(d["classes"], d["ignore"]).names
     except BadInput as e:
         raise BadInput(f"{path}: {e}") from None
-    if not d["splits"].keys() <= {"train", "val", "test", "select"} and d["splits"].get("train") is None:
-        raise BadInput(f'{path}: "splits" has {", ".join(d["splits"])}; the names are train, val and test')
-    means = d.get("report", {})
-    checks = {  # of keys that stand for themselves
-        "name": isinstance(d["name"], str) and d["name"] and not set(d["name"]) & set("/\\"),
-        "unlabelled": set(d.get("unlabelled", ())) <= set(d["splits"]),
-        "tiles": type(d.get("tiles", 1)) is int and d.get("tiles", 1) > 0,
-        "variant": isinstance(d.get("variant", ""), str),
-        "select": isinstance(d.get("select", 0.1), float) and 0 < d.get("select", 0.1) < 1,
-        "report": isinstance(means, dict) and all(isinstance(m, list) and set(m) <= set(names) for m in means.values())}
-    if wrong := [key for key, good in checks.items() if not good]:
-        raise BadInput(f'{path}: "{wrong[0]}" is {d[wrong[0]]!r}, which cannot be; data/datasets.py and data/public.py '
-                       "begin with what is expected")
+    if not d["splits"].keys() <= {"train", "val", "test", "select"}:
+        if d["splits"].get("train") is None:  # misspelt, or made for something else
+            raise BadInput(f'{path}: "splits" has {", ".join(d["splits"])}; '
+                           "the names are train, val and test")
+    check_optional_keys(d, names, path)
     return d
 
 
-def star_key(pattern: str, path: str) -> str | None:  # what the stars stand for: "T */*.png", "T 2/a.png" -> "2/a"
+def check_needed_keys(d: dict, path: Path) -> None:
+    """Images, masks, classes with names and splits are there and of the right kind."""
+    kinds = {"images": (str, list), "masks": (str, list), "classes": list, "splits": dict}
+    for key, kind in kinds.items():
+        if not isinstance(d, dict) or not d.get(key) or not isinstance(d[key], kind):
+            raise BadInput(f'{path}: "{key}" is missing, empty or malformed; {EXAMPLE}')
+    for c in d["classes"]:
+        if not isinstance(c, dict) or not isinstance(c.get("name"), str):
+            raise BadInput(f'{path}: an entry of "classes" has no "name"; {EXAMPLE}')
+
+
+def check_optional_keys(d: dict, names: list[str], path: Path) -> None:
+    """The keys that stand for themselves; `names`: of the classes."""
+    rules = {
+        "name": (is_folder_name, "the name of a folder"),
+        "unlabelled": (lambda v: set(v) <= set(d["splits"]), "a list of splits"),
+        "tiles": (lambda v: type(v) is int and v > 0, "a whole number of pixels"),
+        "variant": (lambda v: isinstance(v, str), "text"),
+        "select": (lambda v: isinstance(v, float) and 0 < v < 1, "a share of train such as 0.2"),
+        "scene": (is_regex, 'a regular expression such as "(.*)_\\\\d+$"'),
+        "bands": (are_bands, "three whole numbers from 1, such as [4, 1, 2]"),
+        "input_range": (is_range, "the lower value, then the higher one, such as [0, 3000]"),
+        "report": (lambda v: are_means(v, names), 'names with lists of names from "classes"')}
+    for key, (is_good, expected) in rules.items():
+        if key not in d:
+            continue
+        try:
+            good = is_good(d[key])
+        except TypeError:  # a number where a list should be, or the like
+            good = False
+        if not good:
+            raise BadInput(f'{path}: "{key}" is {d[key]!r}; expected {expected}')
+
+
+def is_folder_name(value) -> bool:
+    """Runs are saved in a folder of the data set's name."""
+    return isinstance(value, str) and bool(value) and not set(value) & set("/\\")
+
+
+def is_regex(value) -> bool:
+    """Text that re can compile."""
+    try:
+        re.compile(value)
+    except re.error:
+        return False
+    return isinstance(value, str)
+
+
+def are_bands(value) -> bool:
+    """Three band numbers, counted from 1."""
+    return len(value) == 3 and all(type(n) is int and n >= 1 for n in value)
+
+
+def is_range(value) -> bool:
+    """Two finite numbers, the lower one first."""
+    low, high = value if len(value) == 2 else (0, 0)
+    numbers = all(type(v) in (int, float) for v in (low, high))
+    return numbers and -math.inf < low < high < math.inf
+
+
+def are_means(value, names: list[str]) -> bool:
+    """{name of a mean: classes that it leaves out}."""
+    return isinstance(value, dict) and all(
+        isinstance(left_out, list) and set(left_out) <= set(names) for left_out in value.values())
+
+
+# ---- images and masks
+
+def star_key(pattern: str, path: str) -> str | None:
+    """What the stars stand for: "T */*.png", "T 2/a.png" -> "2/a"; None where nothing fits."""
+    # Every star and bracket becomes a group of a regular expression, the rest stays text.
     wild = {"**/": "((?:.*/)?)", "**": "(.*)", "*": "([^/]*)", "?": "([^/])"}
-    tokens = re.split(r"(\*\*/|\*\*|\*|\?|\[[^]]+\])", pattern)
-    regex = "".join(wild.get(t) or (f"({t})".replace("[!", "[^") if t[:1] == "[" else re.escape(t)) for t in tokens)
+    regex = ""
+    for token in re.split(r"(\*\*/|\*\*|\*|\?|\[[^]]+\])", pattern):
+        if token in wild:
+            regex += wild[token]
+        elif token.startswith("["):
+            regex += f"({token})".replace("[!", "[^")
+        else:
+            regex += re.escape(token)
     found = re.fullmatch(regex, path)
     return "/".join(found.groups()) if found else None
 
 
 def match_files(root: str | Path, patterns: str | list[str]) -> dict[tuple[int, str], Path]:
     """{(number of the pattern, what its stars stand for): file}, in order."""
+    if isinstance(patterns, str):
+        patterns = [patterns]
     found = {}
-    for i, pattern in enumerate([patterns] if isinstance(patterns, str) else patterns):
+    for i, pattern in enumerate(patterns):
         try:
             files = sorted(Path(root).glob(pattern))
         except (ValueError, TypeError, NotImplementedError) as e:
-            raise BadInput(f"{root}: {pattern!r} is no pattern ({e}); expected 'images/*.png' or the like") from None
-        for file in (f for f in files if f.name[0] != "."):  # such as the ._ files of macOS
-            key = i, star_key(pattern, file.relative_to(root).as_posix())
+            raise BadInput(f"{root}: {pattern!r} is no pattern ({e}); "
+                           "expected 'images/*.png' or the like") from None
+        for file in files:
+            relative = file.relative_to(root)
+            # "images/*" leaves texts and world files alone; "images/*.jp2" takes what it names.
+            picture = file.suffix.lower() in SUFFIXES or pattern.endswith(file.suffix)
+            if is_hidden(relative) or not picture:
+                continue
+            key = i, star_key(pattern, relative.as_posix())
             if key in found:
-                raise BadInput(f"{file} and {found[key]}: the pattern {pattern!r} cannot tell them apart; "
-                               "make it more exact in dataset.json")
+                raise BadInput(f"{file} and {found[key]}: the pattern {pattern!r} cannot tell them "
+                               "apart; make it more exact in dataset.json")
             found[key] = file
     return found
 
 
-def match_pairs(root: str | Path, description: dict) -> tuple[dict[str, tuple[Path, Path | None]], list[Path]]:
-    """{name: (image, mask or None)}, name = the image's path in root without suffix, in order; masks of no image."""
+def match_pairs(root: str | Path, description: dict) -> tuple[dict[str, tuple], list[Path]]:
+    """{name: (image, mask or None)}, name = the image's path in root without suffix, in order.
+
+    Also the masks that belong to no image.
+    """
     masks = match_files(root, description["masks"])
-    taken = set(masks.values())  # "*.png" for images beside "*_mask.png" for masks: what both match is a mask
+    taken = set(masks.values())
     pairs = {}
     for key, file in match_files(root, description["images"]).items():
-        if file in taken:
+        if file in taken:  # "*.png" for images beside "*_mask.png" for masks: both match a mask
             continue
         name = file.relative_to(root).with_suffix("").as_posix()
         if name in pairs:
-            raise BadInput(f"{file} and {pairs[name][0]}: two images of one name; rename one, or move it away")
+            raise BadInput(f"{file} and {pairs[name][0]}: two images of one name; "
+                           "rename one, or move it away")
         pairs[name] = file, masks.get(key)
     if not pairs:
         raise BadInput(f"{root}: no image matches {description['images']!r}; "
                        'correct "images" in dataset.json or --root')
-    return pairs, sorted(taken - {mask for _, mask in pairs.values()})
+    paired = {mask for _, mask in pairs.values()}
+    return pairs, sorted(taken - paired)
 
 
 def find_pairs(root: str | Path, description: dict, masks: bool = True) -> dict[str, tuple]:
@@ -114,66 +236,101 @@ def find_pairs(root: str | Path, description: dict, masks: bool = True) -> dict[
     pairs, _ = match_pairs(root, description)
     if not masks:
         return {name: (image, None) for name, (image, _) in pairs.items()}
+    # A missing mask is never taken for an empty one: it would be scored as background.
     free = unlabelled(root, description, pairs)
     lonely = [image for n, (image, mask) in pairs.items() if mask is None and n not in free]
     if lonely:
-        raise BadInput(f"{lonely[0]}: no mask for it by {description['masks']!r} ({len(lonely)} of {len(pairs)} images "
-                       'without); correct "masks" in dataset.json or move the images away')
-    return cut(pairs, description["tiles"]) if "tiles" in description else pairs
+        raise BadInput(f"{lonely[0]}: no mask for it by {description['masks']!r} ({len(lonely)} of "
+                       f'{len(pairs)} images without); correct "masks" in dataset.json or move the '
+                       "images away")
+    if "tiles" in description:
+        return tiles_of(pairs, description["tiles"])
+    return pairs
 
 
 def unlabelled(root: str | Path, description: dict, pairs: dict[str, tuple]) -> set[str]:
     """Names without masks that may be so, since their splits are in "unlabelled"."""
     rules = {split: description["splits"][split] for split in description.get("unlabelled", ())}
     splits = split_names(root, description | {"splits": rules}, list(pairs))
-    return {n for names in splits.values() for n in names if pairs[n][1] is None}
+    free = set()
+    for names in splits.values():
+        free.update(n for n in names if pairs[n][1] is None)
+    return free
 
 
-def cut(pairs: dict[str, tuple[Path, Path | None]], side: int) -> dict[str, tuple]:
-    """{name_k: (image, mask, (top, left, h, w))}: the full square tiles of every image, k counting all of its grid."""
+def tiles_of(pairs: dict[str, tuple[Path, Path | None]], side: int) -> dict[str, tuple]:
+    """{name_k: (image, mask, (top, left, h, w))}: the full square tiles of every image.
+
+    k counts all places of the image's grid, row by row, as LandCover.ai's split.py does: also
+    those that the right and bottom border cut, which are left out.
+    """
     tiles = {}
     for name, (image, mask) in pairs.items():
         W, H = open_image(image, deep=True).size
-        grid = [(top, left) for top in range(0, H, side) for left in range(0, W, side)]
-        tiles |= {f"{name}_{k}": (image, mask, (top, left, side, side)) for k, (top, left) in enumerate(grid)
-                  if top + side <= H and left + side <= W}  # LandCover.ai's split.py numbers the cut ones too
+        k = 0
+        for top in range(0, H, side):
+            for left in range(0, W, side):
+                if top + side <= H and left + side <= W:
+                    tiles[f"{name}_{k}"] = image, mask, (top, left, side, side)
+                k += 1
     return tiles
 
 
+def part_of(a: np.ndarray, box: tuple[int, int, int, int] | None = None) -> np.ndarray:
+    """The part (top, left, h, w) of an array (H, W, ...), or all of it."""
+    if box is None:
+        return a
+    top, left, h, w = box
+    return a[top:top + h, left:left + w]
+
+
+# ---- splits
+
 def split_names(root: str | Path, description: dict, names: list[str]) -> dict[str, list[str]]:
-    """{split: names} from patterns over the names (here * crosses /), or from a .txt file of names, one a line."""
+    """{split: names} from patterns over the names (* crosses /), or .txt files, one name a line."""
     splits = {}
     for split, rules in description["splits"].items():
-        chosen, rules = set(), [rules] if isinstance(rules, str) else rules
+        if isinstance(rules, str):
+            rules = [rules]
         if not isinstance(rules, list) or not all(isinstance(rule, str) for rule in rules):
-            raise BadInput(f"split {split!r} is {rules!r}; expected patterns or a .txt file; for a share, --val-frac")
+            raise BadInput(f"split {split!r} is {rules!r}; expected patterns or a .txt file; "
+                           "for a share, --val-frac")
+        chosen = set()
         for rule in rules:
             if rule.endswith(".txt"):
-                chosen |= set(read_list(Path(root) / rule, names))
-            else:
-                found = [n for n in names if fnmatch(n, rule)]
-                if not found and split not in description.get("unlabelled", ()):
-                    raise BadInput(f"split {split!r}: nothing matches {rule!r}; names look like {names[0]!r}")
-                chosen |= set(found)
+                chosen.update(read_list(Path(root) / rule, names))
+                continue
+            found = [n for n in names if fnmatch(n, rule)]
+            if not found and split not in description.get("unlabelled", ()):
+                raise BadInput(f"split {split!r}: nothing matches {rule!r}; "
+                               f"names look like {names[0]!r}")
+            chosen.update(found)
         splits[split] = [n for n in names if n in chosen]
     return check_disjoint(splits)
 
 
-def read_list(path: Path, names: list[str]) -> list[str]:  # lines may be full names, names with suffix, or bare stems
+def read_list(path: Path, names: list[str]) -> list[str]:
+    """The names that a text file lists: in full, with suffix, or as bare stems."""
     if not path.exists():
         raise BadInput(f"{path}: no such split file")
-    known, out = by_stem(names), []
     try:
         text = path.read_text("utf-8-sig")
     except UnicodeDecodeError:
-        raise BadInput(f"{path}: not UTF-8 text; save it so (PowerShell's > writes UTF-16)") from None
-    for line in filter(None, map(str.strip, text.splitlines())):
-        line = re.sub(r"^\.?/", "", line)
+        raise BadInput(f"{path}: not UTF-8 text; save it so "
+                       "(PowerShell's > writes UTF-16)") from None
+    # Lists come with folders or without, with suffixes or without; "./a" is "a".
+    known = by_stem(names)
+    listed = []
+    for line in text.splitlines():
+        line = re.sub(r"^\.?/", "", line.strip())
+        if not line:
+            continue
         name = known.get(line) or known.get(re.sub(r"\.\w+$", "", line))
         if name is None:
-            raise BadInput(f"{path}: {line!r} is no image here, or several; names look like {names[0]!r}")
-        out.append(name)
-    return out
+            raise BadInput(f"{path}: {line!r} is no image here, or several; "
+                           f"names look like {names[0]!r}")
+        listed.append(name)
+    return listed
 
 
 def check_disjoint(splits: dict[str, list[str]]) -> dict[str, list[str]]:
@@ -182,81 +339,152 @@ def check_disjoint(splits: dict[str, list[str]]) -> dict[str, list[str]]:
     for split, names in splits.items():
         for n in names:
             if home.setdefault(n, split) != split:
-                raise BadInput(f"{n!r} is in the splits {home[n]!r} and {split!r}; leave it in one of them")
+                raise BadInput(f"{n!r} is in the splits {home[n]!r} and {split!r}; "
+                               "leave it in one of them")
     return splits
 
 
-def hold_out(names: list[str], frac: float, group_regex: str | None, seed: int) -> tuple[list[str], list[str]]:
-    """Names -> (rest, held out): whole scenes until `frac` is reached. A scene is the regex's group, or its match."""
+def scenes_of(names: list[str], scene: str | None) -> dict[str, str]:
+    """{name: its scene}: the regex's first group, or its match; without a regex the name itself."""
+    if not scene:
+        return {n: n for n in names}
     try:
-        found = {n: re.search(group_regex or ".*", n) for n in names}
+        regex = re.compile(scene)
     except re.error as e:
-        raise BadInput(f"--group-regex {group_regex!r} is no regular expression: {e}") from None
-    scene = {n: f and f[1 if f.re.groups else 0] for n, f in found.items()}
+        raise BadInput(f'"scene" in dataset.json is {scene!r}, '
+                       f"which is no regular expression: {e}") from None
+    scenes = {}
     for n in names:
-        if scene[n] is None:
-            raise BadInput(f"--group-regex {group_regex!r} does not match {n!r}")
-    size, chosen, count = Counter(scene.values()), set(), 0
+        found = regex.search(n)
+        group = min(1, regex.groups)
+        if not found or found[group] is None:
+            raise BadInput(f'"scene" in dataset.json is {scene!r}, which does not match {n!r}')
+        scenes[n] = found[group]
+    return scenes
+
+
+def hold_out(names: list[str], frac: float, scene: str | None,
+             seed: int) -> tuple[list[str], list[str]]:
+    """Names -> (rest, held out): whole scenes, in random order, until `frac` is reached."""
+    scenes = scenes_of(names, scene)
+    size = Counter(scenes.values())
+    # Neighbouring tiles look alike: a scene on both sides would make the score too good.
+    chosen = set()
+    count = 0
     for s in np.random.default_rng(seed).permutation(sorted(size)).tolist():
         if count >= frac * len(names):
             break
         chosen.add(s)
         count += size[s]
     if not 0 < len(chosen) < len(size):
-        raise BadInput(f"--val-frac {frac} of {len(size)} scenes leaves train or val empty; change it or --group-regex")
-    return [n for n in names if scene[n] not in chosen], [n for n in names if scene[n] in chosen]
+        raise BadInput(f"{frac} of {len(size)} scenes leaves train or val empty; "
+                       'change "select" or "scene" in dataset.json, or --val-frac')
+    rest = [n for n in names if scenes[n] not in chosen]
+    return rest, [n for n in names if scenes[n] in chosen]
 
 
-def load_splits(root: str | Path, description: dict, pairs: dict[str, tuple], split_file: str | None = None,
-                val_frac: float | None = None, group_regex: str | None = None, seed: int = 0,
+def load_splits(root: str | Path, description: dict, pairs: dict[str, tuple],
+                split_file: str | None = None, val_frac: float | None = None, seed: int = 0,
                 need: tuple = ("train", "val"), final: bool = False) -> dict[str, list[str]]:
-    """{split: names} of the description, or of a JSON file; those in `need` are there, those without masks are not.
+    """{split: names} of the description, or of a JSON file; those in `need` are there.
 
-    val, or select where val is reported, comes by hold_out if `val_frac` or the description's "select" asks for it;
-    `final` leaves train whole.
+    Splits without masks are not. val, or select where val is reported, comes by hold_out if
+    `val_frac` or the description's "select" asks for it; `final` leaves train whole.
     """
-    names, select = list(pairs), description.get("select")
+    names = list(pairs)
     if split_file:
-        try:
-            splits = check_disjoint(json.loads(Path(split_file).read_text()))
-        except (OSError, ValueError, AttributeError, TypeError) as e:
-            raise BadInput(f"{split_file}: {e}; expected JSON {{split: [names]}}") from None
-        known = set(names)
-        absent = [n for chosen in splits.values() for n in chosen if n not in known]
-        if absent:
-            raise BadInput(f"{split_file}: {absent[0]!r} is no image of {root}; names look like {names[0]!r}")
+        splits = read_split_file(split_file, root, names)
     else:
         splits = split_names(root, description, names)
-    for split in description.get("unlabelled", ()):
-        if split in splits and not (splits[split] and all(pairs[n][1] for n in splits[split])):
-            del splits[split]
-    chosen = [n for names in splits.values() for n in names] if "unlabelled" in description else []
-    if bare := [n for n in chosen if pairs[n][1] is None]:
-        raise BadInput(f"{split_file}: {bare[0]!r} has no mask; take it out of the split")
+    # The hidden masks of a test split are for predict.py.
+    if "unlabelled" in description:
+        splits = splits_with_masks(splits, description["unlabelled"], pairs, split_file)
+
+    select = description.get("select")
+    # A second val split would leave open which one is meant.
     if val_frac and splits.get("val") and not select:
-        raise BadInput("--val-frac for a data set that has a val split; leave the flag out, or take val out of splits")
-    share = val_frac or (None if split_file or splits.get("val") and splits.get("test") else select)
-    held = "select" if splits.get("val") else "val"  # a val split that papers report chooses no weights
+        raise BadInput("--val-frac for a data set that has a val split; leave the flag out, "
+                       "or take val out of splits")
+    # With val and test there is a split to choose the weights by, and another one to report.
+    complete = splits.get("val") and splits.get("test")
+    share = val_frac
+    if not share and not split_file and not complete:
+        share = select
     if share and splits.get("train") and not final:
-        group = group_regex or description.get("scene")
-        splits["train"], splits[held] = hold_out(splits["train"], share, group, seed)
+        held = "select" if splits.get("val") else "val"  # a val that is reported chooses no weights
+        rest, chosen = hold_out(splits["train"], share, description.get("scene"), seed)
+        splits["train"], splits[held] = rest, chosen
+
     for split in need:
         if not splits.get(split):
-            raise BadInput(f'{root}: no {split} split; add it to "splits" in dataset.json, or hold out some scenes: '
-                           "--val-frac 0.2 --group-regex REGEX")
+            advice = 'add it to "splits" in dataset.json'
+            if split == "val":
+                advice += (', or hold out whole scenes: "select": 0.2 and "scene": REGEX in '
+                           "dataset.json (or --val-frac 0.2 for one run)")
+            raise BadInput(f"{root}: no {split} split; {advice}")
     return splits
 
 
-def check_sizes(pairs: dict) -> None:
-    """Reads the headers of all images and masks: unreadable or unequal ones stop a run before its first step."""
-    def compare(pair):
-        (w, h), (mask_w, mask_h) = open_image(pair[0], deep=True).size, open_image(pair[1]).size
-        if (h, w) != (mask_h, mask_w):
-            raise BadInput(f"{pair[1]}: mask of {mask_h} x {mask_w} for an image of {h} x {w} (H x W); export it at "
-                           "the image's size")
+def read_split_file(path: str | Path, root: str | Path, names: list[str]) -> dict[str, list[str]]:
+    """{split: names} of a JSON file, all of them images of root."""
+    try:
+        splits = check_disjoint(json.loads(Path(path).read_text()))
+    except (OSError, ValueError, AttributeError, TypeError) as e:
+        raise BadInput(f"{path}: {e}; expected JSON {{split: [names]}}") from None
+    known = set(names)
+    for listed in splits.values():
+        for n in listed:
+            if n not in known:
+                raise BadInput(f"{path}: {n!r} is no image of {root}; "
+                               f"names look like {names[0]!r}")
+    return splits
 
+
+def splits_with_masks(splits: dict, optional: list[str], pairs: dict,
+                      split_file: str | None) -> dict[str, list[str]]:
+    """The splits without those of `optional` that lack masks; every other image must have one."""
+    kept = {}
+    for split, names in splits.items():
+        complete = bool(names) and all(pairs[n][1] for n in names)
+        if split not in optional or complete:
+            kept[split] = names
+    for names in kept.values():
+        for n in names:
+            if pairs[n][1] is None:
+                raise BadInput(f"{split_file}: {n!r} has no mask; take it out of the split")
+    return kept
+
+
+# ---- masks of a whole data set
+
+def in_threads(work: Callable, items: list, what: str) -> list:
+    """[work(item)] by threads: Pillow and NumPy let go of the GIL while they decode.
+
+    `what` the items are is shown with the progress.
+    """
+    if not items:
+        return []
     with ThreadPoolExecutor(min(8, os.cpu_count())) as pool:
-        list(pool.map(compare, {pair[:2] for pair in pairs.values() if pair[1]}))
+        return list(progress(pool.map(work, items), what, len(items)))
+
+
+def check_sizes(pairs: dict) -> None:
+    """Reads the headers of all images and masks: a bad one stops a run before its first step."""
+    def compare(pair):
+        image, mask = pair
+        W, H = open_image(image, deep=True).size
+        check_size(mask, open_image(mask).size[::-1], (H, W))
+
+    files = dict.fromkeys(pair[:2] for pair in pairs.values() if pair[1])
+    in_threads(compare, list(files), "sizes")
+
+
+def check_size(mask: Path, found: tuple[int, int], expected: tuple[int, int]) -> None:
+    """Sizes (H, W) of a mask and of its image."""
+    if found != expected:
+        (h, w), (H, W) = found, expected
+        raise BadInput(f"{mask}: mask of {h} x {w} for an image of {H} x {W} (H x W); "
+                       "export it at the image's size")
 
 
 def count_ids(ids: np.ndarray, k: int) -> np.ndarray:
@@ -265,56 +493,67 @@ def count_ids(ids: np.ndarray, k: int) -> np.ndarray:
 
 
 def class_counts(pairs: dict, labels: Labels, limit: int | None = None) -> np.ndarray:
-    """count_ids of each mask of pairs {name: (image, mask)}, (N, K+1), all or an even sample of `limit` pairs.
+    """(N, K+1): count_ids of each mask of pairs {name: (image, mask)}, in order.
 
-    A mask that cannot be read or holds an unknown value is a BadInput.
+    All masks, or an even sample of `limit` pairs. One that cannot be read or holds an unknown
+    value is a BadInput. A mask of several tiles is read once, and is one row.
     """
-    k, boxes = len(labels.names), {}
+    k = len(labels.names)
+    boxes = {}  # {mask: [box] or [nothing]}
     for _, mask, *box in even_sample(list(pairs.values()), limit):
         boxes.setdefault(mask, []).append(box)
 
-    def count(mask):  # a mask is read once for all of its tiles
+    def count(mask):
         ids = labels.load(mask)
-        return sum(count_ids(window(ids, *box), k) for box in boxes[mask])
+        return sum(count_ids(part_of(ids, *box), k) for box in boxes[mask])
 
-    with ThreadPoolExecutor(min(8, os.cpu_count())) as pool:  # Pillow decodes without holding the GIL
-        return np.array([*pool.map(count, boxes)], np.int64).reshape(-1, k + 1)
+    rows = in_threads(count, list(boxes), "masks")
+    return np.array(rows, np.int64).reshape(-1, k + 1)
 
 
-def window(a: np.ndarray, box: tuple[int, int, int, int] | None = None) -> np.ndarray:
-    """The part (top, left, h, w) of an array (H, W, ...), or all of it."""
-    top, left, h, w = box or (0, 0, *a.shape[:2])
-    return a[top:top + h, left:left + w]
-
+# ---- samples
 
 def normalise(image: np.ndarray, norm: str) -> torch.Tensor:
     """(H, W, 3) uint8 -> (3, H, W) float32 by a name of NORMS."""
     mean, std = (torch.tensor(v).view(3, 1, 1) for v in NORMS[norm])
-    x = torch.from_numpy(np.ascontiguousarray(image.transpose(2, 0, 1)))  # turns bytes, a quarter of the floats
+    # Transposed as bytes, which are a quarter of the floats.
+    x = torch.from_numpy(np.ascontiguousarray(image.transpose(2, 0, 1)))
     return x.float().div_(255).sub_(mean).div_(std)
 
 
 def uncached(paths: tuple, decode: Callable, tag: str = "") -> tuple:
+    """Stands for a data/cache.py Cache where there is none."""
     return decode(*paths)
 
 
 class SegDataset(torch.utils.data.Dataset):
-    """pairs {name: (image, mask)} -> x (3, H, W) float32 normalised, y (H, W) int64 with IGNORE, name.
+    """pairs {name: (image, mask)} -> x (3, H, W) float32, y (H, W) int64 with IGNORE, name.
 
-    A third entry of a pair is a box (top, left, h, w) in both. Where the image is transparent, y is IGNORE.
+    A third entry of a pair is a box (top, left, h, w) in both. Where the image is transparent, y is
+    IGNORE. Index with i, or with (i, draw) as data/samplers.py does.
 
-    `augment(image, mask, rng) -> image, mask` sees uint8 arrays; its rng is a function of (seed, draw) alone: workers,
-    ranks and resuming cannot change it. Index with i, or with (i, draw) as data/samplers.py does.
+    `augment(image, mask, rng) -> image, mask` sees uint8 arrays; its rng is a function of
+    (seed, draw) alone: workers, ranks and resuming cannot change it.
     `cache(paths, decode, tag)` is a data/cache.py Cache, whose arrays nobody may write to.
     """
 
-    def __init__(self, pairs: dict, labels: Labels, norm: str, augment: Callable | None = None, seed: int = 0,
-                 cache: Callable = uncached, bands: list[int] | None = None, input_range: list[float] | None = None):
-        self.names, self.files = list(pairs), list(pairs.values())
-        self.bands, self.input_range = bands, input_range
-        self.labels, self.norm, self.augment, self.seed = labels, norm, augment, seed
-        self.cache, self.tag = cache, f"{labels.classes} {labels.ignore} {bands} {input_range}"
-        self.held = None, None
+    def __init__(self, pairs: dict, labels: Labels, norm: str, augment: Callable | None = None,
+                 seed: int = 0, cache: Callable = uncached, bands: list[int] | None = None,
+                 input_range: list[float] | None = None):
+        self.names = list(pairs)
+        self.files = list(pairs.values())
+        self.labels = labels
+        self.norm = norm
+        self.augment = augment
+        self.seed = seed
+        self.bands = bands
+        self.input_range = input_range
+        self.cache = cache
+        # What besides the files decides the decoded arrays.
+        self.tag = f"{labels.classes} {labels.ignore} {bands} {input_range}"
+        # The file read last: the next tile is often of the same one.
+        self.last_paths = None
+        self.last_arrays = None
 
     def __len__(self):
         return len(self.names)
@@ -322,19 +561,18 @@ class SegDataset(torch.utils.data.Dataset):
     def read(self, i: int) -> tuple[np.ndarray, np.ndarray]:
         """(H, W, 3) uint8 image, (H, W) uint8 class ids."""
         image_path, mask_path, *box = self.files[i]
-        if self.held[0] != (image_path, mask_path):  # the next tile is often of the same file
-            key = image_path, mask_path
-            self.held = key, self.cache(key, self.decode, self.tag)
-        image, mask = self.held[1]
-        return window(image, *box), window(mask, *box)
+        paths = image_path, mask_path
+        if self.last_paths != paths:
+            self.last_arrays = self.cache(paths, self.decode, self.tag)
+            self.last_paths = paths
+        image, mask = self.last_arrays
+        return part_of(image, *box), part_of(mask, *box)
 
     def decode(self, image_path: Path, mask_path: Path) -> tuple[np.ndarray, np.ndarray]:
         """The two whole files."""
-        (image, valid), mask = read_valid(image_path, self.bands, self.input_range), self.labels.load(mask_path)
-        if image.shape[:2] != mask.shape:
-            (h, w), (H, W) = mask.shape, image.shape[:2]
-            raise BadInput(f"{mask_path}: mask of {h} x {w} for an image of {H} x {W} (H x W); export it at the "
-                           "image's size")
+        image, valid = read_valid(image_path, self.bands, self.input_range)
+        mask = self.labels.load(mask_path)
+        check_size(mask_path, mask.shape, image.shape[:2])
         if valid is not None:
             mask[~valid] = IGNORE
         return image, mask
@@ -343,7 +581,9 @@ class SegDataset(torch.utils.data.Dataset):
         i, draw = key if isinstance(key, tuple) else (key, 0)
         image, mask = self.read(i)
         if self.augment is not None:
-            image, mask = self.augment(image, mask, np.random.default_rng((2, self.seed, draw)))  # 2: its own stream
+            # The 2 keeps these draws apart from those of other purposes.
+            rng = np.random.default_rng((2, self.seed, draw))
+            image, mask = self.augment(image, mask, rng)
         return normalise(image, self.norm), torch.from_numpy(mask.astype(np.int64)), self.names[i]
 
 

@@ -24,16 +24,15 @@ from PIL import Image
 from .cache import Cache
 from .common import BadInput
 from .datasets import uncached
-from .io import open_image, read_image
+from .io import SUFFIXES, is_hidden, open_image, read_image
 
-SUFFIXES = {".png", ".jpg", ".jpeg", ".tif", ".tiff", ".bmp", ".webp"}
 SPLITS = {"train": "train", "training": "train", "val": "val", "valid": "val", "validation": "val", "test": "test",
           "testing": "test"}
 LARGEST = 224  # side to which images of other than one small square size are brought, unless told
 
 
 def folders(path: Path) -> list[Path]:
-    return sorted(p for p in path.iterdir() if p.is_dir() and p.name[0] not in "._")
+    return sorted(p for p in path.iterdir() if p.is_dir() and not is_hidden(p.name))
 
 
 def base_of(root: str | Path) -> Path:
@@ -61,7 +60,7 @@ def find_scenes(root: str | Path) -> tuple[Path, dict[str, str], dict[str, list[
         raise BadInput(f"{other}: beside {known[0].name}/; move it away, or name --root the folder of classes")
     for top in tops:
         for folder in folders(top) if official else [top]:
-            files = sorted(f for f in folder.rglob("*") if f.is_file() and f.name[0] not in "._")
+            files = sorted(f for f in folder.rglob("*") if f.is_file() and not is_hidden(f.relative_to(base)))
             names = [f.relative_to(base).as_posix() for f in files if f.suffix.lower() in SUFFIXES]
             stray += [f for f in files if f.suffix.lower() not in SUFFIXES]
             scenes |= dict.fromkeys(names, folder.name)

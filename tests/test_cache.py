@@ -68,10 +68,10 @@ def test_any_kind_of_array(pair, tmp_path):
         assert all(a.dtype == b.dtype and np.array_equal(a, b) for a, b in zip(got, arrays, strict=True))
 
 
-def test_what_another_version_of_the_reader_has_decoded_is_not_taken(pair, tmp_path, monkeypatch):
+def test_what_another_version_has_decoded_is_not_taken(pair, tmp_path, monkeypatch):
     cache, decode = Cache(tmp_path), Decode()
     cache(pair, decode)
-    monkeypatch.setattr(module, "READER", "of tomorrow")
+    monkeypatch.setattr(module, "FORMAT", module.FORMAT + 1)
     assert same(cache(pair, decode), pair) and decode.calls == 2
 
 

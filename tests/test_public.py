@@ -1,16 +1,14 @@
 """The public data sets in miniature, with their official names: splits, labels there and back, train, eval, predict."""
 import json
-import struct
-import zlib
 
 import numpy as np
 import pytest
 from forks import Forks
 from PIL import Image
 
-from data import check
+from data.check.__main__ import main as check
 from data.cache import Cache
-from data.datasets import SegDataset, check_sizes, class_counts, find_pairs, load_splits
+from data.datasets import SegDataset, class_counts, find_pairs, load_splits
 from data.common import IGNORE, BadInput, write
 from data.io import Labels, read_image
 from data.public import SETS, describe
@@ -262,7 +260,7 @@ def test_trained_on_full_labels_scored_on_eroded_ones(forks, tmp_path):
     ("openearthmap", "all", [], ["1 of 3 scenes are in several splits, such as tokyo"]), ("aeroscapes", "ids", [], [])])
 def test_check_reads_them_all(name, form, flags, lines, tmp_path, capsys):
     make(tmp_path, name, form)
-    code = check.main([str(tmp_path), "--dataset", name, *flags])
+    code = check([str(tmp_path), "--dataset", name, *flags])
     out = capsys.readouterr().out
     assert code == 0 and all(line in out for line in lines), out
     assert "val-frac" not in out and "cannot be" not in out and ("scenes" in out) == any("scenes" in li for li in lines)
@@ -272,7 +270,7 @@ def test_check_finds_a_video_in_both_lists(tmp_path, capsys):
     make(tmp_path, "aeroscapes", "ids")
     write(tmp_path / "ImageSets/trn.txt", "000001_001\n")
     write(tmp_path / "ImageSets/val.txt", "000001_002\n")
-    check.main([str(tmp_path), "--dataset", "aeroscapes"])
+    check([str(tmp_path), "--dataset", "aeroscapes"])
     assert "1 of 4 scenes are in several splits, such as 000001 in train, val" in capsys.readouterr().out
 
 
@@ -326,89 +324,6 @@ def test_what_is_missing_doubled_or_unknown_is_named(tmp_path):
     assert len(read(tmp_path / "i", "isaid")[1]) == 7  # a mask whose image is absent is left alone
     make(tmp_path / "i", "isaid", "beside")
     assert "forms folder and beside" in refusal(tmp_path / "i", "isaid")
-
-
-# ---- bands, depth and alpha
-
-def test_bands_depth_and_alpha_are_chosen_never_guessed(tmp_path):
-    a = np.random.default_rng(0).integers(0, 256, (6, 5, 4), np.uint8)
-    four = save(tmp_path / "a.tif", a, "RGBX")
-    np.testing.assert_array_equal(read_image(four, [4, 1, 2]), a[..., [3, 0, 1]])
-    veiled = save(tmp_path / "b.png", a)  # RGBA with all values: may be infrared
-    np.testing.assert_array_equal(read_image(veiled, [1, 2, 3]), a[..., :3])
-    deep = save(tmp_path / "c.tif", (a[..., 0] * np.uint16(40)))
-    np.testing.assert_array_equal(read_image(deep, None, [0, 10200])[..., 1], a[..., 0])
-    np.testing.assert_array_equal(read_image(deep, None, [1000, 1001])[..., 1], (a[..., 0] > 25) * 255)
-    for file, bands, said in ((four, None, "4 bands (RGBX); expected 3: say which with --bands"),
-                              (veiled, None, "4 bands (RGBA)"), (four, [5, 1, 2], "--bands asks for number 5"),
-                              (deep, None, "uint16 pixels (")):
-        with pytest.raises(BadInput) as e:
-            read_image(file, bands)
-        assert said in str(e.value) and str(file) in str(e.value)
-    with pytest.raises(BadInput, match="--input-range LOW HIGH"):
-        read_image(deep)
-
-
-def tiff(path, array, photometric, extra, deflate=False):  # what Pillow cannot write: any number of bands, 16 bits
-    h, w, n = array.shape
-    body = zlib.compress(array.tobytes()) if deflate else array.tobytes()
-    tags = [(256, 3, [w]), (257, 3, [h]), (258, 3, [8 * array.itemsize] * n), (259, 3, [8 if deflate else 1]),
-            (262, 3, [photometric]), (273, 4, [500]), (277, 3, [n]), (278, 3, [h]), (279, 4, [len(body)])]
-    tags += [(338, 3, extra)] if extra else []
-    head, more = struct.pack("<2sHIH", b"II", 42, 8, len(tags)), b""
-    for tag, kind, values in tags:
-        data = struct.pack(f"<{len(values)}{'H' if kind == 3 else 'I'}", *values)
-        if len(data) > 4:
-            data, more = struct.pack("<I", 200 + len(more)), more + data
-        head += struct.pack("<HHI", tag, kind, len(values)) + data.ljust(4, b"\0")
-    path.write_bytes((head.ljust(200, b"\0") + more).ljust(500, b"\0") + body)
-    return path
-
-
-def test_no_band_of_a_tiff_is_dropped_in_silence(tmp_path):
-    a = np.random.default_rng(0).integers(0, 256, (6, 5, 5), np.uint8)
-    for n, photometric, extra in ((4, 2, [0]), (4, 2, [2]), (4, 2, []), (4, 1, [0, 0, 0])):  # [2] = said to be alpha
-        file = tiff(tmp_path / "a.tif", np.ascontiguousarray(a[..., :n]), photometric, extra)
-        np.testing.assert_array_equal(read_image(file, [4, 3, 1]), a[..., [3, 2, 0]])
-        with pytest.raises(BadInput, match="4 bands .*--bands"):
-            read_image(file)
-    for n, photometric, extra, said in ((5, 2, [0, 0], "5 bands"), (4, 1, [], "not a readable image")):
-        with pytest.raises(BadInput, match=said):
-            read_image(tiff(tmp_path / "a.tif", np.ascontiguousarray(a[..., :n]), photometric, extra), [1, 2, 3])
-
-
-@pytest.mark.parametrize("kind", ["raw", "deflate", "png"])
-def test_sixteen_bit_colour_keeps_all_its_bits(kind, tmp_path):
-    a = np.random.default_rng(0).integers(900, 1600, (6, 5, 3), np.uint16)  # upper bytes 3 to 6
-    file = tmp_path / ("a.png" if kind == "png" else "a.tif")
-    if kind == "png":  # Pillow cannot write one
-        rows = b"".join(b"\0" + row.astype(">u2").tobytes() for row in a)
-        head = struct.pack(">IIBBBBB", 5, 6, 16, 2, 0, 0, 0)  # W, H, bits, RGB
-        chunks = [(b"IHDR", head), (b"IDAT", zlib.compress(rows)), (b"IEND", b"")]
-        file.write_bytes(b"\x89PNG\r\n\x1a\n" + b"".join(
-            struct.pack(">I", len(d)) + t + d + struct.pack(">I", zlib.crc32(t + d)) for t, d in chunks))
-    else:
-        tiff(file, a, 2, [], deflate=kind == "deflate")
-    with pytest.raises(BadInput, match="16 bits a band.*--input-range"):
-        read_image(file)
-    np.testing.assert_array_equal(read_image(file, None, [1000, 1255]), np.clip(a.astype(int) - 1000, 0, 255))
-    check_sizes({"a": (file, save(tmp_path / "m.png", np.zeros((6, 5), np.uint8)))})
-    assert check.inspect(file, None, None, dict(bands=None, input_range=[1000, 1255]))["errors"] == {}
-
-
-def test_what_is_transparent_or_not_finite_is_ignored(tmp_path):
-    a = np.random.default_rng(0).integers(0, 256, (6, 5, 4), np.uint8)
-    a[..., 3] = (a[..., 3] > 99) * 255
-    number = a[..., 0] / np.float32(3)
-    number[2, 3] = np.nan
-    pairs = {"alpha": (save(tmp_path / "a.png", a), save(tmp_path / "m.png", np.ones((6, 5), np.uint8))),
-             "float": (save(tmp_path / "f.tif", number), tmp_path / "m.png")}
-    labels = Labels([{"name": "a", "id": 0}, {"name": "b", "id": 1}])
-    data = SegDataset({"alpha": pairs["alpha"]}, labels, "imagenet")
-    np.testing.assert_array_equal(data.read(0)[1], np.where(a[..., 3] == 0, IGNORE, 1))
-    np.testing.assert_array_equal(data.read(0)[0], a[..., :3])
-    ids = SegDataset({"float": pairs["float"]}, labels, "imagenet", input_range=[0, 85]).read(0)[1]
-    assert (ids == IGNORE).sum() == 1 and ids[2, 3] == IGNORE
 
 
 def test_bands_are_stored_with_the_weights(forks, tmp_path):

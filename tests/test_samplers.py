@@ -129,3 +129,25 @@ def test_the_share_the_jitter_the_fallback_and_the_padding():
     assert np.ptp(centres(lambda: None), axis=0).min() > 350  # no such pixel: an ordinary crop, anywhere
     x, ids = crops.random_crop(image[:10, :20], mask[195:205, 195:215], 16, (1, 1), rng, [4], 1.0)
     assert x.shape == (16, 16, 3) and (ids[10:] == IGNORE).all() and (ids[:10] != IGNORE).all() and (ids == 4).any()
+
+
+def steps_of(world, batch, accum=1, **more):
+    """Samples of each optimiser step over all ranks."""
+    ranks = [list(StepSampler(10, batch, 6 * accum, 3, rank=r, world=world, **more)) for r in range(world)]
+    starts = range(0, 6 * accum, accum)
+    return [sorted(s for rank in ranks for micro in rank[i:i + accum] for s in micro) for i in starts]
+
+
+def test_ranks_and_accumulation_only_share_out_the_same_samples():
+    want = steps_of(1, 12)
+    for world, batch, accum in ((2, 6, 1), (3, 4, 1), (4, 3, 1), (1, 4, 3), (2, 3, 2)):
+        assert steps_of(world, batch, accum) == want
+    index, draw = zip(*sorted((s for step in want for s in step), key=lambda s: s[1]))
+    assert draw == tuple(range(72))
+    epochs = [index[i:i + 10] for i in range(0, 70, 10)]
+    assert all(sorted(e) == list(range(10)) for e in epochs) and len(set(epochs)) == 7
+
+
+def test_start_skips_steps_and_changes_nothing_else():
+    whole, rest = StepSampler(10, 4, 9, 3, rank=1, world=2), StepSampler(10, 4, 9, 3, start=5, rank=1, world=2)
+    assert list(rest) == list(whole)[5:] and len(rest) == 4 and len(whole) == 9

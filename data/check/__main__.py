@@ -1,0 +1,85 @@
+"""Describe a folder of images and masks, and check the description against every file.
+
+    python -m data.check ROOT    without ROOT/dataset.json: looks at the masks and writes a draft
+    python -m data.check ROOT    with it: checks files, values and splits
+    python -m data.check ROOT --dataset potsdam    checks a public data set (data/public.py)
+
+Exit code 2 where training would go wrong.
+"""
+import argparse
+import math
+import sys
+from pathlib import Path
+
+if not __package__:  # started as `python /path/to/data/check`: let "data" be found, not this folder
+    sys.path[0] = str(Path(__file__).resolve().parents[2])
+
+from data.check.checks import check
+from data.check.draft import draft
+from data.common import BadInput
+from data.datasets import read_description
+from data.public import SETS, describe
+
+
+def parse_args(argv=None):
+    p = argparse.ArgumentParser(description=__doc__, prog="python -m data.check",
+                                formatter_class=argparse.RawDescriptionHelpFormatter)
+    p.add_argument("root", type=Path, help="folder that holds images and masks, in any sub-folders")
+    p.add_argument("--limit", type=int,
+                   help="read only this many files, evenly spread (default: all)")
+    p.add_argument("--dataset", default="folder", choices=["folder", *SETS],
+                   help="folder (default): by ROOT/dataset.json; else one of data/public.py")
+    p.add_argument("--variant", help="form of a public data set, where it has several: irrg,eroded")
+    p.add_argument("--bands", type=band_numbers,
+                   help="the three to read from images with more, from 1: 4,1,2; "
+                        'a draft keeps them (default: "bands" in dataset.json)')
+    p.add_argument("--input-range", type=float, nargs=2, metavar=("LOW", "HIGH"),
+                   help="values that become 0 and 255; a draft keeps them "
+                        '(default: "input_range" in dataset.json)')
+    p.add_argument("--force", action="store_true",
+                   help="write a new draft over an existing dataset.json")
+    args = p.parse_args(argv)
+    if args.bands and (len(args.bands) != 3 or min(args.bands) < 1):
+        p.error(f"--bands {args.bands}: expected three numbers from 1, such as 4,1,2")
+    if args.input_range:
+        low, high = args.input_range
+        if not -math.inf < low < high < math.inf:
+            p.error(f"--input-range {args.input_range}: expected the lower value first")
+    return args
+
+
+def band_numbers(text: str) -> list[int]:
+    """'4,1,2' -> [4, 1, 2]."""
+    return [int(number) for number in text.split(",")]
+
+
+def main(argv=None) -> int:
+    """The exit code: 2 if something must be corrected first."""
+    args = parse_args(argv)
+    typed = {"bands": args.bands, "input_range": args.input_range}
+    typed = {key: value for key, value in typed.items() if value}
+    try:
+        if args.dataset != "folder":
+            description = describe(args.dataset, args.root, args.variant)
+        elif args.force or not (args.root / "dataset.json").exists():
+            return draft(args.root, args.limit, typed)
+        else:
+            description = read_description(args.root)
+        return check(args.root, description | typed, args.limit, args.dataset, flags_of(args))
+    except (BadInput, OSError) as e:
+        print(f"error: {e}", file=sys.stderr)
+        return 2
+
+
+def flags_of(args) -> list[str]:
+    """What the commands to type next must repeat; dataset.json holds the rest."""
+    flags = []
+    if args.bands:
+        flags += ["--bands", ",".join(map(str, args.bands))]
+    if args.input_range:
+        flags += ["--input-range", *map(str, args.input_range)]
+    return flags
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,103 @@
+"""Write a first dataset.json for a folder, by what lies in it."""
+import json
+import re
+from pathlib import Path
+
+from ..common import BadInput, even_sample, write
+from ..datasets import check_command, find_pairs, in_threads, match_pairs, split_names
+from .complaints import Complaints, attempt
+from .patterns import draft_patterns
+from .proposal import folder_splits, listed_splits, propose_hold_out
+from .values import Values, count_values, draft_classes, scan, values_table
+
+
+def draft(root: Path, limit: int | None, typed: dict) -> int:
+    """Write dataset.json and show what it is based on -> exit code.
+
+    `limit`: masks to read. `typed`: "bands" and "input_range", where the flags gave them.
+    """
+    complaints = Complaints()
+    description = {"name": root.resolve().name, **draft_patterns(root, complaints)}
+    for key in "images", "masks":
+        print(f"{key:6s} {description[key]}")
+    pairs, _ = match_pairs(root, description)
+
+    values = read_values(root, description, pairs, limit, complaints)
+    print(*values_table(root, values), sep="\n")
+    description["classes"], description["ignore"] = draft_classes(values, complaints)
+    description |= typed
+    description |= draft_splits(root, list(pairs), complaints)
+
+    # What training would stop at is said now, beside everything else.
+    unpaired = attempt(find_pairs, root, description)
+    if isinstance(unpaired, BadInput):
+        complaints.error("pairs", unpaired)
+    compare_class_lists(root, description, complaints)
+
+    write(root / "dataset.json", as_text(description))
+    print(f"wrote {root / 'dataset.json'}")
+    again = check_command(root)
+    return complaints.show(len(pairs), again, good=f"Name the classes in it, then: {again}")
+
+
+def read_values(root: Path, description: dict, pairs: dict, limit: int | None,
+                complaints: Complaints) -> Values:
+    """What the masks hold, all or an even sample of `limit`."""
+    masks = even_sample([mask for _, mask in pairs.values() if mask], limit)
+    if not masks:
+        # This raises: the name of a folder such as "[a]" means something else in a pattern.
+        find_pairs(root, description)
+    scans = in_threads(lambda mask: attempt(scan, mask), masks, "masks")
+    return count_values(dict(zip(masks, scans)), complaints)
+
+
+def draft_splits(root: Path, names: list[str], complaints: Complaints) -> dict:
+    """{"splits": by the lists or folders on disk}, and what to hold out where val is missing."""
+    # Official lists count most, then folders such as train/. Lists may be those of another
+    # version, with names that are not here.
+    splits = listed_splits(root)
+    chosen = attempt(split_names, root, {"splits": splits}, names)
+    if isinstance(chosen, BadInput):
+        complaints.warning("lists", f"not used for the splits: {chosen}")
+        splits = {}
+    if not splits:
+        splits = folder_splits(names, complaints)
+        chosen = split_names(root, {"splits": splits}, names)
+    drafted = {"splits": splits}
+    if "val" not in splits:
+        drafted |= propose_hold_out(chosen.get("train", []), complaints)
+    return drafted
+
+
+def compare_class_lists(root: Path, description: dict, complaints: Complaints) -> None:
+    """Colours in other JSON files, such as the class list of an export, beside those found."""
+    # Such lists are often of another version than the masks, so they are compared, not believed.
+    colors = {c.get("color") for c in description["classes"]} | set(description["ignore"])
+    for file in sorted(set(root.glob("[!.]*.json")) - {root / "dataset.json"}):
+        text = file.read_text(errors="ignore")
+        listed = {color.upper() for color in re.findall("#[0-9a-fA-F]{6}", text)}
+        if listed:
+            complaints.note("json", f"{file.name} lists {len(listed)} colours, "
+                                    f"{len(listed & colors)} of them are in the masks; the draft "
+                                    "goes by the masks alone")
+
+
+def as_text(description: dict) -> str:
+    """JSON to be edited by hand: one pattern, class or split a line, else one key a line."""
+    lines = []
+    for key, value in description.items():
+        long = key in ("images", "masks", "classes", "splits") and not isinstance(value, str)
+        text = one_a_line(value) if long else json.dumps(value, ensure_ascii=False)
+        lines.append(f' "{key}": {text}')
+    return "{\n" + ",\n".join(lines) + "\n}\n"
+
+
+def one_a_line(value: list | dict) -> str:
+    """JSON of a list or an object, one entry a line."""
+    if isinstance(value, dict):
+        entries = [f'"{k}": {json.dumps(v, ensure_ascii=False)}' for k, v in value.items()]
+        opening, closing = "{", "}"
+    else:
+        entries = [json.dumps(v, ensure_ascii=False) for v in value]
+        opening, closing = "[", "]"
+    return f"{opening}\n  " + ",\n  ".join(entries) + f"\n {closing}"

@@ -1,0 +1,102 @@
+"""Who is in which split, as a draft proposes it.
+
+    splits = listed_splits(root) or folder_splits(names, complaints)
+    more = propose_hold_out(names of train, complaints)    {"select": 0.2, "scene": regex}
+"""
+import glob
+import os
+import re
+from collections import Counter
+from pathlib import Path
+
+from ..common import BadInput
+from ..datasets import scenes_of
+from ..io import is_hidden
+from .complaints import Complaints, attempt
+from .patterns import SPLIT
+
+SPLITS = {"train": "train", "trn": "train", "val": "val", "dev": "val", "test": "test"}
+SELECT = 0.2  # the share of train held out where there is no val split
+TOO_FEW = ("no val split, and less than two images in train to hold one out of; add images, "
+           'and name some under "val" in dataset.json')
+# Where a name says its scene, the coarsest first: the folder; all before two trailing numbers, as
+# in "area1_x0_y512" and "sheet_3_12"; all before one.
+SCENES = (r"(.*)/[^/]*$", r"(.*?)[_-]?[xyrc]?\d+[_-][xyrc]?\d+$", r"(.*?)[_-]?\d+$")
+
+
+def listed_splits(root: Path) -> dict[str, list[str]]:
+    """{split: lists} from files such as ImageSets/trn.txt; {} without."""
+    lists = {"train": [], "val": [], "test": []}
+    for file in sorted(root.rglob("*.txt")):
+        relative = file.relative_to(root)
+        found = SPLIT.fullmatch(file.stem)
+        if found and not is_hidden(relative):
+            lists[SPLITS[found[1].lower()]].append(relative.as_posix())
+    return {split: several for split, several in lists.items() if several}
+
+
+def folder_splits(names: list[str], complaints: Complaints) -> dict[str, str | list[str]]:
+    """Splits from folders such as train/; else the last folders are held out.
+
+    {"train": "*"} with less than three folders, or with images beside the folders.
+    """
+    rules = {"train": set(), "val": set(), "test": set()}
+    for name in names:
+        found = SPLIT.search(name.rpartition("/")[0])
+        if found:  # "a/train_1/b/7" -> "a/train_1/*"
+            folder = name[:name.index("/", found.end())]
+            rules[SPLITS[found[1].lower()]].add(in_folder(folder))
+    if any(rules.values()):
+        return {split: sorted(several) for split, several in rules.items() if several}
+
+    # Otherwise each folder counts as a place: the same place in two splits would help the score.
+    folders = [Path(name).parent for name in names]
+    depth = len(Path(os.path.commonpath(folders)).parts) + 1  # where they begin to differ
+    groups = {"/".join(f.parts[:depth]) for f in folders}
+    # No pattern means the images of a folder without those of its sub-folders.
+    nested = any(len(f.parts) < depth for f in folders)
+    if len(groups) < 3 or nested:
+        return {"train": "*"}
+    groups = [in_folder(group) for group in sorted(groups, key=natural)]
+    k = max(1, len(groups) // 7)
+    complaints.note("groups", f"the draft splits by folders: the last {k} of {len(groups)} test, "
+                              f"{k} before it val")
+    return {"train": groups[:-2 * k], "val": groups[-2 * k:-k], "test": groups[-k:]}
+
+
+def in_folder(folder: str) -> str:
+    """The pattern of all in a folder, whose own name may have brackets."""
+    return f"{glob.escape(folder)}/*"
+
+
+def natural(text: str) -> list:
+    """A sorting key: "Tile 9" before "Tile 10"."""
+    parts = re.split(r"(\d+)", text)
+    parts[1::2] = map(int, parts[1::2])
+    return parts
+
+
+def propose_hold_out(names: list[str], complaints: Complaints) -> dict:
+    """"select", and "scene" where the names say it; both stand in dataset.json.
+
+    {} where nothing can be held out.
+    """
+    if len(names) < 2:
+        complaints.warning("val", TOO_FEW)
+        return {}
+    share = f"no val split: the draft holds out {SELECT:.0%} of train to choose the weights"
+    for regex in SCENES:
+        scenes = attempt(scenes_of, names, regex)
+        if isinstance(scenes, BadInput):  # a name without a match
+            continue
+        size = Counter(scenes.values())
+        # One scene with most of the images cannot be held out, nor all the others.
+        largest = max(size.values())
+        if 3 <= len(size) < len(names) and largest <= len(names) / 2:
+            complaints.note("val", f"{share}, whole scenes by \"scene\": {len(size)} of them, such "
+                                   f"as {min(size)!r}; correct it if a scene is something else")
+            return {"select": SELECT, "scene": regex}
+    complaints.warning("val", f"{share}, image by image, so neighbours may stand on both sides: "
+                              'list whole scenes under "val" in dataset.json, or write "scene": '
+                              "REGEX, which finds the scene in a name")
+    return {"select": SELECT}

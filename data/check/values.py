@@ -1,0 +1,158 @@
+"""What the masks hold, as the classes of a draft.
+
+    scans = {mask: scan(mask) for mask in masks}
+    values = count_values(scans, complaints)
+    classes, ignore = draft_classes(values, complaints)
+"""
+from collections import Counter, defaultdict
+from pathlib import Path
+from typing import NamedTuple
+
+import numpy as np
+
+from ..common import BadInput
+from ..io import UNKNOWN, pack, palette_of, read_mask
+from .complaints import Complaints
+
+STRAY = 1e-4  # a colour on a smaller share of all pixels comes from drawing or resizing
+MAX_STRAYS = 64  # more of them mean blurred masks, which no list of colours can mend
+TABLE_ROWS = 40
+VOID = (0, 255, "#000000")  # values that often mean unlabelled or no data
+
+
+class Scan(NamedTuple):
+    """One mask."""
+    kind: str  # palette, grey, RGB or grey RGB
+    values: np.ndarray  # ids, or colours as one number
+    counts: np.ndarray  # their pixels
+    palette: np.ndarray | None  # (256, 3) uint8
+
+
+class Values(NamedTuple):
+    """All masks; values as dataset.json writes them: 3, or "#3C1098" where colours count."""
+    pixels: Counter  # {value: its pixels}
+    files: dict[int | str, list[Path]]  # {value: masks with it}
+    colors: dict[int, str]  # {id: "#3C1098"} of palettes
+    masks: int  # how many, also those that cannot be read
+    kinds: Counter  # {kind: readable masks}
+
+
+def scan(path: Path) -> Scan:
+    """Count the values of a mask."""
+    mask = read_mask(path)
+    palette = palette_of(path)
+    if palette is not None:
+        kind = "palette"
+    elif mask.ndim == 2:
+        kind = "grey"
+    elif (mask == mask[..., :1]).all():
+        kind = "grey RGB"
+    else:
+        kind = "RGB"
+    packed = pack(mask) if mask.ndim == 3 else mask
+    return Scan(kind, *np.unique(packed, return_counts=True), palette)
+
+
+def count_values(scans: dict[Path, Scan | BadInput], complaints: Complaints) -> Values:
+    """{mask: scan of it} -> Values, of ids if all masks agree on what an id is."""
+    unreadable = [s for s in scans.values() if isinstance(s, BadInput)]
+    if len(unreadable) == len(scans):
+        raise BadInput(f"{unreadable[0]} (all {len(unreadable)} masks fail)")
+    for why in unreadable:
+        complaints.error("mask", why)
+    good = {file: s for file, s in scans.items() if not isinstance(s, BadInput)}
+    kinds = Counter(s.kind for s in good.values())
+
+    # Programs that reduce colours number them anew in every file: then the ids mean nothing and
+    # the colours count.
+    painted = palette_colors(good)
+    by_color = "RGB" in kinds or any(len(colors) > 1 for colors in painted.values())
+
+    pixels = Counter()
+    files = defaultdict(list)
+    for file, s in good.items():
+        if by_color and s.kind == "grey":
+            complaints.error("grey", f"{file}: one band of ids {s.values[:8].tolist()} among masks "
+                                     "of colours; save it in the colours of the others")
+            continue
+        values = s.values
+        if by_color and s.kind == "palette":
+            values = pack(s.palette[values])
+        elif not by_color:
+            values = values & 255  # of three equal bands, one
+        for v, n in zip(values.tolist(), s.counts.tolist()):
+            value = f"#{v:06X}" if by_color else v
+            pixels[value] += n
+            files[value].append(file)
+
+    # A palette of greys 0, 1, 2, ... is nobody's choice of colours.
+    is_ramp = all(colors == {v * 0x10101} for v, colors in painted.items())
+    chosen = {}
+    if not by_color and not is_ramp:
+        chosen = {v: f"#{color:06X}" for v, (color,) in painted.items()}
+    return Values(pixels, files, chosen, len(scans), kinds)
+
+
+def palette_colors(scans: dict[Path, Scan]) -> dict[int, set[int]]:
+    """{id: its packed colours in the palettes of all masks}."""
+    painted = defaultdict(set)
+    for s in scans.values():
+        if s.kind == "palette":
+            for v in s.values.tolist():
+                painted[v].add(int(pack(s.palette[v])))
+    return painted
+
+
+def values_table(root: Path, values: Values) -> list[str]:
+    """Lines to print: the kinds of masks, then the values by falling share."""
+    kinds = ", ".join(f"{n} {kind}" for kind, n in values.kinds.most_common())
+    lines = [f"{values.masks} masks read: {kinds}",
+             f"{'value':>8} {'share':>9} {'files':>6}  first in"]
+    for v, n in values.pixels.most_common(TABLE_ROWS):
+        files = values.files[v]
+        share = n / values.pixels.total()
+        lines.append(f"{v:>8} {share:9.4%} {len(files):6d}  {files[0].relative_to(root)}")
+    return lines
+
+
+def draft_classes(values: Values, complaints: Complaints) -> tuple[list[dict], list[str]]:
+    """"classes", ids in rising order and colours by falling share, and "ignore"."""
+    ranked = [v for v, _ in values.pixels.most_common()]
+    by_color = isinstance(ranked[0], str)
+    least = STRAY * values.pixels.total()
+    rare = [v for v in ranked if values.pixels[v] < least]
+    # A rare id is a rare class, since nobody's brush mixes ids; a rare colour may be a mixture.
+    stray = []
+    kept = ranked
+    if by_color:
+        stray = rare
+        kept = [v for v in ranked if values.pixels[v] >= least]
+    if len(rare) > MAX_STRAYS or len(kept) > UNKNOWN:
+        file = values.files[ranked[-1]][0]
+        raise BadInput(f"{file}: {len(ranked)} values in the masks, {len(rare)} of them rare: "
+                       "blurred edges, or no masks at all; export them without anti-aliasing, "
+                       "resize them with nearest")
+    if stray:
+        complaints.warning("stray", f"the draft IGNORES {', '.join(stray)}: each under {STRAY:.2%} "
+                                    "of the pixels; if one is a class, move it from \"ignore\" to "
+                                    '"classes"')
+    note_void(kept, ranked, complaints)
+    if by_color:
+        return [{"name": f"class_{i}", "color": v} for i, v in enumerate(kept, 1)], stray
+    classes = []
+    for v in sorted(kept):
+        color = {"color": values.colors[v]} if v in values.colors else {}
+        classes.append({"name": f"id_{v}", "id": v, **color})
+    return classes, stray
+
+
+def note_void(kept: list, ranked: list, complaints: Complaints) -> None:
+    """Say which classes of the draft may mean unlabelled; only the user knows."""
+    if set(ranked) == {0, 255}:
+        complaints.note("void", "ids 0 and 255: binary masks; both are classes in the draft, "
+                                "255 is not ignored")
+        return
+    for v in kept:
+        if v in VOID:
+            complaints.note("void", f"value {v} is a class in the draft; if it means unlabelled or "
+                                    'no data, move it from "classes" to "ignore"')

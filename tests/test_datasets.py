@@ -1,0 +1,225 @@
+"""data/datasets.py: pairs, splits, scenes, samples; oracles: definitions in Python."""
+import json
+import os
+import pickle
+import shlex
+import shutil
+import subprocess
+import sys
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from folder_sets import described, plain, rng, run  # noqa: F401: two are fixtures
+from PIL import Image
+
+from data import datasets
+from data.check.patterns import find_pictures
+from data.common import BadInput, write
+from data.datasets import (SegDataset, check_command, class_counts, find_pairs, hold_out, load_splits, match_files,
+                           match_pairs, read_description, split_names, star_key)
+from data.io import Labels
+from data.scenes import find_scenes
+
+RGB = np.random.default_rng(0).integers(1, 256, (9, 7, 3), np.uint8)
+BY_ID = [{"name": "a", "id": 3}, {"name": "b", "id": 0}, {"name": "c", "id": 254}]
+
+
+def refusal(call, *args):
+    """The message of the BadInput that the call must raise: one line."""
+    with pytest.raises(BadInput) as e:
+        call(*args)
+    assert "\n" not in str(e.value)
+    return str(e.value)
+
+
+def save(path, array, mode=None):
+    image = Image.fromarray(array)
+    (image.convert(mode) if mode else image).save(path)
+    return path
+
+
+@pytest.mark.parametrize("images, masks, pairs", [
+    ("*.jpg", "*_m.png", {"a.jpg": "a_m.png", "a_m.jpg": "a_m_m.png"}),
+    ("*.png", "*_m.png", {"a.png": "a_m.png", "b.png": "b_m.png"}),
+    ("T */im/*.jpg", "T */m/*.png", {f"T {i}/im/{c}.jpg": f"T {i}/m/{c}.png" for i in (1, 2) for c in "ab"}),
+    ("**/img/*_?.tif", "lbl/**/*-?.tif", {"x/y/img/a_1.tif": "lbl/x/y/a-1.tif", "img/a_1.tif": "lbl/a-1.tif"}),
+    (["a/*.jpg", "b/*.jpg"], ["ma/*.png", "mb/*.png"], {"a/1.jpg": "ma/1.png", "b/1.jpg": "mb/1.png"})])
+def test_what_the_stars_stand_for_pairs_image_and_mask(tmp_path, images, masks, pairs):
+    for name in [*pairs, *pairs.values()]:
+        (tmp_path / name).parent.mkdir(parents=True, exist_ok=True)
+        (tmp_path / name).touch()
+    found = find_pairs(tmp_path, dict(images=images, masks=masks))
+    assert found == {a.rsplit(".", 1)[0]: (tmp_path / a, tmp_path / b) for a, b in pairs.items()}
+    (tmp_path / list(pairs.values())[0]).unlink()
+    assert f"(1 of {len(pairs)} images" in refusal(find_pairs, tmp_path, dict(images=images, masks=masks))
+
+
+def test_ambiguous_pairs_are_refused(tmp_path):
+    for name in ("im1/a.jpg", "im2/a.jpg", "im2/a.png"):
+        (tmp_path / name).parent.mkdir(exist_ok=True)
+        (tmp_path / name).touch()
+    assert "cannot tell" in refusal(find_pairs, tmp_path, dict(images="im*/**", masks="m/*.png"))
+    assert "two images of one" in refusal(find_pairs, tmp_path, dict(images=["*/*.jpg", "*/*.png"], masks="m/*.png"))
+    assert "no image matches" in refusal(find_pairs, tmp_path, dict(images="x/*.jpg", masks="m/*.png"))
+
+
+NAMES = ["T 1/a", "T 1/b", "T 2/a", "T 3/c.5", "T 3/d"]
+
+
+def test_splits_by_pattern_and_by_list(tmp_path):
+    (tmp_path / "l.txt").write_text("T 1/a\n\nb.png\n c.5 \nT 2/a.jpg\n")
+    splits = split_names(tmp_path, {"splits": {"train": ["l.txt"], "val": ["*/d", "T [3-9]/d"], "test": []}}, NAMES)
+    assert splits == {"train": NAMES[:4], "val": ["T 3/d"], "test": []}
+    for rules, said in (({"train": "T 1/*", "val": "*/a"}, "'T 1/a' is in the splits"), ({"train": "t.txt"}, "no such"),
+                        ({"train": "X*"}, "nothing matches 'X*'"), ({"train": 0.8}, "--val-frac")):
+        assert said in refusal(split_names, tmp_path, {"splits": rules}, NAMES)
+    (tmp_path / "l.txt").write_text("a\n")
+    assert "'a' is no image here, or several" in refusal(split_names, tmp_path, {"splits": {"train": "l.txt"}}, NAMES)
+
+
+def test_split_file_and_no_silent_random_split(tmp_path):
+    all_train, file = {"splits": {"train": "*"}}, tmp_path / "split.json"
+    said = refusal(load_splits, tmp_path, all_train, NAMES)
+    assert said == (f'{tmp_path}: no val split; add it to "splits" in dataset.json, or hold out whole scenes: '
+                    '"select": 0.2 and "scene": REGEX in dataset.json (or --val-frac 0.2 for one run)')
+    said = refusal(load_splits, tmp_path, {"splits": {"val": "*"}}, NAMES)
+    assert said == f'{tmp_path}: no train split; add it to "splits" in dataset.json'
+    assert "has a val" in refusal(load_splits, tmp_path, {"splits": {"train": "T 1*", "val": "T 2*"}}, NAMES, None, 0.5)
+    for content in ('{"train": ["T 1/a"], "val": ["T 1/a"]}', '{"train": ["x"]}', '["a"]', '{"train": 1}', "{"):
+        file.write_text(content)
+        assert str(file) in refusal(load_splits, tmp_path, all_train, NAMES, file)
+    file.write_text(json.dumps(splits := {"train": ["T 3/d"], "val": ["T 1/a"]}))
+    assert load_splits(tmp_path, all_train, dict.fromkeys(NAMES, ("image", "mask")), file) == splits
+    drawn = load_splits(tmp_path, all_train | {"scene": "T ."}, NAMES, None, 0.3)
+    assert sorted(drawn["train"] + drawn["val"]) == NAMES and drawn["val"]
+    assert drawn == load_splits(tmp_path, all_train | {"scene": "T .", "select": 0.3}, NAMES)
+
+
+def test_hold_out_never_cuts_a_scene():
+    names = [f"area{i % 7}_{i}" for i in range(70)]
+    rest, held = hold_out(names, 0.25, r"(area\d)_", seed=0)
+    assert sorted(rest + held) == sorted(names) and len(held) == 20  # 17.5 asked for, scenes of ten
+    assert {n[:5] for n in held} == {"area2", "area4"} and not any(n[:5] in ("area2", "area4") for n in rest)
+    assert (rest, held) == hold_out(names, 0.25, r"area\d", seed=0) != hold_out(names, 0.25, r"area\d", seed=1)
+    assert len(hold_out(names, 0.25, None, 0)[1]) == 18
+    for regex, said in ((r"area[0-5]", "does not match 'area6_6'"), ("(", "no regular expression"), ("area", "empty")):
+        assert said in refusal(hold_out, names, 0.25, regex, 0)
+
+
+def add_noise(image, mask, rng):
+    return image + rng.integers(0, 99, image.shape, np.uint8), mask
+
+
+def test_a_sample_depends_on_seed_and_draw_alone(tmp_path):
+    mask = save(tmp_path / "mask.png", np.full((9, 7), 3, np.uint8))
+    pairs = {f"{i}": (save(tmp_path / f"{i}.png", RGB + i), mask) for i in range(3)}
+    data = SegDataset(pairs, Labels(BY_ID), "sat", add_noise, seed=5)
+    first = [data[2, 4][0], data[1, 0][0], data[2, 7][0]]
+    other = pickle.loads(pickle.dumps(data))  # what a spawned reading process gets
+    assert torch.equal(other[2, 7][0], first[2]) and torch.equal(other[2, 4][0], first[0])
+    assert not torch.equal(first[0], first[2])
+    assert not torch.equal(first[0], SegDataset(pairs, Labels(BY_ID), "sat", add_noise, seed=6)[2, 4][0])
+    x, y, name = SegDataset(pairs, Labels(BY_ID), "sat")[1]
+    sat = zip((RGB + 1)[8, 2].tolist(), (0.430, 0.411, 0.296), (0.213, 0.156, 0.143))
+    torch.testing.assert_close(x[:, 8, 2], torch.tensor([(v / 255 - mean) / std for v, mean, std in sat]))
+    assert x.shape == (3, 9, 7) and y.shape == (9, 7) and y.dtype == torch.int64 and not y.any() and name == "1"
+    save(mask, np.full((8, 7), 3, np.uint8))
+    assert "mask of 8 x 7 for an image of 9 x 7" in refusal(lambda: SegDataset(pairs, Labels(BY_ID), "sat")[0])
+
+
+# ---- the description
+
+GOOD = {"images": "images/*.png", "masks": "masks/*.png", "classes": BY_ID, "splits": {"train": "*", "test": "b*"}}
+
+
+@pytest.mark.parametrize("key, good, bad", [
+    ("bands", [[4, 1, 2], [1, 1, 1]], [[0, 1, 2], [1, 2], [1, 2, 3, 4], [1, 2, 2.5], [True, 1, 2], "123", 3, None]),
+    ("input_range", [[0, 3000], [-1.5, 2]], [[3, 1], [1, 1], [1], [0, float("inf")], [float("nan"), 1], ["0", "1"], 5]),
+    ("scene", [r"(.*)_\d+$", "a"], ["(", "*a", 3, ["a"], None]),
+    ("select", [0.2], [0.0, 1.0, 1, "0.2", None]), ("tiles", [512], [0, 2.5, "512"]),
+    ("unlabelled", [["test"], []], [["val"], "test", 3]), ("name", ["a b"], ["", "a/b", 3]),
+    ("report", [{"without a": ["a"]}], [{"without d": ["d"]}, ["a"], {"x": "a"}, {"x": [["a"]]}])])
+def test_every_key_of_the_description_is_checked(tmp_path, key, good, bad):
+    for value in good:
+        write(tmp_path / "dataset.json", GOOD | {key: value})
+        assert read_description(tmp_path)[key] == value
+    for value in bad:
+        write(tmp_path / "dataset.json", GOOD | {key: value})
+        said = refusal(read_description, tmp_path)
+        assert said.startswith(f'{tmp_path}/dataset.json: "{key}" is {value!r}; expected ')
+
+
+@pytest.mark.parametrize("here", [True, False])
+def test_the_command_to_type_works_where_the_user_stands(tmp_path, monkeypatch, capsys, here):
+    root = tmp_path / "my 'first' set"
+    for folder, name in (("img", "a"), ("gt", "a"), ("img", "b"), ("gt", "b")):
+        (root / folder).mkdir(parents=True, exist_ok=True)
+        save(root / folder / f"{name}.png", RGB if folder == "img" else np.eye(9, 7, dtype=np.uint8) + ord(name))
+    monkeypatch.chdir(datasets.PROJECT if here else tmp_path)
+    command = check_command(root if here else root.name)
+    assert command.startswith("python -m data.check '" if here else f"python {datasets.PROJECT}/data/check 'my ")
+    monkeypatch.setenv("PATH", os.path.dirname(sys.executable), prepend=os.pathsep)
+    monkeypatch.delenv("PYTHONPATH", raising=False)
+    with pytest.raises(BadInput) as e:
+        read_description(root if here else root.name)
+    assert str(e.value).endswith(f"draft it with: {command}")
+    done = subprocess.run(command, shell=True, capture_output=True, text=True)
+    assert (done.returncode, done.stderr) == (0, "") and (root / "dataset.json").exists()
+    assert done.stdout.endswith(f"Name the classes in it, then: {command}\n")
+    code, out = run(capsys, root)
+    train = shlex.split(out.splitlines()[-1])
+    assert code == 0 and train[:1] == ["python"] and Path(train[1]).exists() and train[-1] == str(root)
+
+
+def test_all_walkers_leave_out_the_same_files(tmp_path):
+    good = ["a/images/_DSC0001.JPG", "a/images/b.webp", "_c/images/1.tif"]
+    hidden = ["a/images/.d.png", "a/images/._b.webp", "a/.ipynb_checkpoints/b.png", "__MACOSX/images/b.png",
+              "a/images/__MACOSX/1.png", ".git/images/1.png"]
+    other = ["a/images/Thumbs.db", "a/images/desktop.ini", "a/images/b.tfw", "a/images/read.txt"]
+    for name in [*good, *hidden, *other, "masks/b.png"]:
+        (tmp_path / name).parent.mkdir(parents=True, exist_ok=True)
+        (tmp_path / name).touch()
+    want = sorted(tmp_path / name for name in good)
+    assert sorted(match_files(tmp_path, "*/images/*").values()) == want
+    assert sorted(match_files(tmp_path, ["*/*/*.tfw", "a/**/b.web*"]).values()) == [
+        tmp_path / "a/images/b.tfw", tmp_path / "a/images/b.webp"]  # a pattern takes what it names
+    assert [tmp_path / p for p in find_pictures(tmp_path)[0]] == want
+    shutil.rmtree(tmp_path / "masks")
+    base, scenes, _, stray, _ = find_scenes(tmp_path)
+    assert sorted(base / n for n in scenes) == want and set(scenes.values()) == {"a", "_c"}
+    assert sorted(f.name for f in stray) == ["b.tfw", "read.txt"]
+
+
+# ---- masks of a whole data set
+
+def test_class_counts_are_the_pixels_of_each_class(plain):
+    d, pairs, labels, splits = described(plain)
+    a = np.asarray(Image.open(plain / "masks/2.png")).copy()
+    a[:3] = 255
+    save(plain / "masks/2.png", a)
+    masks = [np.asarray(Image.open(plain / f"masks/{i}.png")).ravel().tolist() for i in range(6)]
+    want = [sum(m.count(v) for m in masks) for v in (0, 1, 2, 255)]
+    counts = class_counts(pairs, labels)
+    assert counts.sum(0).tolist() == want and len(counts) == 6 and counts.dtype == np.int64
+    assert class_counts(pairs, labels, 1).tolist() == [[masks[0].count(v) for v in (0, 1, 2, 255)]]
+    assert class_counts({}, labels).sum(0).tolist() == [0, 0, 0, 0]
+    a[0, :7], a[1, :5] = 9, 8
+    save(plain / "masks/1.png", a)
+    with pytest.raises(BadInput, match="masks/1.png: unknown ids 9, 8"):
+        class_counts(pairs, labels)
+
+
+@pytest.mark.parametrize("pattern, path, key", [
+    ("T */*.png", "T 2/a.png", "2/a"), ("T [1-3]/*.png", "T 2/a.png", "2/a"), ("T [!1]/*.png", "T 2/a.png", "2/a"),
+    ("**/*.png", "a.png", "/a"), ("**/*.png", "x/y/a.png", "x/y//a"), ("a?.png", "ab.png", "b"),
+    ("*.png", "x/a.png", None)])
+def test_stars_stand_for_text(pattern, path, key):
+    assert star_key(pattern, path) == key
+
+
+def test_two_images_of_one_name_are_refused(plain):
+    shutil.copy(plain / "images/1.png", plain / "images/1.PNG")
+    with pytest.raises(BadInput, match="two images of one name"):
+        match_pairs(plain, {"images": ["images/*.png", "images/*.PNG"], "masks": ["masks/*.png", "masks/*.png"]})

@@ -1,0 +1,286 @@
+"""Drafts of data.check for many layouts can be used as they are; what they rest on is said."""
+import shutil
+from pathlib import Path
+
+import numpy as np
+import pytest
+from folder_sets import BLACK, GREEN, RED, described, put, rng, run, save, trainable  # noqa: F401: a fixture
+from PIL import Image
+
+from data.check.complaints import Complaints
+from data.check.proposal import natural, propose_hold_out
+from data.common import write
+from data.datasets import class_counts, hold_out, read_description, scenes_of, script_command
+
+DUBAI = Path(__file__).parents[2] / "shared/data/dubai"
+
+
+# ---- drafts: {image: mask or None} by layout, and what the draft must say
+
+def tiles(i):
+    return f"Tile {i // 2 + 1}/images/part_{i % 2}.jpg", f"Tile {i // 2 + 1}/masks/part_{i % 2}.png"
+
+
+def loveda(i):
+    part = ("Train", "Val", "Test")[i % 3] + "/" + ("Urban", "Rural")[i % 2]
+    return f"{part}/images_png/{i}.png", None if i % 3 == 2 else f"{part}/masks_png/{i}.png"
+
+
+LAYOUTS = {
+    "tiles": (20, tiles, "*/images/*.jpg", "*/masks/*.png", {"train": 16, "val": 2, "test": 2}),
+    "loveda": (12, loveda, ["Train/*/images_png/*.png", "Val/*/images_png/*.png"],
+               ["Train/*/masks_png/*.png", "Val/*/masks_png/*.png"], {"train": 4, "val": 4}),
+    "suffix": (4, lambda i: (f"output/x_{i}.jpg", f"output/x_{i}_m.png"), "output/*.jpg", "output/*_m.png",
+               {"train": 4}),
+    "same type": (4, lambda i: (f"{i}.png", f"{i}_mask.png"), "*.png", "*_mask.png", {"train": 4}),
+    "two suffixes": (4, lambda i: (f"train/{i}_sat.jpg", f"train/{i}_seg.png"), "train/*_sat.jpg", "train/*_seg.png",
+                     {"train": 4}),
+    "prefixes": (4, lambda i: (f"src/img_{i}.png", f"gt/mask_{i}.png"), "src/img_*.png", "gt/mask_*.png", {"train": 4}),
+    "voc": (4, lambda i: (f"JPEGImages/{i}.jpg", f"SegmentationClass/{i}.png"), "JPEGImages/*.jpg",
+            "SegmentationClass/*.png", {"train": 4}),
+    "in common": (4, lambda i: (f"segmentation/rgb/{i}.tif", f"segmentation/label/{i}.tif"), "segmentation/rgb/*.tif",
+                  "segmentation/label/*.tif", {"train": 4}),
+    "folders of splits": (6, lambda i: (f"{'train' if i < 4 else 'valid'}/{i}.tif",
+                                        f"{'train' if i < 4 else 'valid'}_labels/{i}.tif"),
+                          ["train/*.tif", "valid/*.tif"], ["train_labels/*.tif", "valid_labels/*.tif"],
+                          {"train": 4, "val": 2}),
+    "scene folders": (5, lambda i: (f"scene{i}/photo.png", f"scene{i}/label.png"), "*/photo.png", "*/label.png",
+                      {"train": 3, "val": 1, "test": 1}),
+    "file types": (4, lambda i: (f"rgb/{i}.{'JPG' if i % 2 else 'png'}", f"gt/{i}.png"), ["rgb/*.JPG", "rgb/*.png"],
+                   ["gt/*.png", "gt/*.png"], {"train": 4}),
+}
+
+
+@pytest.mark.parametrize("layout", LAYOUTS)
+def test_a_draft_pairs_every_image_and_passes_its_own_check(layout, tmp_path, rng, capsys):
+    n, name, images, masks, sizes = LAYOUTS[layout]
+    want = {}
+    for i in range(n):
+        image, mask = name(i)
+        put(rng, tmp_path / image, mask and tmp_path / mask)
+        if mask:
+            want[tmp_path / image] = tmp_path / mask
+    code, out = run(capsys, tmp_path)
+    d, pairs, labels, splits = described(tmp_path)
+    assert code == 0 and (d["images"], d["masks"]) == (images, masks)
+    assert dict(pairs.values()) == want
+    assert {s: len(names) for s, names in splits.items()} == sizes
+    assert sorted(c["id"] for c in d["classes"]) == [0, 1, 2] and d["ignore"] == []
+    assert ("no val split" in out) == ("val" not in sizes)
+    assert (f"{n - len(want)} images are in no pair" in out) == (len(want) < n)
+    code, out = run(capsys, tmp_path)
+    assert code == 0 and out.endswith(f"\n{script_command('train_seg.py')} --dataset folder --root {tmp_path}\n")
+    assert ("select" in d) == ("val" not in sizes) and trainable(tmp_path)
+
+
+def test_tile_9_comes_before_tile_10():
+    assert sorted(["Tile 10", "Tile 9", "Tile 9b", "1"], key=natural) == ["1", "Tile 9", "Tile 9b", "Tile 10"]
+
+
+def test_infrared_images_and_second_masks_stay_out_of_the_draft(tmp_path, rng, capsys):
+    for i in range(3):
+        put(rng, tmp_path / f"2_Ortho_RGB/top_{i}_RGB.tif", tmp_path / f"5_Labels/top_{i}_label.tif")
+        put(rng, tmp_path / f"3_Ortho_IRRG/top_{i}_IRRG.tif", tmp_path / f"5_Labels_2/top_{i}_label_noBoundary.tif")
+    code, out = run(capsys, tmp_path)
+    d = read_description(tmp_path)
+    assert (d["images"], d["masks"]) == ("2_Ortho_RGB/*_RGB.tif", "5_Labels/*_label.tif") and code == 0
+    assert "3 images are in no pair" in out and "3 masks are in no pair" in out
+
+
+def test_the_draft_takes_official_lists_for_splits(tmp_path, rng, capsys):
+    for i in range(6):
+        put(rng, tmp_path / f"JPEGImages/{i:03d}_a.jpg", tmp_path / f"SegmentationClass/{i:03d}_a.png")
+    write(tmp_path / "ImageSets/trn.txt", "000_a\n001_a\n002_a\n")
+    write(tmp_path / "ImageSets/val.txt", "003_a.jpg\n004_a.jpg\n")
+    run(capsys, tmp_path)
+    d, _, _, splits = described(tmp_path)
+    assert d["splits"] == {"train": ["ImageSets/trn.txt"], "val": ["ImageSets/val.txt"]}
+    assert [len(n) for n in splits.values()] == [3, 2]
+    assert "1 images are in no split, first JPEGImages/005_a" in run(capsys, tmp_path)[1]
+    write(tmp_path / "ImageSets/val.txt", "elsewhere\n")
+    code, out = run(capsys, tmp_path, "--force")
+    assert "not used for the splits" in out and "'elsewhere' is no image here" in out
+    assert read_description(tmp_path)["splits"] == {"train": "*"}
+
+
+def test_a_draft_is_never_overwritten_without_force(tmp_path, rng, capsys):
+    put(rng, tmp_path / "images/a.png", tmp_path / "masks/a.png")
+    run(capsys, tmp_path)
+    first = (tmp_path / "dataset.json").read_text()
+    put(rng, tmp_path / "images/b.png", tmp_path / "masks/b.png", (0, 7))
+    code, out = run(capsys, tmp_path)
+    assert code == 2 and "unknown ids 7 on 96 of 192 pixels" in out and (tmp_path / "dataset.json").read_text() == first
+    assert run(capsys, tmp_path, "--force")[0] == 0 and (tmp_path / "dataset.json").read_text() != first
+
+
+def test_one_class_and_one_split_a_line(tmp_path, rng, capsys):
+    put(rng, tmp_path / "img/ä.png", tmp_path / "gt/ä.png", (0, 1), palette=[RED, GREEN])
+    run(capsys, tmp_path)
+    text = (tmp_path / "dataset.json").read_text()
+    assert '\n  {"name": "id_1", "id": 1, "color": "#00FF00"}\n ],\n' in text and '\n  "train": "*"\n }\n}\n' in text
+
+
+def test_bands_and_range_of_the_flags_stay_in_the_draft(tmp_path, rng, capsys):
+    for i in range(3):
+        put(rng, tmp_path / f"img/{i}.png", tmp_path / f"gt/{i}.png")
+    run(capsys, tmp_path, "--bands", "3,1,2", "--input-range", 0, 100)
+    d = read_description(tmp_path)
+    assert (d["bands"], d["input_range"]) == ([3, 1, 2], [0, 100]) and run(capsys, tmp_path)[0] == 0
+    assert '\n "bands": [3, 1, 2],\n' in (tmp_path / "dataset.json").read_text()
+
+
+def test_brackets_in_the_names_of_folders_and_images_beside_folders(tmp_path, rng, capsys):
+    for i in range(8):
+        put(rng, tmp_path / f"Tile [{i // 2}]/photo_{i}.png", tmp_path / f"Tile [{i // 2}]/mask_{i}.png")
+    assert run(capsys, tmp_path)[0] == 0 and run(capsys, tmp_path)[0] == 0
+    assert trainable(tmp_path) and described(tmp_path)[3]["val"] == ["Tile [2]/photo_4", "Tile [2]/photo_5"]
+    for place in ("a", "b", "c", "c/d"):
+        put(rng, tmp_path / "other/img" / place / "1.png", tmp_path / "other/gt" / place / "1.png")
+    run(capsys, tmp_path / "other")
+    assert run(capsys, tmp_path / "other")[0] == 0 and trainable(tmp_path / "other")
+
+
+# ---- drafts: what is held out where no split is called val
+
+NAMES = {
+    "folders": ([f"train/{city}/{i}" for city in ("Aa", "Bb", "Cc") for i in range(4)], "train/Bb/2", "train/Bb"),
+    "two numbers": ([f"img/s{a}_x{x}_y{y}" for a in range(4) for x in (0, 64) for y in (0, 64)], "img/s2_x0_y64",
+                    "img/s2"),
+    "one number": ([f"img/area{a}-{i:03d}" for a in "abc" for i in range(5)], "img/areab-003", "img/areab"),
+    "numbers alone": ([f"img/{i}" for i in range(12)], None, None),
+    "no numbers": (["img/" + "abcdefgh"[i:] for i in range(8)], None, None),
+    "every name its own scene": ([f"img/{c}_1" for c in "abcdef"], None, None),
+    "two scenes": ([f"img/{c}_{i}" for c in "ab" for i in range(6)], None, None),
+    "nearly all in one scene": ([f"img/a_{i}" for i in range(20)] + ["img/b_1", "img/c_1"], None, None)}
+
+
+@pytest.mark.parametrize("kind", NAMES)
+def test_whole_scenes_are_held_out_where_names_say_them(kind):
+    (names, name, scene), complaints = NAMES[kind], Complaints()
+    more = propose_hold_out(names, complaints)
+    assert more["select"] == 0.2 and ("scene" in more) == (scene is not None)
+    if scene:
+        scenes = scenes_of(names, more["scene"])
+        assert scenes[name] == scene and 3 <= len(set(scenes.values())) < len(names)
+    else:
+        assert "neighbours may stand on both sides" in complaints.lines["warning", "val"][0]
+    for seed in range(20):
+        rest, held = hold_out(names, more["select"], more.get("scene"), seed)
+        assert rest and held and sorted(rest + held) == sorted(names)
+
+
+def test_one_image_cannot_be_held_out():
+    complaints = Complaints()
+    assert propose_hold_out(["a"], complaints) == {} and "less than two" in complaints.lines["warning", "val"][0]
+
+
+# ---- drafts: what the masks hold
+
+def draft_of(tmp_path, rng, capsys, *masks, size=(12, 16)):
+    for i, (values, palette) in enumerate(masks):
+        put(rng, tmp_path / f"images/{i}.png", tmp_path / f"masks/{i}.png", values, size, palette)
+    code, out = run(capsys, tmp_path)
+    return read_description(tmp_path), out
+
+
+def test_palette_masks_are_ids_with_the_colours_of_the_palette(tmp_path, rng, capsys):
+    d, out = draft_of(tmp_path, rng, capsys, ((0, 1, 1), [RED, GREEN]), ((1,), [RED, GREEN]))
+    assert d["classes"] == [{"name": "id_0", "id": 0, "color": "#FF0000"},
+                            {"name": "id_1", "id": 1, "color": "#00FF00"}]  # the ids rise, whatever their shares
+    assert "2 masks read: 2 palette" in out and "       1  83.3333%      2  masks/0.png" in out
+
+
+@pytest.mark.parametrize("second", [((1, 0, 0), [GREEN, RED]), ((RED, RED, GREEN), None)], ids=["numbered anew", "RGB"])
+def test_palettes_that_differ_and_palettes_beside_rgb_are_colours(second, tmp_path, rng, capsys):
+    d, out = draft_of(tmp_path, rng, capsys, ((0, 0, 1), [RED, GREEN]), second)
+    assert {c["color"] for c in d["classes"]} == {"#FF0000", "#00FF00"} and not any("id" in c for c in d["classes"])
+    d, pairs, labels, _ = described(tmp_path)
+    counts = dict(zip(labels.names, class_counts(pairs, labels).sum(0)))
+    masks = np.stack([Image.open(tmp_path / f"masks/{i}.png").convert("RGB") for i in range(2)])
+    assert {c["color"]: counts[c["name"]] for c in d["classes"]} == {"#FF0000": (masks == RED).all(3).sum(),
+                                                                     "#00FF00": (masks == GREEN).all(3).sum()}
+
+
+def test_binary_masks_have_two_classes(tmp_path, rng, capsys):
+    d, out = draft_of(tmp_path, rng, capsys, ((0, 0, 255), None), ((BLACK, (255, 255, 255)), None))
+    assert d["classes"] == [{"name": "id_0", "id": 0}, {"name": "id_255", "id": 255}] and d["ignore"] == []
+    assert "1 grey, 1 grey RGB" in out and "ids 0 and 255: binary masks" in out
+
+
+def test_likely_void_stays_a_class_and_is_named(tmp_path, rng, capsys):
+    d, out = draft_of(tmp_path, rng, capsys, ((1, 2, 255), None))
+    assert len(d["classes"]) == 3 and "value 255 is a class in the draft; if it means unlabelled" in out
+    shutil.rmtree(tmp_path / "masks")
+    (tmp_path / "dataset.json").unlink()
+    d, out = draft_of(tmp_path, rng, capsys, ((RED, GREEN, BLACK), None))
+    assert len(d["classes"]) == 3 and 'value #000000 is a class in the draft; if it means unlabelled' in out
+
+
+def test_stray_colours_are_ignored_loudly_but_blurred_masks_refused(tmp_path, rng, capsys):
+    d, out = draft_of(tmp_path, rng, capsys, ((RED, GREEN), None), size=(120, 160))
+    mask = np.asarray(Image.open(tmp_path / "masks/0.png")).copy()
+    mask[0, 0] = 1, 2, 3
+    save(tmp_path / "masks/0.png", mask)
+    code, out = run(capsys, tmp_path, "--force")
+    assert "the draft IGNORES #010203" in out and described(tmp_path)[0]["ignore"] == ["#010203"] and code == 0
+    mask[0, :90, 2] = range(90)
+    save(tmp_path / "masks/0.png", mask)
+    code, out = run(capsys, tmp_path, "--force")
+    assert code == 2 and "blurred" in out and "without anti-aliasing" in out
+
+
+def test_a_wrong_classes_json_is_compared_not_believed(tmp_path, rng, capsys):
+    write(tmp_path / "classes.json", [{"title": "a", "color": "#ff0000"}, {"title": "b", "color": "#123456"}])
+    d, out = draft_of(tmp_path, rng, capsys, ((RED, GREEN), None))
+    assert "classes.json lists 2 colours, 1 of them are in the masks" in out
+    assert {c["color"] for c in d["classes"]} == {"#FF0000", "#00FF00"}
+
+
+def test_what_cannot_be_drafted(tmp_path, rng, capsys):
+    assert run(capsys, tmp_path) == (2, f"error: {tmp_path}: no .png .jpg .jpeg .tif .tiff .bmp .webp file in it; type "
+                                        "the folder that holds the images and masks\n")
+    for i in range(2):
+        put(rng, tmp_path / f"images/{i}.png")
+    code, out = run(capsys, tmp_path)
+    assert code == 2 and "no folder or file name says mask" in out
+    for i in range(2):
+        put(rng, tmp_path / f"masks/{i}.jpg")
+    code, out = run(capsys, tmp_path)
+    assert code == 2 and "a JPEG mask" in out and "PNG or TIFF (all 2 masks fail)" in out
+    for i in range(2):
+        (tmp_path / f"masks/{i}.jpg").rename(tmp_path / f"masks/z{i}.jpg")
+    code, out = run(capsys, tmp_path)
+    assert code == 2 and "no rule by which" in out
+    assert not (tmp_path / "dataset.json").exists()
+
+
+def test_a_draft_with_a_fault_says_so(tmp_path, rng, capsys):
+    for i in range(3):
+        put(rng, tmp_path / f"images/{i}.png", tmp_path / f"masks/{i}.png", (RED, GREEN))
+    put(rng, tmp_path / "images/3.png")
+    put(rng, tmp_path / "images/4.png", tmp_path / "masks/4.png", (0, 1))
+    put(rng, tmp_path / "images/5.png")
+    write(tmp_path / "masks/5.png", b"not an image")
+    code, out = run(capsys, tmp_path)
+    assert code == 2 and "masks/5.png: not a readable image" in out
+    assert "masks/4.png: one band of ids [0, 1] among masks of colours" in out
+    assert "images/3.png: no mask for it by 'masks/*.png' (1 of 6 images without)" in out
+
+
+# ---- the real thing
+
+@pytest.mark.skipif(not DUBAI.exists(), reason="the Dubai set is not here")
+def test_dubai_draft_finds_the_true_colours(tmp_path, capsys):
+    shutil.copy(DUBAI / "classes.json", tmp_path)
+    for tile in 1, 2, 3:  # Tile 2 has palette masks; part 6 of Tile 3 has #000000
+        for part in 1, 6:
+            for file in f"Tile {tile}/images/image_part_00{part}.jpg", f"Tile {tile}/masks/image_part_00{part}.png":
+                (tmp_path / file).parent.mkdir(parents=True, exist_ok=True)
+                shutil.copy(DUBAI / file, tmp_path / file)
+    code, out = run(capsys, tmp_path)
+    d, pairs, labels, splits = described(tmp_path)
+    assert code == 0 and "4 RGB, 2 palette" in out and "classes.json lists 6 colours" in out
+    assert {"#3C1098", "#8429F6", "#6EC1E4", "#FEDD3A", "#E2A929"} <= {c["color"] for c in d["classes"]}
+    assert "#000000" in {c["color"] for c in d["classes"]} | set(d["ignore"]) and "#000000" in out
+    assert {s: len(n) for s, n in splits.items()} == {"train": 2, "val": 2, "test": 2}
+    assert run(capsys, tmp_path)[0] == 0
