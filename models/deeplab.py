@@ -70,7 +70,8 @@ class DeepLabV3(nn.Module):
         del self.backbone.avgpool, self.backbone.fc
         # 2048 and 1024 channels: of ResNet-50's layers 4 and 3.
         pyramid = Aspp(2048, RATES[output_stride])
-        self.classifier = nn.Sequential(pyramid, *conv_bn_relu(256, 256, 3), nn.Conv2d(256, classes, 1))
+        self.classifier = nn.Sequential(
+            pyramid, *conv_bn_relu(256, 256, 3), nn.Conv2d(256, classes, 1))
         self.aux_classifier = None
         if aux:
             self.aux_classifier = nn.Sequential(
