@@ -1,36 +1,43 @@
-"""Networks from an image to class logits: frozen or trained features under a linear or k-NN head, and CNN baselines.
+"""Networks from an image to class logits: features under a linear or k-NN head, and CNN baselines.
 
-    net = Classifier(ViT(**cfg), nn.Linear(2 * dim, K), "cls+patch"); net(x)     x (B, 3, H, W) -> (B, K)
-    probes = fit_linear(features, labels, K, rates=[0.1, 1.0])     one nn.Linear per rate, trained at once
+    net = Classifier(ViT(**cfg), nn.Linear(2 * dim, K), "cls+patch")
+    logits = net(x)                                                x (B, 3, H, W) -> (B, K)
+    probes = fit_linear(features, labels, K, rates=[0.1, 1.0])     one nn.Linear per rate
 
-k-NN: Wu et al. 2018 and DINO (Caron et al. 2021): the k nearest training images vote with weight exp(similarity / T).
+k-NN follows Wu et al. 2018 and DINO (Caron et al. 2021): the k nearest training images vote with
+weight exp(similarity / T).
 """
 import math
 
 import torch
 import torch.nn.functional as F
 import torchvision
-from torch import nn
+from torch import Tensor, nn
+
+# B batch, K classes, C width of the backbone, D width of the features, N training images.
 
 
 class ChannelMeans(nn.Module):
-    """The mean of each channel: what a backbone's features have to beat."""
+    """The mean of each channel, (B, 3, H, W) -> (B, 3): what a backbone's features have to beat."""
 
     dim = 3
 
-    def forward(self, x):  # (B, 3, H, W) -> (B, 3)
+    def forward(self, x: Tensor) -> Tensor:
         return x.mean((2, 3))
 
 
 class Classifier(nn.Module):
-    """Features of a backbone -> head -> logits (B, K) fp32. A backbone without trainable weights stays in eval mode.
+    """Features of a backbone -> head -> logits (B, K) fp32.
 
-    features: "cls+patch" (cls token and mean patch token, 2 C wide), "cls", or "mean" for a ChannelMeans backbone.
+    features: "cls+patch" (cls token and mean patch token, 2 C wide), "cls", or "mean" for a
+    ChannelMeans backbone. A backbone without trainable weights stays in eval mode.
     """
 
     def __init__(self, backbone: nn.Module, head: nn.Module, features: str = "cls+patch"):
         super().__init__()
-        self.backbone, self.head, self.kind = backbone, head, features
+        self.backbone = backbone
+        self.head = head
+        self.kind = features
 
     def unfreeze(self, blocks: int | None) -> int:
         """Train the head and the last `blocks` of the backbone; None: the whole backbone -> how many blocks."""
@@ -43,128 +50,194 @@ class Classifier(nn.Module):
         self.backbone.norm.requires_grad_(blocks > 0)
         return blocks
 
-    def train(self, mode: bool = True):
+    def train(self, mode: bool = True) -> "Classifier":
+        # A frozen backbone must not change, not even its batch norm statistics.
         super().train(mode)
         if not any(p.requires_grad for p in self.backbone.parameters()):
             self.backbone.eval()
         return self
 
-    def features(self, x):  # (B, 3, H, W) -> (B, D) fp32
+    def features(self, x: Tensor) -> Tensor:
+        """(B, 3, H, W) -> (B, D) fp32."""
         if self.kind == "mean":
             return self.backbone(x)
+        # As models/vit.py returns them: maps (B, C, h, w), the cls token (B, C).
         maps, cls = self.backbone(x)
-        parts = [cls.float()] if self.kind == "cls" else [cls.float(), maps[-1].float().mean((2, 3))]
-        return torch.cat(parts, dim=1)
+        if self.kind == "cls":
+            return cls.float()
+        patch = maps[-1].float().mean((2, 3))
+        return torch.cat([cls.float(), patch], dim=1)
 
-    def forward(self, x):
-        f = self.features(x)
-        with torch.autocast(x.device.type, enabled=False):  # a probe's standardisation, folded in, needs all digits
-            return self.head(f)
+    def forward(self, x: Tensor) -> Tensor:
+        features = self.features(x)
+        # fit_linear() folds a standardisation into the head's weights. It needs all digits.
+        with torch.autocast(x.device.type, enabled=False):
+            return self.head(features)
 
 
 class Knn(nn.Module):
     """Weighted k-NN as a head: features (B, D) -> log of the classes' shares of the vote (B, K).
 
-    A vote weighs exp(-d^2 / 2T); on features of unit length (`unit`) that is DINO's exp(cosine / T). Without `unit`
-    the features are standardised by the bank's mean and deviation instead.
+    A vote weighs exp(-d^2 / 2T). unit: features of unit length, where that is DINO's
+    exp(cosine / T); otherwise they are standardised by the bank's mean and deviation.
     """
 
-    def __init__(self, n: int, dim: int, classes: int, k: int, temperature: float = 0.07, unit: bool = True):
+    def __init__(self, n: int, dim: int, classes: int, k: int, temperature: float = 0.07,
+                 unit: bool = True):
         super().__init__()
-        self.classes, self.k, self.temperature, self.unit = classes, k, temperature, unit
-        self.register_buffer("bank", torch.zeros(n, dim))  # features of the training images, ready to compare
+        self.classes = classes
+        self.k = k
+        self.temperature = temperature
+        self.unit = unit
+        # The bank holds the features of the training images, ready to compare.
+        self.register_buffer("bank", torch.zeros(n, dim))
         self.register_buffer("labels", torch.zeros(n, dtype=torch.int64))
         self.register_buffer("mean", torch.zeros(dim))
         self.register_buffer("std", torch.ones(dim))
 
-    def fit(self, features, labels):
-        """features (N, D), labels (N,) of the training images."""
+    def fit(self, features: Tensor, labels: Tensor) -> "Knn":
+        """Keep the features (N, D) and labels (N,) of the training images."""
         if not self.unit:
             self.mean.copy_(features.mean(0))
             self.std.copy_(features.std(0, correction=0).clamp(min=1e-6))
-        self.bank.copy_(self.compare(features))
+        self.bank.copy_(self.comparable(features))
         self.labels.copy_(labels)
         return self
 
-    def compare(self, f):
-        return F.normalize(f, dim=1) if self.unit else (f - self.mean) / self.std
+    def comparable(self, features: Tensor) -> Tensor:
+        """(B, D) -> the same, of unit length or standardised."""
+        if self.unit:
+            return F.normalize(features, dim=1)
+        return (features - self.mean) / self.std
 
-    def forward(self, f):
-        with torch.autocast(f.device.type, enabled=False):
-            f = self.compare(f.float())
-            near = f @ self.bank.T - self.bank.square().sum(1) / 2  # -d^2 / 2 up to |f|^2, which all votes share
+    def forward(self, features: Tensor) -> Tensor:
+        with torch.autocast(features.device.type, enabled=False):
+            x = self.comparable(features.float())
+            # -d^2 / 2, but for |x|^2 / 2, which all votes share.
+            near = x @ self.bank.T - self.bank.square().sum(1) / 2
+            # The k nearest, in falling order; with fewer images all of them.
             near, index = near.topk(min(self.k, len(self.bank)), dim=1)
+            # Relative to the nearest, so that no exponential is too large.
             votes = ((near - near[:, :1]) / self.temperature).exp()
-            total = votes.new_zeros(len(f), self.classes).scatter_add_(1, self.labels[index], votes)
-            return (total / votes.sum(1, keepdim=True)).clamp(min=1e-6).log()
+            total = votes.new_zeros(len(x), self.classes)
+            total.scatter_add_(1, self.labels[index], votes)
+            # 1e-6 for a class without a vote, whose log would be -inf.
+            shares = total / votes.sum(1, keepdim=True)
+            return shares.clamp(min=1e-6).log()
 
 
-def fit_linear(features: torch.Tensor, labels: torch.Tensor, classes: int, rates: list[float], epochs: int = 100,
-               batch: int = 256, seed: int = 0) -> list[nn.Linear]:
-    """(N, D) features, (N,) labels -> one linear probe per learning rate: all see the same batches in one product.
+def fit_linear(features: Tensor, labels: Tensor, classes: int, rates: list[float],
+               epochs: int = 100, batch: int = 256, seed: int = 0) -> list[nn.Linear]:
+    """Features (N, D), labels (N,) -> one linear probe per learning rate.
 
-    SGD with momentum 0.9 and a cosine on standardised features; the standardisation is folded into the weights.
+    SGD with momentum 0.9 and a cosine on standardised features; the standardisation is folded into
+    the weights. All rates see the same batches, and one product computes them all.
     """
-    mean, std = features.mean(0), features.std(0, correction=0).clamp(min=1e-6)
-    x, N, R = (features - mean) / std, len(features), len(rates)
-    weight = torch.zeros(R, x.shape[1], classes, device=x.device)
-    bias = torch.zeros(R, 1, classes, device=x.device)
-    rate, speed = torch.tensor(rates, device=x.device).view(R, 1, 1), [torch.zeros_like(t) for t in (weight, bias)]
-    order, steps = torch.Generator().manual_seed(seed), epochs * math.ceil(N / batch)
+    # A feature that never changes becomes 0: 1e-6 keeps 0 / 0 away.
+    mean = features.mean(0)
+    std = features.std(0, correction=0).clamp(min=1e-6)
+    x = (features - mean) / std
+    N, D = x.shape
+    R = len(rates)
+    device = x.device
+
+    # One probe a learning rate, all side by side along the first axis.
+    weight = torch.zeros(R, D, classes, device=device)
+    bias = torch.zeros(R, 1, classes, device=device)
+    velocities = [torch.zeros_like(weight), torch.zeros_like(bias)]
+    rate = torch.tensor(rates, device=device).view(R, 1, 1)
+    order = torch.Generator().manual_seed(seed)
+    steps_per_epoch = math.ceil(N / batch)
+    steps = epochs * steps_per_epoch
     for step in range(steps):
-        if step % math.ceil(N / batch) == 0:
-            parts = torch.randperm(N, generator=order).to(x.device).split(batch)
-        i = parts[step % len(parts)]
-        error = (x[i] @ weight + bias).softmax(2)  # (R, B, K); minus the one-hot label: the gradient at the logits
-        error[:, torch.arange(len(i), device=x.device), labels[i]] -= 1
-        fall = 0.5 * (1 + math.cos(math.pi * step / steps))
-        for t, v, gradient in ((weight, speed[0], x[i].T @ error), (bias, speed[1], error.sum(1, keepdim=True))):
-            v.mul_(0.9).add_(gradient / len(i))
-            t.sub_(rate * fall * v)
+        # Every epoch has its own order, drawn on the CPU: the same on every device.
+        if step % steps_per_epoch == 0:
+            parts = torch.randperm(N, generator=order).to(device).split(batch)
+        i = parts[step % steps_per_epoch]
+
+        # Softmax minus the one-hot label, (R, B, K), is the gradient at the logits. No autograd is
+        # needed.
+        error = (x[i] @ weight + bias).softmax(2)
+        error[:, torch.arange(len(i), device=device), labels[i]] -= 1
+        gradients = x[i].T @ error, error.sum(1, keepdim=True)
+
+        cosine = 0.5 * (1 + math.cos(math.pi * step / steps))
+        for t, velocity, gradient in zip((weight, bias), velocities, gradients):
+            velocity.mul_(0.9).add_(gradient / len(i))
+            t.sub_(rate * cosine * velocity)
+
+    # On features that are not standardised, w / std and b - mean w / std give the same logits.
     probes = []
-    for w, b in zip(weight / std[:, None], bias):
-        probe = nn.Linear(*w.shape, device=w.device)
+    for w, b in zip(weight / std[:, None], bias):  # (D, K), (1, K)
+        probe = nn.Linear(D, classes, device=device)
         probe.load_state_dict({"weight": w.T, "bias": b[0] - mean @ w})
         probes.append(probe)
     return probes
 
 
+# ---- CNN baselines
+
 class Residual(nn.Module):
+    """Two 3x3 convolutions beside a shortcut, (B, inside, h, w) -> (B, outside, h / stride, ..)."""
+
     def __init__(self, inside: int, outside: int, stride: int):
         super().__init__()
-        self.conv1, self.bn1 = nn.Conv2d(inside, outside, 3, stride, 1, bias=False), nn.BatchNorm2d(outside)
-        self.conv2, self.bn2 = nn.Conv2d(outside, outside, 3, 1, 1, bias=False), nn.BatchNorm2d(outside)
-        self.skip = nn.Sequential() if (inside, stride) == (outside, 1) else nn.Sequential(
-            nn.AvgPool2d(stride), nn.Conv2d(inside, outside, 1, bias=False), nn.BatchNorm2d(outside))
+        self.conv1 = nn.Conv2d(inside, outside, 3, stride, 1, bias=False)
+        self.bn1 = nn.BatchNorm2d(outside)
+        self.conv2 = nn.Conv2d(outside, outside, 3, 1, 1, bias=False)
+        self.bn2 = nn.BatchNorm2d(outside)
+        # As in ResNet-D the shortcut takes the mean of the pixels that a stride would leave out.
+        self.skip = nn.Sequential()
+        if inside != outside or stride != 1:
+            self.skip = nn.Sequential(
+                nn.AvgPool2d(stride),
+                nn.Conv2d(inside, outside, 1, bias=False),
+                nn.BatchNorm2d(outside),
+            )
 
-    def forward(self, x):  # (B, inside, h, w) -> (B, outside, h / stride, w / stride)
-        return F.relu(self.skip(x) + self.bn2(self.conv2(F.relu(self.bn1(self.conv1(x))))))
+    def forward(self, x: Tensor) -> Tensor:
+        skip = self.skip(x)
+        x = F.relu(self.bn1(self.conv1(x)))
+        x = self.bn2(self.conv2(x))
+        return F.relu(skip + x)
 
 
 class NanoCnn(nn.Module):
-    """A residual net for images of 64 x 64 or so, small enough for a CPU; stages of one block, each half the size."""
+    """A small residual net for images of about 64 x 64, (B, 3, H, W) -> (B, K).
+
+    Each stage is one block and halves the size. A CPU can train it.
+    """
 
     def __init__(self, classes: int, widths: tuple = (32, 64, 128, 256)):
         super().__init__()
-        self.stem = nn.Sequential(nn.Conv2d(3, widths[0], 3, 1, 1, bias=False), nn.BatchNorm2d(widths[0]), nn.ReLU())
-        self.stages = nn.Sequential(*(Residual(a, b, 2) for a, b in zip(widths, widths[1:])))
+        self.stem = nn.Sequential(
+            nn.Conv2d(3, widths[0], 3, 1, 1, bias=False),
+            nn.BatchNorm2d(widths[0]),
+            nn.ReLU(),
+        )
+        stages = [Residual(a, b, 2) for a, b in zip(widths, widths[1:])]
+        self.stages = nn.Sequential(*stages)
         self.fc = nn.Linear(widths[-1], classes)
 
-    def forward(self, x):  # (B, 3, H, W) -> (B, K)
-        return self.fc(self.stages(self.stem(x)).mean((2, 3)))
+    def forward(self, x: Tensor) -> Tensor:
+        x = self.stages(self.stem(x))
+        return self.fc(x.mean((2, 3)))
 
 
 CNNS = ("nano", "resnet18", "resnet50")
 
 
 def cnn(name: str, stem: str, classes: int) -> nn.Module:
-    """CNN with fc of `classes` outputs. stem "small" gives a ResNet a 3x3 stride-2 convolution instead of 7x7 and pool.
+    """One of CNNS whose fc has `classes` outputs.
 
-    torchvision's parameter names, so its weight files fit a ResNet with the stem "imagenet".
+    stem: a ResNet starts with a 7x7 convolution and pool ("imagenet") or a 3x3 convolution of
+    stride 2 ("small"). With "imagenet" torchvision's weight files fit, by its parameter names.
     """
     if name == "nano":
         return NanoCnn(classes)
     net = getattr(torchvision.models, name)(weights=None, num_classes=classes)
+    # The usual stem makes maps of a quarter of the image, too coarse for one of 64 x 64.
     if stem == "small":
-        net.conv1, net.maxpool = nn.Conv2d(3, 64, 3, 2, 1, bias=False), nn.Identity()
+        net.conv1 = nn.Conv2d(3, 64, 3, 2, 1, bias=False)
+        net.maxpool = nn.Identity()
     return net
