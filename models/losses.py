@@ -21,7 +21,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from data.common import IGNORE
+from data.common import IGNORE, BadInput
 
 # B batch, K classes, H W pixels.
 
@@ -236,26 +236,26 @@ LOSSES = {"ce": ce, "focal": focal, "lovasz": lovasz, "dice": dice, "boundary": 
 
 
 def parse_loss(text: str) -> list[tuple[float, str]]:
-    """'ce+0.5*dice' -> [(1.0, 'ce'), (0.5, 'dice')]; a ValueError says what is wrong."""
+    """'ce+0.5*dice' -> [(1.0, 'ce'), (0.5, 'dice')]; what is wrong is a BadInput."""
     terms = []
     for part in text.split("+"):
         number, _, name = part.strip().rpartition("*")
         if name not in LOSSES:
             known = ", ".join(LOSSES)
-            raise ValueError(
-                f"loss '{text}': unknown term '{name}', known: {known}; e.g. ce+0.5*dice")
+            raise BadInput(
+                f"--loss {text}: unknown term '{name}', known: {known}; e.g. ce+0.5*dice")
         if name in [other for _, other in terms]:
-            raise ValueError(f"loss '{text}': term '{name}' stands twice, give it one weight")
+            raise BadInput(f"--loss {text}: term '{name}' stands twice, give it one weight")
         try:
             weight = float(number or 1)
         except ValueError:
             weight = math.nan
         if not 0 <= weight < math.inf:
-            raise ValueError(f"loss '{text}': the weight in '{part}' is not a number >= 0; "
+            raise BadInput(f"--loss {text}: the weight in '{part}' is not a number >= 0; "
                              "e.g. ce+0.5*dice")
         terms.append((weight, name))
     if not any(weight for weight, _ in terms):
-        raise ValueError(f"loss '{text}': every weight is 0, so nothing would be learned")
+        raise BadInput(f"--loss {text}: every weight is 0, so nothing would be learned")
     return terms
 
 

@@ -16,7 +16,7 @@ from safetensors.torch import save_file
 from models.unetformer import Attention, FTUNetFormer, UNetFormer, load_pretrained, swin_name
 from models.weights import BadWeights
 
-KEYS = Path(os.environ.get("NANORS_KEYS", "nowhere"))
+KEYS = Path(os.environ.get("NANORS_KEYS", Path(__file__).parents[2] / "shared/keys"))
 SWIN = dict(dim=16, depths=(1, 2, 1, 1), heads=(1, 2, 2, 2))
 
 
