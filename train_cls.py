@@ -16,8 +16,6 @@ learn, there was no validation split, test held other images, and no baseline st
 import math
 import os
 import shlex
-import signal
-import sys
 import time
 from types import SimpleNamespace
 
@@ -245,6 +243,8 @@ def train(args, d, net, here, s):
     # -> (n, K) probabilities of the reported split
     rank, world, device = here.rank, here.world, here.device
     say, out = here.say, here.out
+    # Groups of parameters: those of the backbone have a share ("scale") of the head's rate, and
+    # norms, biases and tokens no weight decay.
     groups = nets.param_groups(net, args.lr, args.backbone_lr, args.layer_decay, args.weight_decay)
     opt = torch.optim.AdamW(groups, lr=args.lr, betas=BETAS, fused=True)
     params = [p for p in net.parameters() if p.requires_grad]
@@ -254,6 +254,7 @@ def train(args, d, net, here, s):
     steps = max(1, round(args.epochs * len(rows) / batch))
     warmup = min(args.warmup, steps // 5)  # few-shot runs are short
 
+    # A run that goes on has its weights, its optimiser and s; random numbers need no state.
     same = dict(world=world, weights=here.meta["weights"]["sha256"])
     if args.resume:
         last = checkpoint.load_state(out / "last.pt")
@@ -283,7 +284,8 @@ def train(args, d, net, here, s):
         rng = np.random.default_rng((3, args.seed, step))
         index, draw = map(list, zip(*next(draws)))
         x = torch.from_numpy(d.pixels[rows[index]]).to(device)  # (B, S, S, 3) uint8
-        x = prepare(augment_scenes(x, draw, args.seed, args.shift), NORMS[here.norm], here.size)
+        x = augment_scenes(x, draw, args.seed, args.shift)
+        x = prepare(x, NORMS[here.norm], here.size)
         y, other, share = labels[index].to(device), None, 1.0  # (B,)
         if rng.random() < args.cutmix:
             x, y, other, share = augment.cutmix_scenes(x, y, rng)
@@ -345,7 +347,7 @@ def train(args, d, net, here, s):
             say(f"stopped at step {s.step} of {steps}; go on: python train_cls.py --resume "
                 f"{shlex.quote(str(out))}", flush=True)
             run.end()
-            sys.exit(128 + (stop.signal or signal.SIGTERM))  # 0 here: another rank was told
+            stop.exit()
 
     stop.release()
     run.wait()  # rank 0 has written best.safetensors
@@ -410,7 +412,8 @@ def main(args):
     else:
         spec = dict(name="vit", features=args.features, classes=K, backbone=backbone)
     if args.mode == "knn":
-        spec |= dict(bank=len(d.rows["train"]), k=max(args.k), temperature=args.temperature)
+        bank = len(d.rows["train"])
+        spec |= dict(bank=bank, k=max(args.k), temperature=args.temperature)
     net = nets.make_classifier(spec, state, info)
     if args.unfreeze != "all" and args.mode != "finetune":
         raise BadInput(f"--unfreeze {args.unfreeze} goes with --mode finetune, not {args.mode}; "
@@ -460,18 +463,19 @@ def main(args):
 
     # ---- report: the chosen weights on the split that nothing above has looked at
     if rank == 0:
-        pred, true, names = p.argmax(1), d.y[d.reports], d.splits[d.reports]
+        names = d.splits[d.reports]
+        pred, true = p.argmax(1), d.y[d.reports]
         cm = metrics.confusion(pred, true, K)
         hits = (pred == true).numpy()
         table = metrics.class_table(cm, d.names)
         low, high = metrics.bootstrap(hits, [d.groups[name] for name in names])
         oa, base = metrics.oa(cm), metrics.oa(metrics.majority(cm))
         f1 = metrics.f1(cm)
-        macro = f1.nanmean().item()
+        macro, counted = f1.nanmean().item(), int((~f1.isnan()).sum())
         write(out / "log.jsonl", json_lines(s.history))
         write(out / "results.json", dict(
             split=d.reports, accuracy=oa, accuracy_low=low, accuracy_high=high, macro_f1=macro,
-            classes_in_mean=int((~f1.isnan()).sum()), majority_accuracy=base, val_accuracy=s.best,
+            classes_in_mean=counted, majority_accuracy=base, val_accuracy=s.best,
             chosen=s.chosen, images_per_second=s.speed, seconds=round(s.seconds, 1),
             seed=args.seed, command=s.command, table=table, confusion=cm.tolist()))
         write(out / "curves.png", plots.curves(s.history, f"{out.name}: {here.title}"))
@@ -484,7 +488,8 @@ def main(args):
             said = f"{d.names[pred[i]]} {surest[i]:.2f}"
             return images[i], [d.names[true[i]], said], not hits[i]
 
-        wrong = sorted(np.flatnonzero(~hits), key=lambda i: -surest[i])[:CARDS]
+        wrong = np.flatnonzero(~hits)
+        wrong = sorted(wrong, key=lambda i: -surest[i])[:CARDS]
         drawn = np.random.default_rng(args.seed).permutation(len(names))[:CARDS]
         write(out / "samples.png", plots.cards([
             ("most confident mistakes: true class, then what was predicted",

@@ -15,8 +15,6 @@ name; repeated images are entries of a list, not files; slow weights are in last
 """
 import os
 import shlex
-import signal
-import sys
 import time
 from contextlib import nullcontext
 from functools import partial
@@ -238,9 +236,7 @@ def main(args):
                args.bands, args.input_range, args.cache, args.resume)
     K = len(d.names)
     out = run.folder(args.out, f"runs/{d.name}-kd", args.resume)
-    say(f"data    {d.name}, {K} classes, images: {d.sizes()}")
-    for line in d.warnings:
-        say(f"        WARNING {line}")
+    say(d.headline())
 
     if args.class_weights is None:
         args.class_weights = "sqrt" if d.kind == "demo" else "none"
@@ -277,7 +273,7 @@ def main(args):
     frozen = nets.unfreeze(net, args.unfreeze)
     net = run.synchronise_norms(net, device).to(device).train()
     amp = args.amp == "bf16"
-    if args.amp == "auto":
+    if args.amp == "auto":  # on a CPU only under a frozen backbone
         amp = run.fast_bf16(device) and (frozen or device.type == "cuda")
     say(f"model   {nets.name_of(spec)}, {info['line']}")
     say(f"        {nets.size_line(net)}, normalisation {norm}, "
@@ -335,6 +331,8 @@ def main(args):
         say("        hard classes: " + ", ".join(f"{h} in {n} images" for h, n in found))
 
     # ---- optimiser
+    # Groups of parameters: those of the backbone have a share ("scale") of the head's rate, and
+    # norms, biases and tokens no weight decay.
     groups = nets.param_groups(net, args.lr, args.backbone_lr, args.layer_decay, args.weight_decay)
     opt = torch.optim.AdamW(groups, lr=args.lr, betas=BETAS, fused=True)
     params = [p for p in net.parameters() if p.requires_grad]
@@ -359,6 +357,7 @@ def main(args):
     # What must be equal on resume, or it would be another run.
     same = dict(world=world, weights=info["sha256"], labels=[d.labels.classes, d.labels.ignore],
                 teacher=kd_about.get("sha256"))
+    # A run that goes on has its weights, its optimiser and s; random numbers need no state.
     if args.resume:
         last = checkpoint.load_state(out / "last.pt")
         run.check_same(out, last, same)
@@ -410,6 +409,7 @@ def main(args):
             checkpoint.save_weights(out / "best.safetensors", judged.state_dict(), meta | more)
 
     # ---- loop
+    # Draws are numbered over the whole run, so that a resumed one sees the images that come next.
     window = dict(crop=args.crop, overlap=OVERLAP, batch=args.batch_size, amp=amp)
     micro_steps = args.steps * args.accum
     done = s.step * args.accum
@@ -526,7 +526,7 @@ def main(args):
             say(f"stopped at step {s.step} of {args.steps}; go on: python train_kd.py --resume "
                 f"{shlex.quote(str(out))}", flush=True)
             run.end()
-            sys.exit(128 + (stop.signal or signal.SIGTERM))  # 0 here: another rank was told
+            stop.exit()
 
     # ---- report: the kept weights on the split that nothing above has looked at
     stop.release()

@@ -15,8 +15,6 @@ reported the scores of always saying the largest class.
 """
 import os
 import shlex
-import signal
-import sys
 import time
 from functools import partial
 from math import cos, inf, pi
@@ -229,10 +227,12 @@ def sure_pixels(teacher, x, above, amp):
     small = F.interpolate(x, scale_factor=0.75, mode="bilinear", antialias=True,
                           align_corners=False)
     back = F.interpolate(look(small), x.shape[-2:], mode="bilinear", align_corners=False)
-    views = [look(x), look(x.flip(3)).flip(3), look(x.flip(2)).flip(2), back]
-    p, ids = torch.stack([v.softmax(1) for v in views]).mean(0).max(1)
+    mirrored = look(x.flip(3)).flip(3)
+    upside_down = look(x.flip(2)).flip(2)
+    views = torch.stack([look(x), mirrored, upside_down, back])  # (4, B, K, H, W) logits
+    p, ids = views.softmax(2).mean(0).max(1)
     # Sure: one answer from every view, and a confident mean.
-    agree = torch.stack([v.max(1).indices == ids for v in views]).all(0)
+    agree = (views.max(2).indices == ids).all(0)
     return ids.where(agree & (p > above), IGNORE)
 
 
@@ -242,13 +242,12 @@ def main(args):
     terms = parse_loss(args.loss)  # [(1.0, "ce"), (1.0, "dice")]
 
     # ---- data
+    drawn = args.points in points.PATTERNS  # from masks; with points from a file none is needed
     d = Source(args.dataset, args.root, args.variant, args.split_file, args.val_frac, args.final,
-               args.bands, args.input_range, args.cache, args.resume, need_masks=args.points in points.PATTERNS)
+               args.bands, args.input_range, args.cache, args.resume, need_masks=drawn)
     K = len(d.names)
     out = run.folder(args.out, f"runs/{d.name}-points", args.resume)
-    say(f"data    {d.name}, {K} classes, images: {d.sizes()}")
-    for line in d.warnings:
-        say(f"        WARNING {line}")
+    say(d.headline())
 
     # ---- points
     given, told = open_points(args, d)
@@ -300,7 +299,7 @@ def main(args):
     frozen = nets.unfreeze(net, args.unfreeze)
     net = run.synchronise_norms(net, device).to(device).train()
     amp = args.amp == "bf16"
-    if args.amp == "auto":
+    if args.amp == "auto":  # on a CPU only under a frozen backbone
         amp = run.fast_bf16(device) and (frozen or device.type == "cuda")
     say(f"model   {nets.name_of(spec)}, {info['line']}")
     say(f"        {nets.size_line(net)}, normalisation {norm}, "
@@ -311,6 +310,8 @@ def main(args):
         say("        BatchNorm keeps its statistics: it cannot learn from batches of one")
 
     # ---- optimiser
+    # Groups of parameters: those of the backbone have a share ("scale") of the head's rate, and
+    # norms, biases and tokens no weight decay.
     groups = nets.param_groups(net, args.lr, args.backbone_lr, args.layer_decay, args.weight_decay)
     opt = torch.optim.AdamW(groups, lr=args.lr, betas=BETAS, fused=True)
     params = [p for p in net.parameters() if p.requires_grad]
@@ -336,6 +337,7 @@ def main(args):
     seen = torch.zeros(K, K, dtype=torch.int64, device=device)
     # What must be equal on resume, or it would be another run.
     same = dict(world=world, weights=info["sha256"], labels=[d.labels.classes, d.labels.ignore])
+    # A run that goes on has its weights, its optimiser and s; random numbers need no state.
     if args.resume:
         last = checkpoint.load_state(out / "last.pt")
         run.check_same(out, last, same)
@@ -390,6 +392,7 @@ def main(args):
             checkpoint.save_weights(out / "best.safetensors", judged.state_dict(), meta | more)
 
     # ---- loop
+    # Draws are numbered over the whole run, so that a resumed one sees the images that come next.
     window = dict(crop=args.crop, overlap=OVERLAP, batch=args.batch_size, amp=amp)
     draws = StepSampler(len(train), args.batch_size, args.steps, args.seed, s.step, rank, world)
     batches = iter(DataLoader(train, batch_sampler=draws, num_workers=args.workers,
@@ -465,13 +468,11 @@ def main(args):
         # once in a while: log, validate, save, stop
         if log:
             row = dict(loss=total, lr=lr_at(step, args), grad_norm=grad_norm)
-            grows = ""
             if growing:
                 row["sure"] = sure
-                grows = f"  sure of {sure:.1%}"
             s.history.append(dict(step=s.step, **run.finite(row)))
             rest = minutes(s.seconds / s.step * (args.steps - s.step))
-            say(f"step {s.step:5d} of {args.steps}  loss {total:.4f}  |g| {grad_norm:.3f}{grows}  "
+            say(f"step {s.step:5d} of {args.steps}  loss {total:.4f}  |g| {grad_norm:.3f}  sure {sure:.1%}  "
                 f"lr {row['lr']:.2e}  ETA {rest}", flush=True)
         due = s.step % args.eval_every == 0 or last_step
         if due or stopping:  # from here on rank 0 holds the answers of all
@@ -501,7 +502,7 @@ def main(args):
             say(f"stopped at step {s.step} of {args.steps}; go on: python train_points.py --resume "
                 f"{shlex.quote(str(out))}", flush=True)
             run.end()
-            sys.exit(128 + (stop.signal or signal.SIGTERM))  # 0 here: another rank was told
+            stop.exit()
 
     # ---- report: the kept weights on the split that nothing above has looked at
     stop.release()

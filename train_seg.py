@@ -14,8 +14,6 @@ train_kd.py and train_points.py are this file with another loss:
 """
 import os
 import shlex
-import signal
-import sys
 import time
 from contextlib import nullcontext
 from functools import partial
@@ -158,9 +156,7 @@ def main(args):
                args.bands, args.input_range, args.cache, args.resume)
     K = len(d.names)
     out = run.folder(args.out, f"runs/{d.name}", args.resume)
-    say(f"data    {d.name}, {K} classes, images: {d.sizes()}")
-    for line in d.warnings:
-        say(f"        WARNING {line}")
+    say(d.headline())
 
     if args.class_weights is None:
         args.class_weights = "sqrt" if d.kind == "demo" else "none"
@@ -200,7 +196,7 @@ def main(args):
                        "--unfreeze out")
     net = run.synchronise_norms(net, device).to(device).train()
     amp = args.amp == "bf16"
-    if args.amp == "auto":
+    if args.amp == "auto":  # on a CPU only under a frozen backbone
         amp = run.fast_bf16(device) and (frozen or device.type == "cuda")
     say(f"model   {nets.name_of(spec)}, {info['line']}")
     say(f"        {nets.size_line(net)}, normalisation {norm}, "
@@ -211,6 +207,8 @@ def main(args):
         say("        BatchNorm keeps its statistics: it cannot learn from batches of one")
 
     # ---- optimiser
+    # Groups of parameters: those of the backbone have a share ("scale") of the head's rate, and
+    # norms, biases and tokens no weight decay.
     groups = nets.param_groups(net, args.lr, args.backbone_lr, args.layer_decay, args.weight_decay)
     opt = torch.optim.AdamW(groups, lr=args.lr, betas=BETAS, fused=True)
     params = [p for p in net.parameters() if p.requires_grad]
@@ -232,6 +230,7 @@ def main(args):
                         command=facts["command"])
     # What must be equal on resume, or it would be another run.
     same = dict(world=world, weights=info["sha256"], labels=[d.labels.classes, d.labels.ignore])
+    # A run that goes on has its weights, its optimiser and s; random numbers need no state.
     if args.resume:
         last = checkpoint.load_state(out / "last.pt")
         run.check_same(out, last, same)
@@ -277,6 +276,7 @@ def main(args):
             checkpoint.save_weights(out / "best.safetensors", tensors, meta | more)
 
     # ---- loop
+    # Draws are numbered over the whole run, so that a resumed one sees the images that come next.
     window = dict(crop=args.crop, overlap=OVERLAP, batch=args.batch_size, amp=amp)
     micro_steps = args.steps * args.accum
     done = s.step * args.accum
@@ -385,7 +385,7 @@ def main(args):
             say(f"stopped at step {s.step} of {args.steps}; go on: python train_seg.py --resume "
                 f"{shlex.quote(str(out))}", flush=True)
             run.end()
-            sys.exit(128 + (stop.signal or signal.SIGTERM))  # 0 here: another rank was told
+            stop.exit()
 
     # ---- report: the kept weights on the split that nothing above has looked at
     stop.release()

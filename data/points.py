@@ -121,9 +121,11 @@ def read_rows(path: Path) -> list[tuple]:
         # Excel begins its CSV with a byte order mark.
         text = path.read_bytes().decode("utf-8-sig")
     except OSError as e:
-        raise BadInput(f"{path}: {e.strerror}; expected a .csv or .geojson of points") from None
+        raise BadInput(f"{path}: {e.strerror}; expected a .csv or "
+                       f".geojson of points, or one of {', '.join(PATTERNS)}") from None
     except UnicodeDecodeError:
-        raise BadInput(f"{path}: not UTF-8 text; expected a .csv or .geojson of points") from None
+        raise BadInput(f"{path}: not UTF-8 text; expected a .csv or "
+                       f".geojson of points, or one of {', '.join(PATTERNS)}") from None
     if path.suffix.lower() in GEOJSON:
         return read_features(path, text)
     return read_table(path, text)

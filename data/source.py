@@ -84,9 +84,11 @@ class Source:
             return public.describe(self.kind, self.root, variant)
         return read_description(self.root)
 
-    def sizes(self) -> str:
-        """'96 train, 16 val, 24 test'."""
-        return ", ".join(f"{len(names)} {split}" for split, names in self.splits.items())
+    def headline(self) -> str:
+        """Name, classes and numbers of images, and a line for each warning."""
+        sizes = ", ".join(f"{len(names)} {split}" for split, names in self.splits.items())
+        first = f"data    {self.name}, {len(self.names)} classes, images: {sizes}"
+        return "\n".join([first, *(f"        WARNING {line}" for line in self.warnings)])
 
     def files(self, split: str) -> dict[str, tuple]:
         """{name: (image, mask)} of a split, with a box as third entry where names are tiles."""

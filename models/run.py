@@ -299,6 +299,10 @@ class Stop:
         self.signal = number
         signal.signal(number, self.before[number])
 
+    def exit(self) -> None:
+        """Ends the program with the code of its signal; SIGTERM's where another rank was told."""
+        sys.exit(128 + (self.signal or signal.SIGTERM))
+
     def release(self) -> None:
         """Gives the signals back: what follows has nothing to save."""
         for number, handler in self.before.items():
