@@ -11,12 +11,16 @@ import tempfile
 import time
 from pathlib import Path
 
+import numpy as np
 import pytest
 import torch
 from forks import Forks
+from PIL import Image
 
 from data.demo import make
-from models.checkpoint import load_state
+from models.checkpoint import load_state, save_weights
+from models.nets import build
+from models.vit import PRESETS
 
 FOLDER = ["--dataset", "folder", "--workers", 0]
 TINY = [*FOLDER, "--steps", 6, "--eval-every", 2, "--log-every", 1, "--batch-size", 4,
@@ -30,6 +34,7 @@ SEGMENTATION_FILES = {
 def server():
     forks = Forks()
     atexit.register(forks.close)
+    forks.run("eval", "--help")  # now it has started
     return forks
 
 
@@ -55,9 +60,10 @@ def tiny_set():
 
 @functools.cache
 def trained():
-    """A run of train_seg.py on them."""
+    """A run of train_seg.py on them that has learned to tell road from grassland."""
     out = place() / "trained"
-    server().run("train_seg", "--root", tiny_set(), "--out", out, *TINY)
+    server().run("train_seg", "--root", tiny_set(), "--out", out, *TINY, "--arch", "nano8", "--steps", 40,
+                 "--eval-every", 20, "--log-every", 20, "--warmup", 5)
     return out
 
 
@@ -121,3 +127,36 @@ def interrupt(forks, number, run, script, *argv):
         time.sleep(0.005)
     os.kill(pid, number)
     return forks.finish()
+
+
+# ---- a run of an earlier version
+
+def old_run(folder, spec):
+    """best.safetensors as it was written before this version, of a random network -> the network.
+
+    It segments the tiny set in one window per image.
+    """
+    torch.manual_seed(0)
+    d = read(tiny_set() / "dataset.json")
+    net = build(spec | dict(classes=len(d["classes"]))).eval()
+    meta = dict(
+        model=spec | dict(classes=len(d["classes"])), classes=d["classes"], ignore=[], norm="sat", crop=64,
+        overlap=0.25, amp="off", saved="all", weights=dict(path=None, sha256=None), dataset="demo",
+        root=str(tiny_set()), source="folder", variant=None, chosen_on="val", reported="test",
+        reading=dict(bands=None, input_range=None), report={}, splits={}, step=6, val_miou=0.1)
+    save_weights(folder / "best.safetensors", net.state_dict(), meta)
+    return net
+
+
+OLD_SPECS = {
+    "vit without final norm, blocks of its own": dict(
+        name="vit", backbone=PRESETS["nano16"], head="fpn", taps=[1, 3], feat_norm=False),
+    "deeplabv3 of output stride 8": dict(name="deeplabv3", options=dict(output_stride=8))}
+
+
+def ids_of(net, file):
+    """(H, W) what an old run must say of an image: DINOv3's SAT normalisation, one window."""
+    mean, std = np.array([0.430, 0.411, 0.296]), np.array([0.213, 0.156, 0.143])
+    x = (np.asarray(Image.open(file)) / 255 - mean) / std
+    with torch.no_grad():
+        return net(torch.tensor(x.transpose(2, 0, 1)[None], dtype=torch.float32))[0].argmax(0).numpy()
