@@ -1,52 +1,133 @@
-"""models/checkpoint.py: the two files of a run, whole, plain and named when they are not."""
+"""models/checkpoint.py: the two files of a run are whole, plain, and named where they are not what they should be."""
 import pickle
+import stat
 from pathlib import Path
 
 import pytest
 import torch
+from safetensors.torch import load_file, save_file
+from torch import nn
 
-from data.common import BadInput
-from models.checkpoint import load_state, load_weights, save_state, save_weights
+from models.checkpoint import (
+    learned, load_state, load_weights, restore, save_state, save_weights, weights_file)
 from models.weights import BadWeights
 
 
 def refusal(call, *args):
-    """The message of the BadInput or BadWeights that the call must raise: one line."""
-    with pytest.raises((BadInput, BadWeights)) as e:
+    """The one line of the BadWeights that the call must raise."""
+    with pytest.raises(BadWeights) as e:
         call(*args)
     assert "\n" not in str(e.value)
     return str(e.value)
 
 
+# ---- best.safetensors
+
 def test_weights_round_trip_with_their_description(tmp_path):
-    tensors = {"a": torch.randn(3, 4).T, "b": torch.randn(2).bfloat16(), "c": torch.arange(5), "d": torch.tensor(1.5)}
-    save_weights(tmp_path / "best.safetensors", tensors, {"classes": [{"name": "é", "id": 3}], "taps": [1, 2]})
-    (tmp_path / "plain").touch()  # colleagues may read one as they may the other
-    assert (tmp_path / "best.safetensors").stat().st_mode == (tmp_path / "plain").stat().st_mode
-    for path in (tmp_path, tmp_path / "best.safetensors"):
-        back, meta = load_weights(path)
-        assert back.keys() == tensors.keys() and all(torch.equal(back[k], v) for k, v in tensors.items())
-        assert meta["classes"] == [{"name": "é", "id": 3}] and meta["taps"] == [1, 2]
+    tensors = {"a": torch.randn(3, 4).T, "b": torch.randn(2).bfloat16(), "c": torch.arange(5),
+               "d": torch.tensor(1.5), "e": nn.Parameter(torch.randn(2))}
+    meta = {"classes": [{"name": "é", "id": 3}], "taps": [1, 2], "path": None}
+    save_weights(tmp_path / "best.safetensors", tensors, meta)
+    for path in (tmp_path, tmp_path / "best.safetensors", str(tmp_path)):
+        back, said = load_weights(path)
+        assert back.keys() == tensors.keys()
+        assert all(torch.equal(back[name], t) for name, t in tensors.items())
+        assert {key: said[key] for key in meta} == meta
+        assert load_weights(path, header_only=True) == ({}, said)
+    assert weights_file(tmp_path) == weights_file(tmp_path / "best.safetensors")
 
 
-def test_state_is_tensors_and_plain_values_and_whole(tmp_path):
+def test_weights_are_as_readable_as_other_files(tmp_path):
+    save_weights(tmp_path / "best.safetensors", {"a": torch.ones(1)}, {})
+    save_state(tmp_path / "last.pt", step=1)
+    (tmp_path / "plain").touch()
+    modes = {stat.S_IMODE(f.stat().st_mode) for f in tmp_path.iterdir()}
+    assert len(modes) == 1
+
+
+def test_safetensors_itself_reads_the_weights(tmp_path):
+    save_weights(tmp_path / "best.safetensors", {"a": torch.ones(2)}, {"classes": []})
+    assert torch.equal(load_file(tmp_path / "best.safetensors")["a"], torch.ones(2))
+
+
+def test_weights_that_no_run_wrote_are_told_apart(tmp_path):
+    save_file({"a": torch.ones(2)}, tmp_path / "best.safetensors")
+    assert "no run here wrote; a backbone goes to train_seg.py --weights" in refusal(load_weights, tmp_path)
+    save_weights(tmp_path / "best.safetensors", {}, {"format": 99})
+    assert "format 99, expected 1" in refusal(load_weights, tmp_path)
+
+
+# ---- last.pt
+
+def test_state_is_tensors_and_plain_values(tmp_path):
     path = tmp_path / "last.pt"
-    save_state(path, net={"w": torch.ones(2)}, step=3, args={"lr": 1e-3, "scale": [0.5, 2]}, best=-1.0)
-    assert torch.load(path, weights_only=True)["args"] == load_state(path)["args"] == {"lr": 1e-3, "scale": [0.5, 2]}
+    state = dict(net={"w": torch.ones(2)}, step=3, args={"lr": 1e-3, "scale": [0.5, 2]}, best=-1.0, none=None)
+    save_state(path, **state)
+    plain = torch.load(path, weights_only=True)
+    for back in (plain, load_state(path), load_state(str(path))):
+        assert back.keys() == state.keys() and torch.equal(back["net"]["w"], state["net"]["w"])
+        assert all(back[key] == state[key] for key in ("step", "args", "best", "none"))
+
+
+def test_a_state_that_cannot_be_saved_leaves_the_previous_one(tmp_path):
+    save_state(tmp_path / "last.pt", step=3)
     with pytest.raises(Exception, match="lambda|pickle"):
-        save_state(path, step=lambda: 4)
-    assert load_state(path)["step"] == 3
+        save_state(tmp_path / "last.pt", step=lambda: 4)
+    assert load_state(tmp_path / "last.pt") == {"step": 3}
+    assert [f.name for f in tmp_path.iterdir()] == ["last.pt"]
 
 
 def test_what_is_no_checkpoint_is_named(tmp_path):
-    good, w = tmp_path / "good", {"w": torch.ones(999)}
-    save_state(good, net=w), save_weights(tmp_path / "best.safetensors", w, {})
+    good, weights = tmp_path / "good", {"w": torch.ones(999)}
+    save_state(good, net=weights)
+    save_weights(tmp_path / "best.safetensors", weights, {})
     torch.save({"path": Path("a")}, tmp_path / "objects")
-    contents = [b"", b"hello\n", b"<html>403</html>", b"version https://git-lfs", pickle.dumps([1], 2), bytes(200)]
-    contents += [good.read_bytes()[:n] for n in (9, 99, 999, -9)] + [(tmp_path / "objects").read_bytes()]
+    contents = [b"", b"hello\n", b"<html>403</html>", b"version https://git-lfs",
+                pickle.dumps([1], 2), bytes(200), (tmp_path / "objects").read_bytes()]
+    contents += [good.read_bytes()[:n] for n in (9, 99, 999, -9)]
     contents += [(tmp_path / "best.safetensors").read_bytes()[:n] for n in (7, 50, -9)]
+    file = tmp_path / "bad"
     for content in contents:
-        (file := tmp_path / "bad").write_bytes(content)
-        assert str(file) in refusal(load_state, file) and str(file) in refusal(load_weights, file)
-    for load in (load_state, load_weights):
-        assert "no such file" in refusal(load, tmp_path / "none")
+        file.write_bytes(content)
+        assert str(file) in refusal(load_state, file)
+        assert str(file) in refusal(load_weights, file)
+
+
+def test_what_is_not_there_is_named(tmp_path):
+    assert "nothing to resume" in refusal(load_state, tmp_path / "none")
+    assert "no such file; train first" in refusal(load_weights, tmp_path / "none")
+    assert "best.safetensors: no such file" in refusal(load_weights, tmp_path)  # a folder without it
+
+
+# ---- what training alters
+
+def network(seed):
+    torch.manual_seed(seed)
+    net = nn.Sequential(nn.Linear(3, 4), nn.BatchNorm1d(4), nn.Linear(4, 2))
+    net[0].requires_grad_(False)
+    return net
+
+
+def test_only_what_training_alters_is_kept():
+    net = network(0)
+    assert learned(net).keys() == {
+        "1.weight", "1.bias", "1.running_mean", "1.running_var", "1.num_batches_tracked", "2.weight", "2.bias"}
+    assert learned(net)["2.weight"].data_ptr() == net[2].weight.data_ptr()
+
+
+def test_restore_puts_it_back_and_leaves_the_rest_alone(tmp_path):
+    net, other = network(0), network(1)
+    net(torch.randn(5, 3))  # moves the statistics
+    frozen = other[0].weight.clone()
+    save_state(tmp_path / "last.pt", net=learned(net))
+    restore(other, load_state(tmp_path / "last.pt")["net"])
+    assert all(torch.equal(t, learned(net)[name]) for name, t in learned(other).items())
+    assert torch.equal(other[0].weight, frozen) and not torch.equal(frozen, net[0].weight)
+
+
+@pytest.mark.parametrize("change", [
+    lambda state: state.pop("2.bias"), lambda state: state.update(more=torch.ones(1)), lambda state: state.clear()])
+def test_restore_refuses_the_tensors_of_another_network(change):
+    state = dict(learned(network(0)))
+    change(state)
+    assert "holds other tensors than this network learns" in refusal(restore, network(1), state)

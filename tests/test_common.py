@@ -1,17 +1,185 @@
-"""data/common.py: files are written whole or not at all."""
+"""data/common.py: files appear whole or not at all, progress speaks when it takes long, samples are spread."""
+import errno
+import io
 import json
+import os
+import signal
+import stat
 from pathlib import Path
+from types import SimpleNamespace
 
+import numpy as np
 import pytest
+from PIL import Image
 
-from data.common import write
+from data import common
+from data.common import BadInput, even_sample, minutes, progress, read_json, replace, write
 
 
-def test_write_is_whole_or_not_at_all(tmp_path, monkeypatch):
-    path = tmp_path / "deep" / "a.json"
-    write(path, {"old": [1]})
-    real = Path.write_bytes
-    monkeypatch.setattr(Path, "write_bytes", lambda self, b: real(self, b[: len(b) // 2]) and 1 / 0)
-    with pytest.raises(ZeroDivisionError):
-        write(path, {"new": [2]})
-    assert json.loads(path.read_text()) == {"old": [1]}
+# ---- files
+
+@pytest.mark.parametrize("content, stored", [
+    ("line\n", b"line\n"), (b"\x00\xff", b"\x00\xff"), ({"a": [1, None]}, b'{\n "a": [\n  1,\n  null\n ]\n}\n')])
+def test_write_makes_folders_and_stores_text_bytes_and_json(tmp_path, content, stored):
+    write(tmp_path / "deep/er/file", content)
+    write(tmp_path / "deep/er/file", content)  # over the old one
+    assert (tmp_path / "deep/er/file").read_bytes() == stored
+
+
+@pytest.mark.parametrize("suffix, kind", [(".png", "PNG"), (".jpg", "JPEG"), (".tif", "TIFF")])
+def test_pictures_are_stored_as_their_suffix_says(tmp_path, suffix, kind):
+    picture = Image.fromarray(np.full((4, 6, 3), 90, np.uint8))
+    write(tmp_path / f"a{suffix}", picture)
+    back = Image.open(tmp_path / f"a{suffix}")
+    assert back.format == kind
+    assert np.abs(np.asarray(back).astype(int) - 90).max() <= 2
+
+
+def half_then(error):
+    def save(name):
+        Path(name).write_text("hal")
+        raise error
+    return save
+
+
+@pytest.mark.parametrize("save, raised, said", [
+    (half_then(OSError(errno.ENOSPC, "No space left")), OSError, "cannot be written .No space left"),
+    (half_then(RuntimeError("PytorchStreamWriter failed")), OSError, "a.json: cannot be written .Pytorch"),
+    (half_then(ZeroDivisionError("mine")), ZeroDivisionError, "mine"),
+    (half_then(KeyboardInterrupt()), KeyboardInterrupt, None)])
+def test_a_failure_in_the_middle_leaves_the_old_file_and_nothing_else(tmp_path, save, raised, said):
+    write(tmp_path / "a.json", {"old": [1]})
+    with pytest.raises(raised, match=said):
+        replace(tmp_path / "a.json", save)
+    assert read_json(tmp_path / "a.json") == {"old": [1]}
+    assert [f.name for f in tmp_path.iterdir()] == ["a.json"]
+
+
+def test_a_job_killed_in_the_middle_leaves_the_old_file(tmp_path):
+    def die(name):
+        Path(name).write_text("hal")
+        os.kill(os.getpid(), signal.SIGKILL)
+
+    write(tmp_path / "a.json", {"old": [1]})
+    pid = os.fork()
+    if pid == 0:
+        replace(tmp_path / "a.json", die)
+    assert os.waitstatus_to_exitcode(os.waitpid(pid, 0)[1]) == -signal.SIGKILL
+    assert read_json(tmp_path / "a.json") == {"old": [1]}
+
+
+@pytest.mark.parametrize("umask, mode", [(0o022, 0o644), (0o027, 0o640), (0o077, 0o600)])
+def test_a_file_is_readable_as_the_umask_says(tmp_path, umask, mode):
+    def private(name):  # as safetensors does
+        os.unlink(name)
+        os.close(os.open(name, os.O_CREAT, 0o600))
+
+    before = os.umask(umask)
+    try:
+        replace(tmp_path / "a", private)
+        write(tmp_path / "b", "text")
+    finally:
+        os.umask(before)
+    for name in "ab":
+        assert stat.S_IMODE((tmp_path / name).stat().st_mode) == mode
+
+
+def test_a_folder_that_cannot_be_made_is_named(tmp_path):
+    (tmp_path / "file").touch()
+    with pytest.raises(OSError, match="file/a.json: cannot be written"):
+        write(tmp_path / "file/a.json", {})
+
+
+def test_read_json_takes_the_byte_order_mark_of_windows(tmp_path):
+    (tmp_path / "a.json").write_bytes(b"\xef\xbb\xbf" + json.dumps({"é": 1}).encode())
+    assert read_json(tmp_path / "a.json") == {"é": 1}
+
+
+@pytest.mark.parametrize("content", [b"{", b"", b"\xff\xfe", b"[" * 100_000])
+def test_what_is_no_json_is_named(tmp_path, content):
+    (tmp_path / "a.json").write_bytes(content)
+    with pytest.raises(BadInput, match="a.json: not valid JSON"):
+        read_json(tmp_path / "a.json")
+    with pytest.raises(BadInput, match="not valid JSON"):
+        read_json(tmp_path)  # a folder
+    with pytest.raises(BadInput, match="none.json: no such file"):
+        read_json(tmp_path / "none.json")
+
+
+# ---- progress
+
+@pytest.mark.parametrize("seconds, text", [
+    (0, "0:00"), (59.4, "0:59"), (59.6, "1:00"), (75.2, "1:15"), (3600, "60:00")])
+def test_minutes(seconds, text):
+    assert minutes(seconds) == text
+
+
+@pytest.fixture
+def clock(monkeypatch):
+    """A clock that the test turns: clock.now, in seconds."""
+    clock = SimpleNamespace(now=100.0)
+    monkeypatch.setattr(common, "time", SimpleNamespace(monotonic=lambda: clock.now))
+    return clock
+
+
+def work(clock, items, seconds, **more):
+    """Goes through the items, each taking so many seconds -> those that came."""
+    came = []
+    for item in progress(items, "images", **more):
+        came.append(item)
+        clock.now += seconds
+    return came
+
+
+def test_what_takes_less_than_ten_seconds_is_silent(clock, capsys):
+    assert work(clock, list("abcdefghij"), 0.99) == list("abcdefghij")
+    assert capsys.readouterr() == ("", "")
+
+
+def test_what_takes_longer_shows_count_and_eta_every_ten_seconds(clock, capsys):
+    assert work(clock, range(10), 3) == list(range(10))
+    shown = capsys.readouterr()
+    assert shown.out == ""
+    assert shown.err.splitlines() == ["images: 4 of 10  ETA 0:18 ", "images: 8 of 10  ETA 0:06 "]
+
+
+def test_items_without_a_length_need_a_total(clock, capsys):
+    assert work(clock, iter("abc"), 11, total=3) == list("abc")
+    assert capsys.readouterr().err.splitlines()[0] == "images: 1 of 3  ETA 0:22 "
+
+
+def test_other_ranks_are_silent(clock, capsys, monkeypatch):
+    monkeypatch.setenv("RANK", "1")
+    assert work(clock, range(10), 30) == list(range(10))
+    assert capsys.readouterr().err == ""
+
+
+def test_a_terminal_gets_one_line_that_changes(clock, monkeypatch):
+    class Terminal(io.StringIO):
+        def isatty(self):
+            return True
+
+    screen = Terminal()
+    monkeypatch.setattr("sys.stderr", screen)
+    work(clock, range(10), 3)
+    first, *others, end = screen.getvalue().split("\r")
+    assert first == "images: 4 of 10  ETA 0:18 "
+    assert len(others) == 5 and end == "\n"
+
+
+# ---- samples
+
+@pytest.mark.parametrize("n, limit, want", [
+    (10, 4, [0, 3, 6, 9]), (10, 1, [0]), (5, 5, [0, 1, 2, 3, 4]), (5, 9, [0, 1, 2, 3, 4]),
+    (5, None, [0, 1, 2, 3, 4]), (0, 3, [])])
+def test_an_even_sample(n, limit, want):
+    assert list(even_sample(list(range(n)), limit)) == want
+
+
+def test_an_even_sample_reaches_both_ends_and_repeats_nothing():
+    for n in range(2, 40):
+        for limit in range(2, n):
+            found = even_sample(list(range(n)), limit)
+            assert found == sorted(set(found)) and len(found) == limit
+            assert (found[0], found[-1]) == (0, n - 1)
+            assert max(np.diff(found)) - min(np.diff(found)) <= 1

@@ -1,385 +1,273 @@
-"""Distillation: the KL by hand, maps by name, and the script: alpha 0 is train_seg, resume, ranks, other teachers."""
-import json
-import math
-import os
+"""train_kd.py as a user types it, and its limits: no teacher is train_seg.py, a perfect one has nothing to teach."""
 import re
+import shutil
 import signal
-import time
 
 import numpy as np
 import pytest
 import torch
-import torch.nn.functional as F
-from forks import Forks
 from PIL import Image
+from runs import (  # noqa: F401, forks is a fixture
+    FOLDER, SEGMENTATION_FILES, TINY, equal, forks, interrupt, logged, place, read, same_run, server, tiny_set, trained)
 
-from data import classmap
-from data.datasets import NORMS, normalise
-from data.demo import make
-from data.common import IGNORE, BadInput, write
-from models.checkpoint import load_state, load_weights
-from models.losses import distill, translate
+from data.common import write
+from data.datasets import NORMS
+from models.checkpoint import load_state, load_weights, save_weights
 
-TINY = ["--steps", 8, "--eval-every", 2, "--log-every", 1, "--batch-size", 4, "--crop", 64, "--warmup", 2,
-        "--arch", "nano16", "--dataset", "folder", "--workers", 0]
+CLASSES = ["green", "soil", "wet", "built", "street"]  # of the teacher that knows other classes
+MAP = {"green": {"grassland": 0.7, "forest": 0.3}, "soil": "field", "wet": "water", "built": "building",
+       "street": None}
 
 
-@pytest.fixture(scope="module")
-def forks():
-    forks = Forks()
-    yield forks
-    forks.close()
+@pytest.fixture
+def teacher():
+    return trained()
 
 
 @pytest.fixture(scope="module")
-def demo(tmp_path_factory):
-    return make(tmp_path_factory.mktemp("data") / "demo", scenes=(6, 2, 2), size=128)
-
-
-@pytest.fixture(scope="module")
-def teacher(demo, forks, tmp_path_factory):
-    out = tmp_path_factory.mktemp("run") / "teacher"
-    forks.run("train_seg", "--root", demo, "--out", out, *TINY)
+def stranger():
+    """A teacher of five other classes, another normalisation and larger windows."""
+    root, out = place() / "other", place() / "stranger"
+    shutil.copytree(tiny_set(), root)
+    merge = np.uint8([1, 0, 0, 2, 4, 3, 4, 2])  # field grassland forest water road building car pool
+    for mask in root.glob("*/masks/*"):
+        Image.fromarray(merge[np.asarray(Image.open(mask))]).save(mask)
+    classes = [{"name": name, "id": i, "color": f"#{i * 40:06x}"} for i, name in enumerate(CLASSES)]
+    write(root / "dataset.json", read(root / "dataset.json") | {"name": "other", "classes": classes})
+    server().run("train_seg", "--root", root, "--out", out, *TINY, "--crop", 48, "--norm", "sat", "--arch", "nano8")
     return out
 
 
 @pytest.fixture(scope="module")
-def stranger(demo, forks, tmp_path_factory):
-    """A teacher of five other classes, sat normalisation, larger windows: demo with its masks renamed and merged."""
-    root = tmp_path_factory.mktemp("other") / "set"
-    d = json.loads((demo / "dataset.json").read_text())
-    names = ["green", "soil", "wet", "built", "street"]
-    table = np.array([1, 0, 0, 2, 4, 3, 4, 2], np.uint8)  # field grassland forest water road building car pool
-    for file in [*demo.glob("*/images/*"), *demo.glob("*/masks/*")]:
-        image, to = Image.open(file), root / file.relative_to(demo)
-        to.parent.mkdir(parents=True, exist_ok=True)
-        (Image.fromarray(table[np.array(image)]) if "masks" in file.parts else image).save(to)
-    write(root / "dataset.json", d | {"name": "other", "ignore": [], "classes": [
-        {"name": n, "id": i, "color": f"#{i * 40:06x}"} for i, n in enumerate(names)]})
-    out = root.parent / "run"
-    forks.run("train_seg", "--root", root, "--out", out, *TINY, "--crop", 96, "--norm", "sat", "--arch", "nano8")
-    return out
+def difficulty():
+    """What eval.py says of the training images."""
+    server().run("eval", trained(), "--split", "train", "--difficulty", "--out", place() / "hard", "--workers", 0)
+    return place() / "hard/difficulty.json"
 
 
-MAP = {"green": {"grassland": 0.7, "forest": 0.3}, "soil": "field", "wet": "water", "built": "building", "street": None}
+def values(run, key):
+    return list(logged(run, key).values())
 
 
-def rows(run, key):
-    return [row[key] for row in map(json.loads, (run / "log.jsonl").read_text().splitlines()) if key in row]
+# ---- limits
 
-
-def same(a, b):  # whole runs: weights byte by byte, optimiser state, and every logged number
-    assert (a / "best.safetensors").read_bytes() == (b / "best.safetensors").read_bytes()
-    assert (a / "log.jsonl").read_text() == (b / "log.jsonl").read_text()
-    x, y = (load_state(run / "last.pt") for run in (a, b))
-    assert all(torch.equal(x["net"][k], y["net"][k]) for k in x["net"])
-    slow = [t for t in (x["opt"].get("slow") or [])]
-    assert all(map(torch.equal, slow, y["opt"].get("slow") or []))
-    return x
-
-
-# ---- the KL term
-
-def by_hand(z, q, y, T, known):
-    total = valid = 0
-    for b, i, j in np.ndindex(*y.shape):
-        if y[b, i, j] == IGNORE:
-            continue
-        valid += 1
-        weights = [math.exp(z[b, k, i, j] / T) if known[k] else 0.0 for k in range(z.shape[1])]
-        m = sum(q[b, k, i, j] for k in range(z.shape[1]) if known[k])
-        for k in range(z.shape[1]):
-            if known[k] and q[b, k, i, j] > 0:
-                total += q[b, k, i, j] * math.log(q[b, k, i, j] / m / (weights[k] / sum(weights)))
-    return T * T * total / max(valid, 1)
-
-
-@pytest.mark.parametrize("T", [1.0, 2.0, 5.0])
-def test_kl_is_the_sum_over_classes_and_the_mean_over_valid_pixels(T):
-    rng = np.random.default_rng(0)
-    z, y = rng.normal(0, 3, (2, 4, 5, 3)), rng.integers(0, 4, (2, 5, 3))
-    q = rng.dirichlet(np.ones(4), (2, 5, 3)).transpose(0, 3, 1, 2)
-    q[:, :, 0, 0] *= 0.4  # dropped classes held the rest
-    q[0, :, 1, 1] = 0
-    y[:, 2] = IGNORE
-    known = np.array([True, True, False, True])
-    a, b, c = torch.tensor(z, requires_grad=True), torch.tensor(q), torch.tensor(y)
-    for k in (np.ones(4, bool), known):
-        value = distill(a, b, c, T, known=torch.tensor(k))
-        assert value.item() == pytest.approx(by_hand(z, q, y, T, k), rel=1e-9)
-    value.backward()
-    assert (a.grad[:, :, 2] == 0).all() and (a.grad[:, 2] == 0).all() and (a.grad[0, :, 1, 1] == 0).all()
-    assert (a.grad[:, :, 3:] != 0).any()
-    whole = distill(a, b, c, T).item()
-    for twice in (dict(repeats=2, dim=0), dict(repeats=2, dim=2)):  # a larger batch or image is no larger loss
-        label = twice | dict(dim=max(0, twice["dim"] - 1))
-        more = distill(a.repeat_interleave(**twice), b.repeat_interleave(**twice), c.repeat_interleave(**label), T)
-        assert more.item() == pytest.approx(whole)
-    assert distill(a, b, torch.full_like(c, IGNORE), T).item() == 0
-    flat = torch.zeros(1, 2, 1, 1), torch.tensor([0.25, 0.75]).view(1, 2, 1, 1), torch.zeros(1, 1, 1, dtype=torch.long)
-    assert distill(*flat).item() == pytest.approx(0.25 * math.log(0.5) + 0.75 * math.log(1.5))
-
-
-def test_kl_is_torchs_and_zero_for_a_perfect_teacher():
-    torch.manual_seed(0)
-    z, y = torch.randn(3, 6, 8, 8), torch.zeros(3, 8, 8, dtype=torch.long)
-    q = torch.randn(3, 6, 8, 8).softmax(1)
-    want = F.kl_div((z / 2).log_softmax(1), q, reduction="sum") / y.numel() * 4
-    torch.testing.assert_close(distill(z, q, y, 2.0), want)
-    z.requires_grad_()
-    value = distill(z, (z.detach() / 2).softmax(1), y, 2.0)
-    value.backward()
-    assert abs(value.item()) < 1e-6 and z.grad.abs().max() < 1e-8
-
-
-# ---- from the teacher's classes to the student's
-
-def test_what_the_teacher_cannot_tell_apart_is_left_to_the_student():
-    torch.manual_seed(0)
-    z, q = torch.randn(2, 5, 4, 3, dtype=torch.float64), torch.randn(2, 3, 4, 3, dtype=torch.float64).softmax(1)
-    y = torch.zeros(2, 4, 3, dtype=torch.long)
-    shares = torch.tensor([[0.7, 0.3, 0, 0, 0], [0, 0, 1, 0, 0], [0, 0, 0, 0.5, 0.5]], dtype=torch.float64)
-    a, b = z.clone().requires_grad_(), z.clone().requires_grad_()
-    value = distill(a, translate(q, shares, a, 2.0), y, 2.0)
-    p = (b / 2).softmax(1)  # the oracle: KL between the teacher and the student's sums over each of its classes
-    p = torch.stack([p[:, :2].sum(1), p[:, 2], p[:, 3:].sum(1)], 1)
-    want = 4 * (q * (q / p).log()).sum(1).mean()
-    torch.testing.assert_close(value, want)
-    value.backward(), want.backward()
-    torch.testing.assert_close(a.grad, b.grad)
-
-
-def test_a_map_of_one_class_each_is_the_same_either_way_and_mass_is_kept():
-    torch.manual_seed(0)
-    z, q = torch.randn(2, 4, 3, 3), torch.randn(2, 3, 3, 3).softmax(1)
-    one = torch.eye(4)[[2, 0, 2]]
-    assert torch.equal(translate(q, one, z), translate(q, one))
-    several = torch.tensor([[0.5, 0.5, 0, 0], [0, 0.2, 0.8, 0], [0, 0, 0, 0]])  # class 1 in two rows, a row nowhere
-    for logits in (None, z, 1000 * z):
-        target = translate(q, several, logits)
-        torch.testing.assert_close(target.sum(1), q[:, :2].sum(1))
-        assert (target[:, 3] == 0).all()
-
-
-# ---- maps
-
-TEACHER, STUDENT = ["green", "soil", "wet", "built", "street"], ["field", "grassland", "forest", "water", "building"]
-
-
-def read(tmp_path, **content):
-    write(tmp_path / "map.json", content)
-    return classmap.read_map(tmp_path / "map.json", TEACHER, STUDENT)
-
-
-def test_a_map_goes_by_name_whatever_its_order(tmp_path):
-    want = [[0, .7, .3, 0, 0], [1, 0, 0, 0, 0], [0, 0, 0, 1, 0], [0, 0, 0, 0, 1], [0, 0, 0, 0, 0]]
-    for rows in (MAP, dict(reversed(MAP.items()))):
-        assert read(tmp_path, map=rows, teacher=TEACHER, student=STUDENT).tolist() == want
-    many = read(tmp_path, map=dict.fromkeys(TEACHER, "forest"))
-    assert many[:, 2].tolist() == [1] * 5 and many.sum() == 5
-    assert classmap.same_names(["b", "a"], ["a", "b", "c"]).tolist() == [[0, 1, 0], [1, 0, 0]]
-
-
-@pytest.mark.parametrize("change, words", [
-    ({"green": {"grassland": 0.7, "forest": 0.2}}, "shares of 'green' sum to 0.9, not 1"),
-    ({"green": {"grassland": 1.5, "forest": -0.5}}, "expected a name"), ({"green": 3}, "goes to 3; expected a name"),
-    ({"green": "gras"}, "'green' goes to 'gras', which the student does not have; it has field"),
-    ({"greens": "field"}, "the teacher has no class 'greens'; it has green, soil")])
-def test_a_wrong_map_is_refused_with_one_line(tmp_path, change, words):
-    with pytest.raises(BadInput, match=re.escape(words)) as e:
-        read(tmp_path, map=MAP | change)
-    assert "map.json" in str(e.value) and "\n" not in str(e.value)
-
-
-def test_the_rest_that_can_be_wrong_with_a_map(tmp_path):
-    with pytest.raises(BadInput, match="nothing for the teacher's 'wet', 'street'"):
-        read(tmp_path, map={k: v for k, v in MAP.items() if k not in ("wet", "street")})
-    with pytest.raises(BadInput, match='"teacher" lists .*the order of its outputs counts'):
-        read(tmp_path, map=MAP, teacher=TEACHER[::-1])
-    with pytest.raises(BadInput, match='no "map" in it'):
-        read(tmp_path, maps=MAP)
-    (tmp_path / "map.json").write_text('{"map": {"green": "field", "green": "forest"}}')
-    with pytest.raises(BadInput, match="a name stands twice"):
-        classmap.read_map(tmp_path / "map.json", TEACHER, STUDENT)
-    with pytest.raises(BadInput, match="equal class names.*'soil', 'wet'"):
-        classmap.same_names(TEACHER, ["green", "built", "street"])
-
-
-def test_the_measured_map_and_the_table():
-    m = classmap.measured([[6, 2, 0], [0, 0, 0], [0, 1, 99]])
-    assert m.tolist() == [[.75, .25, 0], [0, 0, 0], [0, .01, .99]]
-    without = classmap.measured([[96, 3, 1], [0, 0, 0], [4, 0, 96]], 0.05)  # class 1 is rare, but all of it is there
-    np.testing.assert_allclose(without, [[96 / 99, 3 / 99, 0], [0, 0, 0], [0, 0, 1]])
-    named = classmap.matrix({"a": "x", "b": None, "c": {"y": 0.5, "z": 0.5}}, ["a", "b", "c"], ["x", "y", "z"])
-    text = classmap.table(["a", "b", "c"], ["x", "y", "z"], named=named, measured=m)
-    assert text.splitlines() == [
-        "teacher  -> student (named)  -> student (measured)", "a        x                   0.75 x + 0.25 y",
-        "b        -                   -", "c        0.50 y + 0.50 z     0.99 z"]
-    assert "silent about: z" in classmap.table(["a"], ["x", "z"], named=np.array([[1, 0]]))
-
-
-# ---- the script
-
-def test_alpha_0_is_train_seg_bit_for_bit(demo, forks, tmp_path, teacher):
-    flags = ["--root", demo, *TINY, "--cutmix", 0.5, "--mixup", 0.5, "--ema", 0.9, "--loss", "ce+0.5*dice"]
+def test_alpha_0_is_train_seg_bit_for_bit(teacher, forks, tmp_path):
+    flags = ["--root", tiny_set(), *TINY, "--ema", 0.9, "--loss", "ce+0.5*dice", "--accum", 2, "--batch-size", 2]
     forks.run("train_seg", *flags, "--out", tmp_path / "a")
     forks.run("train_kd", *flags, "--out", tmp_path / "b", "--alpha", 0, "--teacher", teacher)
-    same(tmp_path / "a", tmp_path / "b")
+    assert (tmp_path / "a/best.safetensors").read_bytes() == (tmp_path / "b/best.safetensors").read_bytes()
+    a, b = (load_state(tmp_path / out / "last.pt") for out in "ab")
+    for key in ("net", "ema"):
+        assert all(torch.equal(t, b[key][name]) for name, t in a[key].items())
+    assert values(tmp_path / "a", "loss") == values(tmp_path / "b", "loss")
+    assert values(tmp_path / "a", "val_miou") == values(tmp_path / "b", "val_miou")
 
 
-def test_a_teacher_with_the_students_own_weights_has_nothing_to_teach(demo, forks, tmp_path):
-    still = [*TINY, "--steps", 1, "--eval-every", 1, "--lr", 1e-9, "--weight-decay", 0]
-    forks.run("train_seg", "--root", demo, "--out", tmp_path / "a", *still)  # the initial weights, all but unchanged
-    forks.run("train_kd", "--root", demo, "--out", tmp_path / "b", *still, "--teacher", tmp_path / "a")
-    forks.run("train_kd", "--root", demo, "--out", tmp_path / "c", *still, "--teacher", tmp_path / "a", "--seed", 1)
-    assert abs(rows(tmp_path / "b", "kd")[0]) < 1e-5 < rows(tmp_path / "c", "kd")[0]
-    hard, loss = rows(tmp_path / "b", "hard")[0], rows(tmp_path / "a", "loss")[0]
-    assert hard == pytest.approx(0.3 * loss, rel=1e-5)
+STILL = [*TINY, "--steps", 1, "--lr", 1e-9, "--weight-decay", 0]  # the weights stay all but unchanged
 
 
-def test_killed_and_resumed_with_everything_on(demo, forks, tmp_path, teacher, stranger):
-    names = sorted(p.stem for p in (demo / "train/images").iterdir())
+def test_a_teacher_with_the_students_own_weights_has_nothing_to_teach(forks, tmp_path):
+    forks.run("train_seg", "--root", tiny_set(), "--out", tmp_path / "a", *STILL)
+    kd = ["--root", tiny_set(), *STILL, "--teacher", tmp_path / "a"]
+    forks.run("train_kd", *kd, "--out", tmp_path / "b")
+    forks.run("train_kd", *kd, "--out", tmp_path / "c", "--seed", 1)
+    assert abs(logged(tmp_path / "b", "kd")[1]) < 1e-5 < logged(tmp_path / "c", "kd")[1]
+    loss = logged(tmp_path / "a", "loss")[1]
+    assert logged(tmp_path / "b", "hard")[1] == pytest.approx(0.3 * loss, rel=1e-5)
+    assert logged(tmp_path / "b", "loss")[1] == pytest.approx(0.3 * loss, rel=1e-4)
+
+
+def test_alpha_weighs_the_two_terms(teacher, forks, tmp_path):
+    for alpha in (0.25, 0.75, 1):
+        kd = ["--root", tiny_set(), *STILL, "--teacher", teacher, "--alpha", alpha]
+        forks.run("train_kd", *kd, "--out", tmp_path / str(alpha))
+    kd, hard = ({alpha: logged(tmp_path / alpha, key)[1] for alpha in ("0.25", "0.75", "1")} for key in ("kd", "hard"))
+    assert kd["0.75"] == pytest.approx(3 * kd["0.25"]) and kd["1"] == pytest.approx(4 * kd["0.25"])
+    assert hard["0.25"] == pytest.approx(3 * hard["0.75"]) and hard["1"] == 0
+
+
+def test_the_teacher_sees_the_students_pixels_in_its_own_normalisation(teacher, forks, tmp_path):
+    """Two teachers say the same: one of imagenet pixels, the other of sat pixels by a first layer made for these."""
+    tensors, meta = load_weights(teacher)
+    (mean, std), (other_mean, other_std) = (torch.tensor(NORMS[norm]) for norm in ("imagenet", "sat"))
+    # x = a z + b turns pixels z of sat into pixels x of imagenet; W x + c = (W a) z + (W b + c).
+    a, b = other_std / std, (other_mean - mean) / std
+    weight, bias = "backbone.patch_embed.proj.weight", "backbone.patch_embed.proj.bias"
+    w = tensors[weight]  # (C, 3, P, P)
+    sat = tensors | {weight: w * a.view(1, 3, 1, 1), bias: tensors[bias] + (w * b.view(1, 3, 1, 1)).sum((1, 2, 3))}
+    save_weights(tmp_path / "sat/best.safetensors", sat, meta | dict(norm="sat"))
+    save_weights(tmp_path / "wrong/best.safetensors", sat, meta)  # its pixels do not fit its first layer
+    for name, run in dict(imagenet=teacher, sat=tmp_path / "sat", wrong=tmp_path / "wrong").items():
+        forks.run("train_kd", "--root", tiny_set(), *STILL, "--teacher", run, "--out", tmp_path / f"kd-{name}")
+    kd = {name: logged(tmp_path / f"kd-{name}", "kd")[1] for name in ("imagenet", "sat", "wrong")}
+    assert kd["sat"] == pytest.approx(kd["imagenet"], rel=1e-4)
+    assert kd["wrong"] != pytest.approx(kd["imagenet"], rel=1e-3)
+
+
+# ---- runs
+
+def test_killed_stopped_and_resumed_with_everything_on(forks, tmp_path, stranger, difficulty):
+    names = read(trained() / "split.json")["train"]
     write(tmp_path / "list.txt", "\n".join([names[0], names[1], names[1]]))
     write(tmp_path / "map.json", {"map": MAP})
-    flags = ["--root", demo, *TINY, "--steps", 14, "--teacher", stranger, "--map", tmp_path / "map.json",
-             "--focus", 0.7, "--sampler", "weighted", "--difficulty", teacher, "--replicate", tmp_path / "list.txt",
-             "--lookahead", 2, "--schedule", "restarts", "--cycle", 4, 2]
+    shutil.copy(difficulty, tmp_path / "hard.json")
+    flags = ["--root", tiny_set(), *TINY, "--steps", 14, "--teacher", stranger, "--map", tmp_path / "map.json",
+             "--focus", 0.7, "--sampler", "weighted", "--difficulty", tmp_path / "hard.json",
+             "--replicate", tmp_path / "list.txt", "--lookahead", 2, "--restarts", 4, 2, "--ema", 0.9]
     text = forks.run("train_kd", *flags, "--out", tmp_path / "a")
-    assert "warm restarts: 12 of 14 steps, since cycles end at 4, 12" in text
+    assert "warm restarts: 12 steps, cycles end at 4, 12" in text
     assert "48 crops drawn with replacement, an image" in text
     assert "3 entries repeat training images: 9 instead of 6" in text
     before, after = text.split("loop ")
-    assert "green    0.70 grassland + 0.30 forest" in re.sub(" +", " ", before).replace("green ", "green    ")
+    assert "green 0.70 grassland + 0.30 forest" in re.sub(" +", " ", before)
     assert "silent about: road, car, pool" in before and "measured on 6 images" in before and "step" in after
-    pid = forks.start("train_kd", *flags, "--out", tmp_path / "b")
-    while not (tmp_path / "b/last.pt").exists():
-        time.sleep(0.01)
-    time.sleep(0.3)
-    os.kill(pid, signal.SIGTERM)
-    code, text = forks.finish()
-    assert code == 128 + signal.SIGTERM and f"train_kd.py --resume {tmp_path / 'b'}" in text
-    for name in ("map.json", "list.txt"):
+
+    code, _ = interrupt(forks, signal.SIGKILL, tmp_path / "b", "train_kd", *flags, "--out", tmp_path / "b")
+    assert code == -signal.SIGKILL
+    for name in ("map.json", "list.txt", "hard.json"):
         (tmp_path / name).unlink()  # what counts stands in the run
+    code, text = interrupt(forks, signal.SIGTERM, tmp_path / "b", "train_kd", "--resume", tmp_path / "b")
+    assert code == 128 + signal.SIGTERM and f"train_kd.py --resume {tmp_path / 'b'}" in text
     forks.run("train_kd", "--resume", tmp_path / "b")
-    last = same(tmp_path / "a", tmp_path / "b")
-    assert last["step"] == 12 and last["opt"]["count"] == 12
-    assert json.loads((tmp_path / "a/map.json").read_text())["map"]["street"] is None
-    assert load_weights(tmp_path / "a")[1]["model"] == load_weights(teacher)[1]["model"]
-    assert 'b/map.json: "teacher" lists' in forks.run(
-        "train_kd", "--resume", tmp_path / "b", "--teacher", teacher, ok=2)
+    same_run(tmp_path / "a", tmp_path / "b")
+
+    files = {p.name for p in (tmp_path / "a").iterdir()}
+    assert files == SEGMENTATION_FILES | {"map.json", "replicated.txt", "difficulty.json"}
+    assert read(tmp_path / "a/map.json")["map"]["street"] is None
+    assert read(tmp_path / "a/difficulty.json") == read(difficulty)
+    last = load_state(tmp_path / "a/last.pt")
+    assert last["state"]["step"] == 12 and len(last["slow"]) > 50
+    rates = values(tmp_path / "a", "lr")  # a restart after step 4, warmed up over the first two steps
+    assert rates == pytest.approx([3e-3 * min((i + 1) / 2, 0.5 * (1 + np.cos(np.pi * done))) for i, done in enumerate(
+        [0, 0.25, 0.5, 0.75, *np.arange(8) / 8])])
 
 
-def test_resume_refuses_another_teacher(demo, forks, tmp_path, teacher):
-    short = [*TINY, "--steps", 1]
-    forks.run("train_kd", "--root", demo, "--out", tmp_path / "a", *short, "--teacher", teacher)
-    text = forks.run("train_kd", "--resume", tmp_path / "a", "--teacher", tmp_path / "a", ok=2)
-    assert "not the teacher this run was trained with" in text
-    assert "trained with alpha = 0.7, not 0.5" in forks.run(
-        "train_kd", "--resume", tmp_path / "a", "--alpha", 0.5, ok=2)
+def test_resume_refuses_another_teacher_and_another_alpha(forks, tmp_path, teacher):
+    run = tmp_path / "a"
+    forks.run("train_kd", "--root", tiny_set(), "--out", run, *TINY, "--steps", 1, "--teacher", teacher)
+    text = forks.run("train_kd", "--resume", run, "--teacher", run, ok=2)
+    assert "trained with teacher " in text and "name the run with that sha256" in text
+    assert "alpha = 0.7, not 0.5" in forks.run("train_kd", "--resume", run, "--alpha", 0.5, ok=2)
+    moved = shutil.copytree(teacher, tmp_path / "moved")
+    text = forks.run("train_kd", "--resume", run, "--teacher", moved, "--steps", 2)
+    assert "2 steps instead of 1" in text and read(run / "results.json")["steps"] == 2
 
 
-def test_ranks_learn_alike(demo, forks, tmp_path, stranger, teacher):
+def test_ranks_learn_alike(forks, tmp_path, stranger, difficulty):
     losses = {}
     for ranks in (1, 2):
         flags = [*TINY, "--batch-size", 4 // ranks, "--steps", 3, "--teacher", stranger, "--map", "measured",
-                 "--sampler", "weighted", "--difficulty", teacher]
-        forks.run("train_kd", "--root", demo, "--out", tmp_path / f"r{ranks}", *flags, ranks=ranks)
-        losses[ranks] = rows(tmp_path / f"r{ranks}", "kd") + rows(tmp_path / f"r{ranks}", "hard")
+                 "--sampler", "weighted", "--difficulty", difficulty]
+        out = tmp_path / f"r{ranks}"
+        forks.run("train_kd", "--root", tiny_set(), "--out", out, *flags, ranks=ranks)
+        losses[ranks] = values(out, "kd") + values(out, "hard")
     np.testing.assert_allclose(losses[2], losses[1], rtol=1e-4)
-    a, b = (json.loads((tmp_path / f"r{n}/map.json").read_text()) for n in (1, 2))
-    assert a == b and set(a["teacher"]) == set(MAP)
+    a, b = (read(tmp_path / f"r{ranks}/map.json") for ranks in (1, 2))
+    assert a == b and a["teacher"] == CLASSES
 
 
-def here(monkeypatch, **patches):  # runs in this process, with parts of the script replaced
-    import train_kd
-    for name, patch in patches.items():
-        monkeypatch.setattr(train_kd, name, patch(getattr(train_kd, name)))
-    monkeypatch.setattr(train_kd.signal, "signal", lambda *args: None)  # pytest keeps its own Ctrl-C
-    return lambda *argv: train_kd.main(train_kd.parse_args([str(a) for a in argv]))
+def test_difficulty_of_eval_draws_hard_images_more_often(forks, tmp_path, difficulty):
+    hard = read(difficulty)
+    assert set(hard) == set(read(trained() / "split.json")["train"])
+    one = max(hard, key=hard.get)
+    write(tmp_path / "hard.json", {name: 5 * (name == one) for name in hard})
+    flags = ["--root", tiny_set(), *TINY, "--steps", 1, "--alpha", 0, "--sampler", "weighted"]
+    text = forks.run("train_kd", *flags, "--difficulty", tmp_path / "hard.json", "--out", tmp_path / "a")
+    assert "hard classes: 0 in 5 images, 5 in 1 images" in text
+    # One image of weight 6 beside five of weight 1: 6/11 and 1/11 of 4 crops.
+    assert "an image 0.4 to 2.2 times (--sampler weighted)" in text
 
 
-def test_the_teacher_sees_the_students_pixels_in_its_own_normalisation(demo, tmp_path, monkeypatch, stranger):
-    seen = []
-
-    def spy(real):
-        return lambda net, x, change, *rest: seen.append((net.training, x, x * change[0] + change[1])) or real(
-            net, x, change, *rest)
-
-    write(tmp_path / "map.json", {"map": MAP})
-    here(monkeypatch, soft_targets=spy)("--root", demo, "--out", tmp_path / "a", *TINY, "--steps", 1, "--teacher",
-                                        stranger, "--map", tmp_path / "map.json")
-    training, x, z = seen[0]
-    mean, std = (torch.tensor(v).view(3, 1, 1) for v in NORMS["imagenet"])
-    raw = ((x * std + mean) * 255).round().byte()  # (B, 3, H, W), the augmented image
-    again = torch.stack([normalise(image.permute(1, 2, 0).numpy(), "sat") for image in raw])
-    assert not training and len(seen) == 1 and torch.allclose(z, again, atol=1e-5)
-
-
-def test_probabilities_are_kept_where_no_crop_is_random(demo, tmp_path, monkeypatch, teacher, capsys):
-    calls = []
-
-    def spy(real):
-        return lambda net, x, *rest: calls.append(len(x)) or real(net, x, *rest)
-
-    flags = ["--root", demo, *TINY, "--crop", 128, "--scale", 1, 1, "--teacher", teacher, "--steps", 30, "--eval-every",
-             30, "--log-every", 30]
-    here(monkeypatch, soft_targets=spy)(*flags, "--color", 0, "--out", tmp_path / "a")
-    assert "probabilities are kept" in capsys.readouterr().out
-    assert len(calls) <= 6 * 8 and set(calls) == {1}  # six images, eight symmetries, 120 crops
-    calls.clear()
-    here(monkeypatch)(*flags, "--steps", 2, "--out", tmp_path / "b")
-    assert "probabilities are kept" not in capsys.readouterr().out and calls == [4, 4]
+def test_class_balanced_sampling_and_the_share_rule(forks, tmp_path):
+    flags = ["--root", tiny_set(), *TINY, "--steps", 2, "--alpha", 0, "--sampler", "class-balanced",
+             "--replicate", "1%", "--out", tmp_path / "a"]
+    text = forks.run("train_kd", *flags)
+    assert "8 crops drawn with replacement" in text
+    listed = (tmp_path / "a/replicated.txt").read_text().splitlines()
+    assert f"{len(listed)} entries repeat training images: {6 + len(listed)} instead of 6" in text
+    counts = {}
+    for name in read(tmp_path / "a/split.json")["train"]:
+        mask = tiny_set() / f"{name.replace('images', 'masks')}.png"
+        counts[name] = np.bincount(np.asarray(Image.open(mask)).flatten(), minlength=8)
+    total = sum(counts.values())
+    rare = [c for c in range(8) if 0 < total[c] < total.sum() / 16]
+    assert listed == [name for name, n in counts.items() if max(n[rare]) >= 0.01 * n.sum()] != []
 
 
-def test_non_finite_kl_is_skipped_and_five_in_a_row_go_back(demo, tmp_path, monkeypatch, capsys, teacher):
-    def nan(steps):
-        calls = iter(range(10**6))
-        return lambda real: lambda *a: real(*a) * (float("nan") if next(calls) in steps else 1)
-
-    flags = ["--root", demo, *TINY, "--teacher", teacher, "--lookahead", 2]
-    with monkeypatch.context() as m:
-        here(m, distill=nan({3, 4}))(*flags, "--out", tmp_path / "a")
-    assert all(t.isfinite().all() for t in load_state(tmp_path / "a/last.pt")["net"].values())
-    assert "rate halved" not in capsys.readouterr().out
-    with monkeypatch.context() as m:
-        here(m, distill=nan(set(range(2, 7))))(*flags, "--out", tmp_path / "b", "--steps", 10)
-    assert "weights of step 6 again, rate halved" in capsys.readouterr().out
-
-
-def test_what_bad_input_says(demo, forks, tmp_path, teacher, stranger):
-    def refused(*flags):
-        text = forks.run("train_kd", "--root", demo, "--out", tmp_path / "x", *TINY, *flags, ok=2)
-        assert text.splitlines()[-1].startswith("error: ") and not (tmp_path / "x").exists()
-        return text.splitlines()[-1]
-
-    assert "--teacher is missing" in refused()
-    assert "nothing for the teacher's 'green'" in refused("--teacher", stranger)
-    assert "no such file" in refused("--teacher", teacher, "--map", tmp_path / "none.json")
-    assert "name a run folder" in refused("--alpha", 0, "--sampler", "weighted")
-    assert "score the images with a network of the same classes" in refused(
-        "--alpha", 0, "--sampler", "weighted", "--difficulty", stranger)
-    write(tmp_path / "list.txt", "val/images/scene_000.png")
-    assert "is no image here" in refused("--alpha", 0, "--replicate", tmp_path / "list.txt")
-
-
-def test_class_balanced_sampling_and_the_share_rule(demo, forks, tmp_path):
-    text = forks.run("train_kd", "--root", demo, "--out", tmp_path / "a", *TINY, "--steps", 2, "--alpha", 0,
-                     "--sampler", "class-balanced", "--replicate", "1%")
-    assert re.search(r"\d+ entries repeat training images", text) and "8 crops drawn with replacement" in text
-
-
-def test_a_cnn_as_student_and_as_teacher(demo, forks, tmp_path, teacher):
-    flags = ["--root", demo, "--dataset", "folder", "--workers", 0, "--crop", 32, "--batch-size", 2, "--warmup", 1]
-    student = [*flags, "--model", "unetformer", "--steps", 3, "--eval-every", 3, "--teacher", teacher]
-    forks.run("train_kd", *student, "--out", tmp_path / "a")
-    pid = forks.start("train_kd", *student, "--out", tmp_path / "b")
-    while not (tmp_path / "b/last.pt").exists():
-        time.sleep(0.01)
-    os.kill(pid, signal.SIGTERM)
-    code, text = forks.finish()
+def test_a_cnn_as_student_and_as_teacher(forks, tmp_path, teacher):
+    flags = ["--root", tiny_set(), *FOLDER, "--crop", 64, "--batch-size", 2, "--warmup", 1, "--log-every", 1]
+    student = [*flags, "--model", "unetformer", "--steps", 2, "--teacher", teacher]
+    code, text = interrupt(forks, signal.SIGTERM, tmp_path / "a", "train_kd", *student, "--out", tmp_path / "a")
     assert code == 128 + signal.SIGTERM, text
-    forks.run("train_kd", "--resume", tmp_path / "b")
-    same(tmp_path / "a", tmp_path / "b")  # dropout and batch statistics too
-    flags += ["--arch", "nano16", "--steps", 1, "--log-every", 1, "--teacher", tmp_path / "a"]
-    forks.run("train_kd", *flags, "--out", tmp_path / "c")
-    assert rows(tmp_path / "c", "kd")[0] > 0
+    forks.run("train_kd", "--resume", tmp_path / "a")
+    flags += ["--arch", "nano16", "--steps", 1, "--teacher", tmp_path / "a"]
+    text = forks.run("train_kd", *flags, "--out", tmp_path / "b")
+    assert "teacher " in text and ": unetformer, 8 classes" in text and logged(tmp_path / "b", "kd")[1] > 0
+
+
+def test_bad_steps_are_skipped_and_five_in_a_row_end_the_run(forks, tmp_path, teacher):
+    flags = ["--root", tiny_set(), *TINY, "--teacher", teacher, "--lookahead", 2, "--out", tmp_path / "a"]
+    text = forks.run("train_kd", *flags, "--loss", "1e39*ce", ok=2)
+    said = text.splitlines()[-1]
+    assert said.startswith("error: 5 non-finite gradients in a row at step 5, last images train/images/scene_")
+    assert "--lr below 0.003" in said
+    last = load_state(tmp_path / "a/last.pt")
+    assert last["state"]["bad"] == 4 and not last["opt"]["state"]
+    assert all(t.isfinite().all() for t in [*last["net"].values(), *last["slow"]])
+
+
+# ---- bad input
+
+def refused(forks, tmp_path, *flags):
+    text = forks.run("train_kd", "--root", tiny_set(), "--out", tmp_path / "x", *TINY, *flags, ok=2)
+    last = text.splitlines()[-1]
+    assert last.startswith("error: ") and "Traceback" not in text and not (tmp_path / "x").exists()
+    return last
+
+
+def test_what_is_wrong_with_a_teacher(forks, tmp_path, teacher, stranger):
+    assert "--teacher is missing; name the run folder" in refused(forks, tmp_path)
+    assert "nothing for the teacher's 'green'" in refused(forks, tmp_path, "--teacher", stranger)
+    said = refused(forks, tmp_path, "--teacher", teacher, "--map", tmp_path / "none.json")
+    assert "none.json: no such file" in said
+    write(tmp_path / "map.json", {"map": dict.fromkeys(CLASSES)})
+    said = refused(forks, tmp_path, "--teacher", stranger, "--map", tmp_path / "map.json")
+    assert "all of the teacher's classes go nowhere" in said
+    said = refused(forks, tmp_path, "--teacher", teacher, "--bands", "3,2,1")
+    assert "type the same --bands and --input-range" in said
+
+
+def test_what_is_wrong_with_sampling(forks, tmp_path, difficulty):
+    said = refused(forks, tmp_path, "--alpha", 0, "--sampler", "weighted")
+    assert "--sampler weighted without --difficulty; make the file with python eval.py" in said
+    hard = read(difficulty)
+    for content in (dict(list(hard.items())[1:]), dict.fromkeys(hard, -1), dict.fromkeys(hard, 0.5), [1]):
+        write(tmp_path / "hard.json", content)
+        said = refused(forks, tmp_path, "--alpha", 0, "--sampler", "weighted", "--difficulty", tmp_path / "hard.json")
+        assert "hard.json" in said and "make the file with python eval.py RUN --split train --difficulty" in said
+    write(tmp_path / "list.txt", "val/images/scene_000.png")
+    assert "is no image here" in refused(forks, tmp_path, "--alpha", 0, "--replicate", tmp_path / "list.txt")
+    for share in ("0%", "101%", "x%"):
+        assert "expected a share above 0%" in refused(forks, tmp_path, "--alpha", 0, "--replicate", share)
+
+
+@pytest.mark.parametrize("flags, said", [
+    (["--lookahead", 5, "--restarts", 7, 3, "--steps", 30, "--eval-every", 15],  # 7 + 21 = 28 steps are left
+     "--lookahead 5: the run ends at step 28 and is validated every 15; both must be multiples"),
+    (["--lookahead", 4, "--steps", 8, "--eval-every", 6], "the run ends at step 8 and is validated every 6"),
+    (["--restarts", 40, 2, "--steps", 30], "--restarts 40 2 with --steps 30: no cycle would end"),
+    (["--cycle", 4, 2], "--cycle is gone: type --restarts STEPS MULT"),
+    (["--mixup", 0.5], "--mixup is gone: train_seg.py mixes images"),
+    (["--teacher-weights", "a"], "--teacher-weights is gone"),
+    (["--model", "unetformer"], "--arch goes with --model vit, not unetformer")])
+def test_flags_that_do_not_go_together(forks, tmp_path, flags, said):
+    assert said in refused(forks, tmp_path, "--alpha", 0, *flags)
+
+
+def test_lookahead_goes_with_restarts_that_end_where_it_meets(forks, tmp_path):
+    flags = ["--root", tiny_set(), *TINY, "--alpha", 0, "--restarts", 4, 1, "--lookahead", 4, "--eval-every", 4]
+    forks.run("train_kd", *flags, "--out", tmp_path / "a")  # of 6 steps 4 are left
+    last = load_state(tmp_path / "a/last.pt")
+    assert last["args"]["steps"] == last["state"]["step"] == read(tmp_path / "a/results.json")["steps"] == 4
+    learned = [t for name, t in last["net"].items() if not name.endswith("periods")]  # RoPE's, a buffer
+    assert equal(learned, last["slow"]) and equal(load_weights(tmp_path / "a")[0], last["net"])

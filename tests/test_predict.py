@@ -1,0 +1,188 @@
+"""predict.py: masks of images of any size, what is left out and why, and nothing of others overwritten."""
+import shutil
+
+import numpy as np
+import pytest
+from PIL import Image
+from runs import (  # noqa: F401, forks is a fixture
+    OLD_SPECS, TINY, forks, ids_of, matrix, old_run, read, server, tiny_set, trained)
+
+from data.common import write
+from data.io import Labels
+from models.checkpoint import load_weights, save_weights
+
+
+@pytest.fixture
+def run():
+    return trained()
+
+
+def scenes():
+    return sorted((tiny_set() / "test/images").iterdir())
+
+
+def ids(path):
+    return np.asarray(Image.open(path))
+
+
+def grey(path, h, w):
+    path.parent.mkdir(parents=True, exist_ok=True)
+    Image.fromarray(np.full((h, w, 3), 90, np.uint8)).save(path)
+    return path
+
+
+def test_every_image_gets_ids_colours_and_an_overlay(run, forks, tmp_path):
+    text = forks.run("predict", run, tiny_set() / "test/images", "--out", tmp_path)
+    names = [file.stem for file in scenes()]
+    assert "masks of 3 images" in text and "3 of 3" in text
+    written = {f"{name}{end}" for name in names for end in (".png", "_color.png", "_overlay.jpg")}
+    assert {p.name for p in tmp_path.iterdir()} == written | {"classes.json"}
+    classes = read(tmp_path / "classes.json")
+    assert [c["value"] for c in classes] == [c["train_id"] for c in classes] == list(range(8))
+    colors = Labels(read(tiny_set() / "dataset.json")["classes"]).colors
+    for file in scenes():
+        found = ids(tmp_path / file.name)
+        assert found.shape == (64, 64) and len(np.unique(found)) > 1
+        np.testing.assert_array_equal(Image.open(tmp_path / file.name).convert("RGB"), colors[found])
+        np.testing.assert_array_equal(ids(tmp_path / f"{file.stem}_color.png"), colors[found])
+        assert ids(tmp_path / f"{file.stem}_overlay.jpg").shape == (64, 64, 3)
+
+
+@pytest.mark.parametrize("spec", OLD_SPECS)
+def test_runs_of_earlier_versions_predict(forks, tmp_path, spec):
+    net = old_run(tmp_path / "old", OLD_SPECS[spec])
+    file = scenes()[0]
+    forks.run("predict", tmp_path / "old", file, "--out", tmp_path / "p")
+    want = ids_of(net, file)
+    assert (ids(tmp_path / "p" / file.name) != want).sum() <= 2  # two ways to round
+    assert len(np.unique(want)) > 1
+
+
+SIZES = [(1, 1), (40, 300), (65, 64), (1, 66_000)]  # the last is more than a JPEG holds
+
+
+def test_any_size_and_a_file_that_cannot_be_read(run, forks, tmp_path):
+    for h, w in SIZES:
+        grey(tmp_path / f"in/sub/{h}x{w}.png", h, w)
+    broken = tmp_path / "in/sub/broken.png"
+    broken.write_bytes((tmp_path / "in/sub/40x300.png").read_bytes()[:60])
+    (tmp_path / "in/notes.txt").write_text("not an image")
+    grey(tmp_path / "in/._hidden.png", 4, 4)
+    text = forks.run("predict", run, tmp_path / "in", "--out", tmp_path / "out", ok=2)
+    assert f"left out: {broken}" in text and "masks of 4 images" in text and "hidden" not in text
+    for h, w in SIZES:
+        assert ids(tmp_path / f"out/sub/{h}x{w}.png").shape == (h, w)
+    assert Image.open(tmp_path / "out/sub/1x66000_overlay.jpg").size == (33_000, 1)
+    assert not (tmp_path / "out/sub/broken.png").exists()
+
+
+@pytest.fixture(scope="module")
+def by_colour(tmp_path_factory):
+    """A run on the tiny set with masks of colours, all of them valid classes."""
+    root = tmp_path_factory.mktemp("colour") / "set"
+    shutil.copytree(tiny_set(), root)
+    d = read(root / "dataset.json")
+    colors = Labels(d["classes"]).colors
+    for mask in root.glob("*/masks/*.png"):
+        Image.fromarray(colors[ids(mask)]).save(mask)
+    classes = [{"name": c["name"], "color": c["color"]} for c in d["classes"]]
+    write(root / "dataset.json", d | {"classes": classes})
+    server().run("train_seg", "--root", root, "--out", root.parent / "run", *TINY, "--steps", 2)
+    return root.parent / "run"
+
+
+def test_raw_labels_are_the_colours_of_the_training_masks(by_colour, forks, tmp_path):
+    file = scenes()[0]
+    forks.run("predict", by_colour, file, "--out", tmp_path / "raw", "--label-out", "raw")
+    forks.run("predict", by_colour, file, "--out", tmp_path / "train")
+    raw = ids(tmp_path / "raw" / file.name)
+    np.testing.assert_array_equal(raw, ids(tmp_path / "train" / f"{file.stem}_color.png"))
+    assert read(tmp_path / "raw/classes.json")[1]["value"] == "#a3d977"
+    forks.run("predict", by_colour, tiny_set() / "test/images", "--out", tmp_path / "raw", "--label-out", "raw")
+    masks = ["--masks", tmp_path / "raw", "--mask-ids", "raw", "--out", tmp_path / "e", "--workers", 0]
+    forks.run("eval", by_colour, *masks)  # as a grader would read them
+    assert matrix(tmp_path / "e/eval.json") == matrix(by_colour)
+
+
+def test_raw_labels_are_the_ids_of_the_training_masks(forks, tmp_path):
+    net = old_run(tmp_path / "old", next(iter(OLD_SPECS.values())))
+    d = read(tiny_set() / "dataset.json")["classes"]
+    assert [c["id"] for c in d] == list(range(8))
+    tensors, meta = load_weights(tmp_path / "old")
+    for c in meta["classes"]:
+        c["id"] = 100 + 3 * c["id"]
+    save_weights(tmp_path / "old/best.safetensors", tensors, meta)
+    file = scenes()[0]
+    forks.run("predict", tmp_path / "old", file, "--out", tmp_path / "p", "--label-out", "raw")
+    assert (ids(tmp_path / "p" / file.name) != 100 + 3 * ids_of(net, file)).sum() <= 2
+
+
+def test_what_is_transparent_gets_no_class(run, forks, tmp_path):
+    image = Image.open(scenes()[0]).convert("RGBA")
+    image.paste((0, 0, 0, 0), (0, 0, 50, 30))  # left, top, right, bottom
+    image.save(tmp_path / "a.png")
+    forks.run("predict", run, tmp_path / "a.png", "--out", tmp_path / "p")
+    found = ids(tmp_path / "p/a.png")
+    assert (found[:30, :50] == 255).all() and (found == 255).sum() == 1500
+    text = forks.run("predict", run, tmp_path / "a.png", "--out", tmp_path / "r", "--label-out", "raw", ok=2)
+    assert "--label-out train" in text and not (tmp_path / "r/a.png").exists()
+
+
+def test_more_overlap_changes_the_answer_a_little(run, forks, tmp_path):
+    file = scenes()[0]
+    for overlap in (0, 0.25, 0.9):
+        forks.run("predict", run, file, "--out", tmp_path / str(overlap), "--overlap", overlap)
+    forks.run("predict", run, file, "--out", tmp_path / "default")
+    found = {out.name: ids(out / file.name) for out in tmp_path.iterdir()}
+    assert (found["default"] == found["0.25"]).all()
+    assert 0.5 < (found["0"] == found["0.9"]).mean() < 1
+
+
+# ---- nothing of others is overwritten
+
+def test_results_of_the_same_classes_may_be_written_anew_and_no_others(run, by_colour, forks, tmp_path):
+    file = grey(tmp_path / "a.png", 32, 32)
+    for _ in range(2):
+        forks.run("predict", run, file, "--out", tmp_path / "p")
+    for other in (["--label-out", "raw"], []):
+        text = forks.run("predict", by_colour, file, "--out", tmp_path / "p", *other, ok=2)
+        assert "classes.json: of other classes or --label-out" in text
+
+
+def test_files_of_the_user_stay(run, forks, tmp_path):
+    file = grey(tmp_path / "in/a.png", 32, 32)
+    write(tmp_path / "mine/classes.json", {"mine": 1})
+    assert "of other classes" in forks.run("predict", run, file, "--out", tmp_path / "mine", ok=2)
+    assert read(tmp_path / "mine/classes.json") == {"mine": 1}
+    grey(tmp_path / "masks/a.png", 8, 8)
+    text = forks.run("predict", run, file, "--out", tmp_path / "masks", ok=2)
+    assert "masks/a.png: would be overwritten, and predict.py has not written it" in text
+    text = forks.run("predict", run, file, "--out", tmp_path / "in", ok=2)
+    assert "results would overwrite" in text and ids(file).shape == (32, 32, 3)
+
+
+def test_two_images_of_one_name_are_refused(run, forks, tmp_path):
+    a, b = grey(tmp_path / "x/a.png", 8, 8), grey(tmp_path / "y/a.png", 8, 8)
+    text = forks.run("predict", run, a, b, "--out", tmp_path / "p", ok=2)
+    assert f"{a} and {b}: both would become a.png" in text and not (tmp_path / "p").exists()
+    forks.run("predict", run, tmp_path, "--out", tmp_path / "p")  # below one folder they keep their places
+    assert ids(tmp_path / "p/x/a.png").shape == ids(tmp_path / "p/y/a.png").shape == (8, 8)
+
+
+def test_patterns_and_nothing_found(run, forks, tmp_path):
+    for name in "abc":
+        grey(tmp_path / f"in/{name}.png", 8, 8)
+    text = forks.run("predict", run, tmp_path / "in/[ab].png", "--out", tmp_path / "p")
+    assert "masks of 2 images" in text and not (tmp_path / "p/c.png").exists()
+    text = forks.run("predict", run, tmp_path / "in/z*.png", "--out", tmp_path / "q", ok=2)
+    assert "no image there; expected a file, folder or pattern" in text
+
+
+@pytest.mark.parametrize("ranks", [2, 3])
+def test_ranks_share_the_images(run, forks, tmp_path, ranks):
+    forks.run("predict", run, tiny_set() / "test/images", "--out", tmp_path / "one")
+    images = tiny_set() / "test/images"
+    text = forks.run("predict", run, images, "--out", tmp_path / "many", ranks=ranks)
+    assert "masks of 3 images" in text
+    for file in (tmp_path / "one").glob("*.png"):
+        np.testing.assert_array_equal(ids(file), ids(tmp_path / "many" / file.name))

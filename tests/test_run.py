@@ -1,0 +1,479 @@
+"""models/run.py: flags, processes, signals, the lock of a run folder, averaged weights."""
+import copy
+import json
+import math
+import os
+import signal
+import sys
+import time
+from types import SimpleNamespace
+
+import pytest
+import torch
+from gloo import FORK, on_ranks
+from torch import nn
+from torch.utils.data import DataLoader
+
+import eval as eval_script
+import predict
+import train_cls
+import train_kd
+import train_points
+import train_seg
+from data.common import BadInput, write
+from models import run
+from models.checkpoint import save_state
+from models.weights import BadWeights
+
+SCRIPTS = [train_seg, train_points, train_kd, train_cls, eval_script, predict]
+
+
+def refused(capsys, work, *args):
+    """The one line with which the call ends the program, exit code 2."""
+    with pytest.raises(SystemExit) as e:
+        work(*args)
+    said = capsys.readouterr()
+    assert e.value.code == 2 and said.out == ""
+    assert said.err.startswith("error: ") and said.err.count("\n") == 1
+    return said.err
+
+
+# ---- types of flags
+
+def parser():
+    p = run.Parser("words")
+    p.add_argument("--steps", type=run.COUNT, default=10)
+    p.add_argument("--warmup", type=run.WHOLE, default=0)
+    p.add_argument("--color", type=run.SHARE, default=0.5)
+    p.add_argument("--lr", type=run.RATE, default=1.0)
+    p.add_argument("--bands", type=run.bands)
+    p.add_argument("--scale", type=float, nargs=2, default=[0.5, 2.0])
+    p.add_argument("--out")
+    p.add_argument("--resume")
+    return p
+
+
+@pytest.mark.parametrize("flag, good", [
+    ("--steps", ["1", "2147483648"]), ("--warmup", ["0", "7"]), ("--color", ["0", "0.25", "1"]),
+    ("--lr", ["0", "1e-5", "10"])])
+def test_numbers_in_range_are_taken(flag, good):
+    for text in good:
+        value = getattr(parser().parse_args([flag, text]), flag[2:])
+        assert value == float(text) and isinstance(value, int) == (flag in ("--steps", "--warmup"))
+
+
+@pytest.mark.parametrize("flag, bad", [
+    ("--steps", "0 -1 1.5 2147483649"), ("--warmup", "-1 0.5"), ("--color", "-0.1 1.01"),
+    ("--lr", "-1 10.1 1e9")])
+def test_numbers_out_of_range_are_refused_and_so_is_nan(capsys, flag, bad):
+    for text in [*bad.split(), "nan", "inf", "-inf", "ten", "1,5"]:
+        said = refused(capsys, parser().parse_args, [f"{flag}={text}"])
+        assert f"argument {flag}: {text}: expected " in said
+
+
+def test_bands_are_three_numbers_from_1(capsys):
+    assert parser().parse_args(["--bands", "4,1,2"]).bands == [4, 1, 2]
+    for text in ("1,2", "1,2,3,4", "0,1,2", "a,b,c", "1,2,-3", "1 2 3", "1,,2"):
+        assert "expected three numbers" in refused(capsys, parser().parse_args, ["--bands", text])
+
+
+def test_a_pair_has_its_lower_number_first(capsys):
+    p = parser()
+    run.check_rising(p, p.parse_args(["--scale", "1", "1"]), "scale")
+    run.check_rising(p, SimpleNamespace(scale=None), "scale")
+    nan, inf = math.nan, math.inf
+    for pair in ([2.0, 1.0], [nan, 1.0], [1.0, nan], [1.0, inf], [-inf, 1.0]):
+        said = refused(capsys, run.check_rising, p, SimpleNamespace(scale=pair), "scale")
+        assert "--scale" in said and "expected the lower number first" in said
+
+
+def test_an_empty_value_is_refused(capsys):
+    for argv in (["--out", ""], ["--out="], ["--resume", ""]):
+        said = refused(capsys, parser().parse_args, argv)
+        assert f"{argv[0].strip('=')} is empty" in said
+
+
+def test_an_unknown_or_shortened_flag_is_refused(capsys):
+    assert "--nonsense" in refused(capsys, parser().parse_args, ["--nonsense"])
+    assert "--step" in refused(capsys, parser().parse_args, ["--step", "3"])
+
+
+@pytest.mark.parametrize("script", SCRIPTS, ids=lambda s: s.__name__)
+def test_flags_of_earlier_versions_are_answered(capsys, monkeypatch, script):
+    monkeypatch.setattr(sys, "argv", ["script.py", "RUN", "INPUT", "--help"])
+    with pytest.raises(SystemExit):
+        script.parse_args()
+    text = capsys.readouterr().out
+    gone = [flag for flag in run.REMOVED if f" {flag} " not in text and f" {flag}\n" not in text]
+    assert {"--taps", "--feat-norm", "--output-stride", "--freeze-bn", "--clip"} <= set(gone)
+    for flag in gone:
+        for argv in ([flag, "1"], [f"{flag}=1"]):
+            said = refused(capsys, script.parse_args, argv)
+            assert said.startswith(f"error: {flag} is gone: ") and len(said) > len(flag) + 25
+    monkeypatch.setattr(sys, "argv", ["script.py", "--taps", "3"])
+    assert "--taps is gone" in refused(capsys, script.parse_args)  # typed, not given by a test
+
+
+# ---- flags of a run that goes on
+
+def stored(folder, **more):
+    """A last.pt whose run was started with these flags."""
+    args = vars(parser().parse_args([])) | dict(out=str(folder)) | more
+    save_state(folder / "last.pt", args=args)
+    return folder
+
+
+def resumed(folder, *argv, **how):
+    return run.parse(parser(), ["--resume", str(folder), *argv], **how)
+
+
+def test_without_resume_the_flags_are_those_typed():
+    assert run.parse(parser(), ["--steps", "3"]).steps == 3
+
+
+def test_resume_takes_the_flags_of_the_run(tmp_path):
+    stored(tmp_path, steps=7, color=0.25, scale=[1.0, 1.5], bands=[3, 2, 1], resume="earlier")
+    args = resumed(tmp_path)
+    assert (args.steps, args.color, args.scale, args.bands) == (7, 0.25, [1.0, 1.5], [3, 2, 1])
+    assert args.out == args.resume == str(tmp_path)
+    same = resumed(tmp_path, "--color", "0.25", "--scale", "1", "1.5", "--bands", "3,2,1")
+    assert vars(same) == vars(args)
+
+
+def test_a_changed_flag_is_refused(tmp_path):
+    stored(tmp_path, color=0.25)
+    with pytest.raises(BadInput, match="trained with color = 0.25, not 0.5; leave the flag out") as e:
+        resumed(tmp_path, "--color", "0.5")
+    assert str(tmp_path) in str(e.value) and "\n" not in str(e.value)
+
+
+def test_a_movable_flag_may_change(tmp_path):
+    stored(tmp_path, lr=1.0)
+    assert resumed(tmp_path, "--lr", "2", movable=("lr", "color")).lr == 2
+
+
+def test_steps_may_grow_but_not_shrink(tmp_path):
+    stored(tmp_path, steps=10)
+    assert resumed(tmp_path, "--steps", "11").steps == 11
+    with pytest.raises(BadInput, match="steps = 10, not 9, and only more steps"):
+        resumed(tmp_path, "--steps", "9")
+    assert resumed(tmp_path, "--warmup", "5", longer="warmup").warmup == 5
+    with pytest.raises(BadInput, match="steps = 10, not 11"):
+        resumed(tmp_path, "--steps", "11", longer="warmup")
+
+
+@pytest.mark.parametrize("state", [
+    dict(args=dict(steps=3, out="a")), dict(args=[1, 2]), dict(net={}), {}])
+def test_a_last_pt_of_another_script_or_version_is_refused(tmp_path, state):
+    save_state(tmp_path / "last.pt", **state)
+    with pytest.raises(BadInput, match="last.pt: of another script, or of an earlier version") as e:
+        resumed(tmp_path)
+    assert "\n" not in str(e.value)
+
+
+def test_nothing_to_resume_is_said(tmp_path):
+    with pytest.raises(BadWeights, match="nothing to resume"):
+        resumed(tmp_path / "none")
+    (tmp_path / "last.pt").write_text("cut")
+    with pytest.raises(BadWeights, match="no last.pt of a run, or truncated"):
+        resumed(tmp_path)
+
+
+# ---- errors
+
+@pytest.mark.parametrize("error", [
+    BadInput("a.png: found this"), BadWeights("a.png: found this"), OSError("a.png: found this")])
+def test_what_a_user_can_mend_is_one_line_and_exit_code_2(capsys, error):
+    def work():
+        with run.one_line_errors():
+            raise error
+
+    assert refused(capsys, work) == "error: a.png: found this\n"
+
+
+class Bad(torch.utils.data.Dataset):
+    def __len__(self):
+        return 1
+
+    def __getitem__(self, i):
+        raise BadInput("a.png: found this")
+
+
+def test_an_error_in_a_reading_process_is_one_line_too(capsys):
+    batches = iter(DataLoader(Bad(), num_workers=1))
+
+    def work():
+        with run.one_line_errors():
+            next(batches)
+
+    assert refused(capsys, work) == "error: a.png: found this\n"
+    assert not list(batches)  # ends the reading process
+
+
+def test_ctrl_c_is_quiet_and_faults_of_the_code_are_not(capsys):
+    with pytest.raises(SystemExit) as e, run.one_line_errors():
+        raise KeyboardInterrupt
+    assert e.value.code == 130 and capsys.readouterr() == ("", "")
+    with pytest.raises(ZeroDivisionError), run.one_line_errors():
+        1 / 0
+
+
+# ---- signals
+
+def test_the_first_signal_is_noted_and_the_second_ends():
+    before = signal.getsignal(signal.SIGINT), signal.getsignal(signal.SIGTERM)
+    stop = run.Stop()
+    assert not stop.signal
+    signal.raise_signal(signal.SIGINT)
+    assert stop.signal == signal.SIGINT
+    with pytest.raises(KeyboardInterrupt):
+        signal.raise_signal(signal.SIGINT)
+    stop.release()
+    assert (signal.getsignal(signal.SIGINT), signal.getsignal(signal.SIGTERM)) == before
+
+
+def test_signals_are_given_back():
+    stop = run.Stop()
+    stop.release()
+    with pytest.raises(KeyboardInterrupt):
+        signal.raise_signal(signal.SIGINT)
+    assert not stop.signal
+
+
+class Group(torch.utils.data.Dataset):
+    def __len__(self):
+        return 1
+
+    def __getitem__(self, i):
+        return os.getpgrp()
+
+
+def test_ctrl_c_of_a_terminal_does_not_reach_reading_processes():
+    (group,) = DataLoader(Group(), num_workers=1, worker_init_fn=run.keep_signals_from_worker)
+    assert group.item() != os.getpgrp()
+    (group,) = DataLoader(Group(), num_workers=1)
+    assert group.item() == os.getpgrp()
+
+
+# ---- the run folder
+
+def filled(folder, *names):
+    folder.mkdir(parents=True)
+    for name in names:
+        (folder / name).touch()
+    return folder
+
+
+FINISHED = "last.pt", "results.json", "protocol.json"
+
+
+def test_a_default_folder_is_numbered(tmp_path):
+    default = str(tmp_path / "demo")
+    assert run.folder(None, default, None) == tmp_path / "demo"
+    assert not (tmp_path / "demo").exists()  # nothing is made yet
+    filled(tmp_path / "demo", *FINISHED)
+    filled(tmp_path / "demo-2", "mine.txt")
+    (tmp_path / "demo-3").touch()
+    filled(tmp_path / "demo-5", *FINISHED)
+    assert run.folder(None, default, None) == tmp_path / "demo-4"
+
+
+def test_a_folder_that_holds_something_is_not_written_to(tmp_path):
+    for names, said in ((FINISHED, "holds a run; type --resume .* to go on"),
+                        (FINISHED[1:], "holds a finished run; type another --out"),
+                        (["mine.txt"], "no run of this script; name another --out"),
+                        (["results.json"], "no run of this script")):
+        folder = filled(tmp_path / f"a folder {len(names)} {names[0]}", *names)
+        with pytest.raises(BadInput, match=said) as e:
+            run.folder(str(folder), "unused", None)
+        assert str(folder) in str(e.value) and "\n" not in str(e.value)
+    assert "--resume '" in pytest.raises(  # can be pasted, blanks and all
+        BadInput, run.folder, str(tmp_path / "a folder 3 last.pt"), "unused", None).value.args[0]
+    (tmp_path / "file").touch()
+    with pytest.raises(BadInput, match="no run of this script"):
+        run.folder(str(tmp_path / "file"), "unused", None)
+
+
+def test_resume_writes_to_the_run(tmp_path):
+    filled(tmp_path / "a", *FINISHED)
+    assert run.folder("ignored", "unused", str(tmp_path / "a")) == tmp_path / "a"
+
+
+@pytest.mark.parametrize("left", [
+    [], [".lock"], [".lock", "split.json"], [".lock", "split.json", "protocol.json"],
+    [".lock", "split.json", "points.csv", "protocol.json", "log.jsonl", "curves.png"],
+    [".lock", "split.json.4711.tmp"], [".lock", "split.json", "protocol.json.4711.tmp"]],
+    ids=" ".join)
+def test_the_same_command_starts_a_run_again_that_was_cut_off_early(tmp_path, left):
+    filled(tmp_path / "demo", *left)
+    assert run.folder(str(tmp_path / "demo"), "unused", None) == tmp_path / "demo"
+    assert run.folder(None, str(tmp_path / "demo"), None) == tmp_path / "demo"
+
+
+def test_old_temporary_files_are_cleared_away(tmp_path):
+    filled(tmp_path / "a", ".lock", "protocol.json", "last.pt.4711.tmp")
+    in_a_fork(run.claim, tmp_path / "a", str(tmp_path / "a"), None)
+    assert not (tmp_path / "a/last.pt.4711.tmp").exists()
+
+
+# ---- the lock of a folder: it belongs to a process, so others are needed here
+
+def answer(pipe, work, args):
+    try:
+        pipe.send(work(*args))
+    except BadInput as e:
+        pipe.send(e)
+
+
+def in_a_fork(work, *args):
+    """work(*args) in a process of its own, which then ends -> what it returned, or its BadInput."""
+    mine, other = FORK.Pipe()
+    process = FORK.Process(target=answer, args=(other, work, args))
+    process.start()
+    result = mine.recv()
+    process.join()
+    return result
+
+
+def claim_and_hold(barrier, pipe, out, wanted):
+    """A run as far as its first file, which lasts until the test has seen both."""
+    out = run.folder(wanted, out, None)
+    barrier.wait()
+    try:
+        out = run.claim(out, wanted, None)
+        write(out / "protocol.json", {})
+        pipe.send(out)
+    except BadInput as e:
+        pipe.send(e)
+    barrier.wait()
+
+
+def two_at_once(out, wanted):
+    barrier, (mine, other) = FORK.Barrier(2), FORK.Pipe()
+    processes = [FORK.Process(target=claim_and_hold, args=(barrier, other, out, wanted))
+                 for _ in range(2)]
+    for process in processes:
+        process.start()
+    answers = [mine.recv(), mine.recv()]
+    for process in processes:
+        process.join()
+    return answers
+
+
+@pytest.mark.parametrize("turn", range(3))
+def test_two_runs_that_start_at_once_get_two_default_folders(tmp_path, turn):
+    filled(tmp_path / "demo", *FINISHED)
+    assert sorted(two_at_once(str(tmp_path / "demo"), None)) == [
+        tmp_path / "demo-2", tmp_path / "demo-3"]
+
+
+def test_of_two_runs_on_one_folder_the_second_is_refused_by_name(tmp_path):
+    answers = two_at_once("unused", str(tmp_path / "a"))
+    errors = [a for a in answers if isinstance(a, BadInput)]
+    assert len(errors) == 1 and tmp_path / "a" in answers
+    assert str(errors[0]).startswith(f"{tmp_path / 'a'}: another run is writing there")
+
+
+def claim_and_sleep(pipe, out):
+    run.claim(out, str(out), None)
+    write(out / "last.pt", "")
+    worker = FORK.Process(target=time.sleep, args=(60,))  # as DataLoader's, it outlives a kill
+    worker.start()
+    pipe.send(worker.pid)
+    time.sleep(60)
+
+
+def test_a_running_run_is_not_resumed_and_a_killed_one_at_once(tmp_path):
+    mine, other = FORK.Pipe()
+    process = FORK.Process(target=claim_and_sleep, args=(other, tmp_path / "a"))
+    process.start()
+    worker = mine.recv()
+    out = tmp_path / "a", None, str(tmp_path / "a")
+    assert "another run is writing there" in str(in_a_fork(run.claim, *out))
+    process.kill()
+    process.join()
+    os.kill(worker, 0)  # the worker is still there
+    assert in_a_fork(run.claim, *out) == tmp_path / "a"
+    os.kill(worker, signal.SIGKILL)
+
+
+# ---- several processes
+
+@pytest.mark.parametrize("n", [5, 3, 1])
+def test_ranks_add_gather_and_agree_on_a_folder(tmp_path, n):
+    rows = torch.arange(2.0 * n).view(n, 2)
+
+    def work(rank, world):
+        total = run.over_ranks(torch.tensor([rank, 1])).tolist()
+        part = rows[rank::world]
+        if not len(part):
+            part = torch.zeros(0, 0)  # as a rank without images has it
+        run.wait()
+        out = run.claim(tmp_path / f"run{rank}", None, None)
+        return total, run.gather(part, n, torch.device("cpu")).tolist(), out
+
+    for answer in on_ranks(tmp_path, 3, work):
+        assert answer == ([3, 3], rows.tolist(), tmp_path / "run0")
+
+
+def test_one_process_needs_no_group():
+    part = torch.ones(3, 2)
+    assert run.over_ranks(part) is part and run.gather(part, 3, torch.device("cpu")) is part
+    run.wait()
+    run.end()
+
+
+def test_a_seed_gives_every_process_the_same_network(monkeypatch):
+    monkeypatch.setattr(run, "tune_cpu", lambda: None)
+    first, second = [], []
+    for found in (first, second):
+        rank, world, device = run.start(seed=3)
+        assert (rank, world) == (0, 1)
+        found.append(torch.randn(4))
+    assert torch.equal(first[0], second[0])
+
+
+# ---- what must be equal
+
+SAME = dict(world=1, weights=None, labels=[[{"name": "a", "id": 0}], []], teacher="12ab")
+
+
+@pytest.mark.parametrize("key, was, said", [
+    ("world", 4, "with processes 4, not 1; .* torchrun --nproc_per_node=4"),
+    ("weights", "ab12", "with weights ab12, not None; name the file with that sha256"),
+    ("teacher", None, "with teacher None, not 12ab; name the run"),
+    ("labels", [[{"name": "b", "id": 0}], []], "the classes or ignored values have changed")])
+def test_what_would_make_it_another_run_is_named(tmp_path, key, was, said):
+    run.check_same(tmp_path, copy.deepcopy(SAME) | dict(step=3), SAME)
+    with pytest.raises(BadInput, match=said) as e:
+        run.check_same(tmp_path, SAME | {key: was}, SAME)
+    assert str(tmp_path) in str(e.value) and "\n" not in str(e.value)
+
+
+def test_what_json_does_not_have_becomes_none():
+    row = run.finite(dict(a=1.5, b=math.nan, c=math.inf, d=-math.inf, e=0))
+    assert json.loads(json.dumps(row, allow_nan=False)) == dict(a=1.5, b=None, c=None, d=None, e=0)
+
+
+# ---- averaged weights
+
+def test_ema_is_its_definition():
+    torch.manual_seed(0)
+    net = nn.Sequential(nn.Linear(3, 2), nn.BatchNorm1d(2), nn.Linear(2, 2))
+    net[2].requires_grad_(False)
+    ema = run.Ema(net, 0.7)
+    want = [p.tolist() for p in net[0].weight]
+    for step in range(30):
+        with torch.no_grad():
+            net[0].weight.copy_(torch.randn(2, 3))
+            net[1].running_mean.copy_(torch.randn(2))
+        ema.update(step)
+        decay = min(0.7, (1 + step) / (10 + step))
+        for i in range(2):
+            for j in range(3):
+                new = net[0].weight[i, j].item()
+                want[i][j] = decay * want[i][j] + (1 - decay) * new
+        torch.testing.assert_close(ema.net[0].weight, torch.tensor(want))
+        assert torch.equal(ema.net[1].running_mean, net[1].running_mean)
+    assert ema.net[2].weight is net[2].weight  # frozen weights are not copied
+    assert ema.net[0].weight is not net[0].weight
