@@ -2,7 +2,6 @@
 
     python tests/bench_heads.py                     also what the backbone itself needs, forward only
 """
-import ctypes
 import sys
 import time
 from pathlib import Path
@@ -12,6 +11,7 @@ from torch.utils.flop_counter import FlopCounterMode
 
 sys.path.insert(0, str(Path(__file__).parents[1]))
 from models.heads import HEADS
+from models.run import tune_cpu
 from models.vit import PRESETS, ViT
 
 
@@ -23,10 +23,8 @@ def gflop(work):
 
 def main(repeat=7):
     device = "cuda" if torch.cuda.is_available() else "cpu"
-    if device == "cpu":  # as the scripts do
-        torch.set_float32_matmul_precision("medium")
-        if sys.platform == "linux":
-            ctypes.CDLL(None).mallopt(-4, 0), ctypes.CDLL(None).mallopt(-1, 2**31 - 1)
+    if device == "cpu":
+        tune_cpu()  # as the scripts do
     maps, heads = [torch.randn(1, 768, 37, 37, device=device) for _ in range(4)], {}
     for name, head in HEADS.items():
         heads[name] = head(768, 4, 8).to(device)

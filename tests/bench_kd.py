@@ -67,14 +67,23 @@ def merged(root, out, classes):  # the same images, masks of the teacher's class
     return out
 
 
+def call(script, folder, *flags):  # in that folder, on one thread
+    command = [str(word) for word in (sys.executable, ROOT / script, *flags)]
+    env = {**os.environ, "OMP_NUM_THREADS": "1"}
+    done = subprocess.run(command, capture_output=True, text=True, env=env, cwd=folder)
+    if done.returncode:
+        sys.exit(f"{' '.join(command)}\n{done.stdout}{done.stderr}")
+
+
+def score_difficulty(run):  # -> run/eval-train/difficulty.json
+    if not (run / "eval-train/difficulty.json").exists():
+        call("eval.py", run.parent, run, "--split", "train", "--difficulty", "--workers", 0)
+
+
 def run(script, out, *flags):  # -> results.json
     if not (out / "results.json").exists():
         flags = ["--resume", out] if (out / "last.pt").exists() else ["--out", out, *flags]
-        command = [sys.executable, ROOT / script, *flags]
-        env = {**os.environ, "OMP_NUM_THREADS": "1"}
-        done = subprocess.run([str(c) for c in command], capture_output=True, text=True, env=env, cwd=out.parent)
-        if done.returncode:
-            sys.exit(f"{' '.join(map(str, command))}\n{done.stdout}{done.stderr}")
+        call(script, out.parent, *flags)
     r = json.loads((out / "results.json").read_text())
     print(f"{out.name:24} mIoU {r['miou']:.4f}  {r['seconds']:.0f} s", flush=True)
     return r
@@ -107,14 +116,15 @@ def main():
         other = merged(root, out / f"data/{name}-merged", TEACHERS[name])
         classes = [c["name"] for c in read_description(root)["classes"]]
         common = ["--dataset", "folder", "--arch", args.arch, "--steps", args.steps, "--eval-every", args.steps,
-                  "--workers", 0, "--focus", 0, "--check-data", 8, "--cache", out / "cache"]
+                  "--workers", 0, "--focus", 0, "--cache", out / "cache"]
         teacher = out / f"{name}-teacher"
         run("train_seg.py", teacher, *common, "--root", other, "--arch", "nano8", "--seed", 100)
         write(out / f"{name}.json", {"map": TEACHERS[name]})
         arms, seconds = {}, []
         for seed in range(args.seeds):
             base = out / f"{name}-baseline-{seed}"
-            weighted, repeat = ["--sampler", "weighted", "--difficulty", base], ["--replicate", "5%"]
+            weighted = ["--sampler", "weighted", "--difficulty", base / "eval-train/difficulty.json"]
+            repeat = ["--replicate", "5%"]
             for arm, flags in {
                     "baseline": ["--alpha", 0], "weighted": ["--alpha", 0, *weighted],
                     "replicated": ["--alpha", 0, *repeat], "strategic": ["--alpha", 0, "--focus", 0.7],
@@ -123,6 +133,8 @@ def main():
                     "kd-measured": ["--teacher", teacher, "--map", "measured", "--within", "shares"],
                     "kd-student": ["--teacher", teacher, "--map", out / f"{name}.json"]}.items():
                 r = run("train_kd.py", out / f"{name}-{arm}-{seed}", *common, "--root", root, "--seed", seed, *flags)
+                if arm == "baseline":  # the first one: it says which images are hard
+                    score_difficulty(base)
                 arms.setdefault(arm, []).append(r)
                 seconds.append((r["seconds"], f"{name}-{arm}-{seed}"))
         print(f"\n{name}, test, {args.seeds} seeds, {args.steps} steps, {args.arch}; slowest {max(seconds)}\n")

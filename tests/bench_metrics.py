@@ -1,4 +1,4 @@
-"""Time of one confusion matrix of 8 x 512 x 512 pixels and 8 classes, a tenth ignored,, and of the argmax before it.
+"""Time of one confusion matrix of 8 x 512 x 512 pixels and 8 classes, a tenth ignored, and of the argmax before it.
 
     python tests/bench_metrics.py                   best of 20, in turns, so that a busy machine slows all rows alike
 """

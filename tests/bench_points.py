@@ -31,17 +31,26 @@ DUBAI = {"name": "dubai", "images": "*/images/*.jpg", "masks": "*/masks/*.png",
 GROW = "--grow 1".split()
 
 
+def command(out, root, steps, seed, points, flags):
+    """The script and flags of one run; `points` per class and image, None for full masks."""
+    if points is None:  # train_points.py with a point on every pixel
+        script, labels = "train_seg.py", ["--loss", "ce"]
+    else:
+        script, labels = "train_points.py", ["--points-per-class", points]
+    if (out / "last.pt").exists():
+        return [script, "--resume", out]
+    return [script, "--root", root, "--dataset", "folder", "--out", out, "--steps", steps, "--seed", seed,
+            "--eval-every", steps, "--log-every", max(1, steps // 5), "--ema", 0.98, *labels, *flags]
+
+
 def train(out, root, steps, seed, points, flags):
     """-> results.json of one run, started unless it is there."""
     if not (out / "results.json").exists():
-        count = ["--points", "dense"] if points is None else ["--points-per-class", str(points)]
-        again = ["--resume", str(out)] if (out / "last.pt").exists() else [
-            "--root", str(root), "--dataset", "folder", "--out", str(out), "--steps", str(steps), "--seed", str(seed),
-            "--eval-every", str(steps), "--log-every", str(max(1, steps // 5)), "--ema", "0.98", "--overlap", "0",
-            *count, *flags]
-        done = subprocess.run([sys.executable, str(ROOT / "train_points.py"), *again], capture_output=True, text=True)
+        words = [str(word) for word in command(out, root, steps, seed, points, flags)]
+        done = subprocess.run([sys.executable, ROOT / words[0], *words[1:]], capture_output=True, text=True)
         if done.returncode:
-            sys.exit(f"train_points.py {' '.join(again)}\n{(done.stderr.strip() or done.stdout).splitlines()[-1]}")
+            why = (done.stderr.strip() or done.stdout).splitlines()[-1]
+            sys.exit(f"{' '.join(words)}\n{why}")
     return json.loads((out / "results.json").read_text())
 
 
@@ -87,7 +96,7 @@ def main(argv=None):
     p.add_argument("--grown", type=int, nargs="*", help="those of --points to run with the second stage, too (all)")
     p.add_argument("--seeds", type=int, nargs="+", default=[0, 1, 2])
     p.add_argument("--steps", type=int, default=250)
-    p.add_argument("--flags", nargs=argparse.REMAINDER, default=[], help="further flags of train_points.py, last")
+    p.add_argument("--flags", nargs=argparse.REMAINDER, default=[], help="further flags of both scripts, last")
     args = p.parse_args(argv)
     if min(args.steps, *args.points) < 1:
         p.error("--steps and --points: expected 1 or more")

@@ -1,15 +1,32 @@
-"""The tables of the long measurements, with their runs replaced: hours of work must not end in a bad column."""
+"""The long measurements with their runs replaced: hours of work must not end in a wrong flag or a bad column."""
 import json
+import sys
+from pathlib import Path
 
 import bench_kd
 import bench_points
 import pytest
 from PIL import Image
 
+import eval as eval_script
+import train_kd
+import train_points
+import train_seg
+from data.common import write
+
+SCRIPTS = {"train_seg.py": train_seg, "train_points.py": train_points, "train_kd.py": train_kd, "eval.py": eval_script}
+
+
+def parsed(script, *flags):
+    """The script takes these flags; a wrong one would end the test."""
+    return SCRIPTS[script].parse_args([str(f) for f in flags])
+
 
 def score(seed, lift=0.0):
     return dict(miou=0.5 + lift + 0.01 * seed, oa=0.7, iou={"a": 0.5, "b": None}, majority_miou=0.1, seconds=3.0)
 
+
+# ---- points
 
 @pytest.mark.parametrize("seeds", [[0], [0, 1, 2]])
 def test_points_against_full_masks(tmp_path, monkeypatch, capsys, seeds):
@@ -24,27 +41,74 @@ def test_points_against_full_masks(tmp_path, monkeypatch, capsys, seeds):
     rows = (tmp_path / "table.md").read_text().splitlines()[2:]
     cell, grown = f"{middle:.3f}{spread}", f"{middle + 0.1:.3f}{spread}"
     assert rows == [f"| demo | {cell} | {cell} | {cell} | 0.100 |", f"| demo, grown |  | {grown} | {cell} | 0.100 |"]
-    assert "\n".join(rows) in capsys.readouterr().out and Image.open(tmp_path / "table.png").size[0] > 500
+    assert "\n".join(rows) in capsys.readouterr().out
+    assert Image.open(tmp_path / "table.png").size[0] > 500
     rows = json.loads((tmp_path / "table.json").read_text())["rows"]
-    labelled = {(r["points"], r["grow"]): r["labelled"] for r in rows}
+    labelled = {(row["points"], row["grow"]): row["labelled"] for row in rows}
     assert labelled == {(1, False): 40, (5, False): 200, (5, True): 200, (None, False): None}
 
 
-def test_every_arm_against_its_own_baseline(tmp_path, monkeypatch, capsys):
-    def run(script, out, *flags):
-        *_, arm, seed = out.name.replace("kd-", "kd_").split("-")
-        return score(int(seed) if seed.isdigit() else 0, 0.1 * (arm == "weighted"))
+def test_the_scripts_take_the_flags_of_the_points_table(tmp_path):
+    script, *flags = bench_points.command(tmp_path, "root", 250, 1, 5, bench_points.GROW)
+    args = parsed(script, *flags)
+    assert (script, args.points_per_class, args.grow, args.steps) == ("train_points.py", 5, 1, 250)
+    script, *flags = bench_points.command(tmp_path, "root", 250, 1, None, [])
+    args = parsed(script, *flags)
+    assert (script, args.loss, args.ema) == ("train_seg.py", "ce", 0.98)  # a point on every pixel
+    (tmp_path / "last.pt").touch()
+    assert bench_points.command(tmp_path, "root", 250, 1, 5, [])[1:] == ["--resume", tmp_path]
 
-    monkeypatch.setattr(bench_kd, "run", run)
+
+# ---- distillation
+
+@pytest.fixture
+def kd(tmp_path, monkeypatch):
+    """bench_kd.py whose scripts only check their flags and leave a score -> (main(), what was called)."""
+    called = []
+
+    def call(script, folder, *flags):
+        called.append((script, parsed(script, *flags)))
+        if script == "eval.py":
+            write(Path(flags[0]) / "eval-train/difficulty.json", {})
+            return
+        out = Path(flags[flags.index("--out") + 1])
+        *_, arm, seed = out.name.replace("kd-", "kd_").split("-")
+        write(out / "results.json", score(int(seed) if seed.isdigit() else 0, 0.1 * (arm == "weighted")))
+
+    def main(*flags):
+        monkeypatch.setattr(sys, "argv", ["bench_kd.py", "--out", str(tmp_path), *flags])
+        bench_kd.main()
+
+    monkeypatch.setattr(bench_kd, "call", call)
     monkeypatch.setattr(bench_kd.demo, "make", lambda root: root)
     monkeypatch.setattr(bench_kd, "merged", lambda root, out, classes: out)
     monkeypatch.setattr(bench_kd, "read_description", lambda root: {"classes": [{"name": "a"}, {"name": "b"}]})
-    monkeypatch.setattr("sys.argv", ["bench_kd.py", "--out", str(tmp_path)])
-    bench_kd.main()
+    return main, called
+
+
+def test_every_arm_against_its_own_baseline(kd, tmp_path, capsys):
+    main, called = kd
+    main()
     rows = [line for line in capsys.readouterr().out.splitlines() if line.startswith("| ")]
     assert rows[0] == "| arm | mIoU | minus baseline | a | b |" and len(rows) == 9
     assert rows[1] == "| baseline | 51.0 +/- 1.0 | 0.0 +/- 0.0 | 50.0 +/- 0.0 | - |"
     assert rows[2] == "| weighted | 61.0 +/- 1.0 | 10.0 +/- 0.0 | 50.0 +/- 0.0 | - |"
-    monkeypatch.setattr("sys.argv", ["bench_kd.py", "--out", str(tmp_path), "--steps", "7"])
+    runs = [script for script, _ in called]
+    assert (runs.count("train_seg.py"), runs.count("train_kd.py"), runs.count("eval.py")) == (1, 24, 3)
+    called.clear()
+    main()  # what is there is not run again
+    assert not called
     with pytest.raises(SystemExit):  # what lies there was measured otherwise
-        bench_kd.main()
+        main("--steps", "7")
+
+
+def test_images_are_weighted_by_what_their_own_baseline_finds_hard(kd, tmp_path):
+    main, called = kd
+    main("--seeds", "2")
+    weighted = [args for _, args in called if getattr(args, "sampler", "") == "weighted"]
+    assert len(weighted) == 4  # alone, and with all the rest
+    for args in weighted:
+        seed = Path(args.out).name[-1]
+        assert args.difficulty == str(tmp_path / f"demo-baseline-{seed}/eval-train/difficulty.json")
+    scored = [args for script, args in called if script == "eval.py"]
+    assert all(args.split == "train" and args.difficulty for args in scored)
