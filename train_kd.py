@@ -39,7 +39,7 @@ from models import checkpoint, nets, run
 from models.heads import HEADS
 from models.infer import evaluate, examples
 from models.lookahead import Lookahead, cycle_ends, warm_restarts
-from models.losses import class_weights, kl, parse_loss, translate, weighted_sum
+from models.losses import LOSSES, class_weights, kl, parse_loss, translate, weighted_sum
 from models.run import COUNT, RATE, SHARE, WHOLE, between
 from models.vit import PRESETS
 from models.weights import sha256
@@ -124,7 +124,7 @@ def parse_args(argv=None):
     opt.add_argument("--lookahead", type=COUNT, metavar="STEPS",
                      help="steps between synchronisations with slow weights, 5 as published")
     opt.add_argument("--loss", default="ce+dice",
-                     help="sum of ce, focal, dice, lovasz, boundary, such as ce+0.5*dice")
+                     help=f"sum of {', '.join(LOSSES)}, such as ce+0.5*dice")
     opt.add_argument("--class-weights", choices=["none", "inverse", "sqrt", "median", "effective"],
                      help="for ce and focal (none; sqrt for the demo)")
     opt.add_argument("--label-smoothing", type=between(0, 0.9), default=0.0, help="of ce")

@@ -134,6 +134,8 @@ def parse_args(argv=None):
     if args.points_per_class and args.points not in points.PATTERNS:
         p.error(f"--points-per-class {args.points_per_class}: for points drawn from masks, not "
                 f"--points {args.points}; leave it out")
+    if "boundary" in args.loss:
+        p.error(f"--loss {args.loss}: points have no boundary; take that term out")
     if args.grow and not args.ema:
         p.error("--grow without --ema: the averaged weights are the teacher; type --ema 0.99")
     return args

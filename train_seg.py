@@ -36,7 +36,7 @@ from data.source import Source, rare_classes
 from models import checkpoint, nets, run
 from models.heads import HEADS
 from models.infer import evaluate, examples
-from models.losses import class_weights, parse_loss, weighted_sum
+from models.losses import LOSSES, class_weights, parse_loss, weighted_sum
 from models.run import COUNT, RATE, SHARE, WHOLE, between
 from models.vit import PRESETS
 
@@ -104,7 +104,7 @@ def parse_args(argv=None):
     opt.add_argument("--warmup", type=WHOLE, default=50, help="steps of rising rate")
     opt.add_argument("--schedule", default="cosine", choices=["cosine", "poly"], help="of the rate")
     opt.add_argument("--loss", default="ce+dice",
-                     help="sum of ce, focal, dice, lovasz, boundary, such as ce+0.5*dice")
+                     help=f"sum of {', '.join(LOSSES)}, such as ce+0.5*dice")
     opt.add_argument("--class-weights", choices=["none", "inverse", "sqrt", "median", "effective"],
                      help="for ce and focal (none; sqrt for the demo)")
     opt.add_argument("--label-smoothing", type=between(0, 0.9), default=0.0, help="of ce")
