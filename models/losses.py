@@ -267,6 +267,11 @@ def parse_loss(text: str) -> list[tuple[float, str]]:
     return terms
 
 
+def uses(terms: list[tuple[float, str]], option: str) -> bool:
+    """Does one of the terms take this option of weighted_sum(), such as "class_weights"?"""
+    return any(option in OPTIONS.get(name, []) for _, name in terms)
+
+
 def weighted_sum(terms: list[tuple[float, str]], logits: Tensor, y: Tensor,
                  class_weights: Tensor | None = None, smoothing: float = 0.0,
                  count: Tensor | None = None, total: Callable | None = None) -> Tensor:
