@@ -41,8 +41,8 @@ BETAS = 0.9, 0.999  # of AdamW
 CLIP = 1.0  # limit of the gradient's norm
 CARDS = 16  # pictures in each part of samples.png
 
-# Flags that may differ on resume: paths and speed, nothing that changes the result.
-MOVABLE = "root", "weights", "cache"
+# Flags that may differ on resume: paths, speed and printing, nothing that changes the result.
+MOVABLE = "log_every", "root", "weights", "cache"
 
 
 def parse_args(argv=None):

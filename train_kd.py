@@ -53,8 +53,8 @@ OVERLAP = 0.25  # of evaluation windows, as a part of --crop
 # Masks per split that are read before training. Class weights need those of train all.
 CHECKED = 64
 
-# Flags that may differ on resume: paths and speed, nothing that changes the result.
-MOVABLE = "root", "weights", "cache", "workers", "teacher", "difficulty"
+# Flags that may differ on resume: paths, speed and printing, nothing that changes the result.
+MOVABLE = "log_every", "root", "weights", "cache", "workers", "teacher", "difficulty"
 
 
 def parse_args(argv=None):
@@ -84,7 +84,7 @@ def parse_args(argv=None):
     data.add_argument("--input-range", type=float, nargs=2, metavar=("LOW", "HIGH"),
                       help="values that become 0 and 255, for images of other than 8 bits")
     data.add_argument("--split-file", help="JSON {split: [names]}, such as a run's split.json")
-    data.add_argument("--val-frac", type=SHARE, help="part of train to choose weights by, if no val")
+    data.add_argument("--val-frac", type=SHARE, help="part of train that chooses weights, if no val")
     data.add_argument("--final", action="store_true", help="do not validate; keep the last weights")
     data.add_argument("--crop", type=between(16, 2**15, int),
                       help="side in pixels (128 from scratch, else 512, patch 14: 518)")
@@ -257,7 +257,7 @@ def main(args):
 
     # ---- network
     scratch, vit = args.weights == "none", args.model == "vit"
-    # spec: all that builds the network again; info: what is known of --weights (line, norm, sha256).
+    # spec: all that builds the network again; info: what is known of --weights (line, norm, ...).
     net, spec, info = nets.make(args.model, K, args.weights, args.arch, args.head)
     norm = nets.choose_norm(args.norm, info)
 
@@ -309,7 +309,7 @@ def main(args):
 
     # ---- sampling
     plain = d.part("train", norm)
-    plain.read(0)  # Images that need --bands or --input-range stop the run before it writes anything.
+    plain.read(0)  # Images that need --bands or --input-range stop a run that has written nothing.
     items = image_weights = listed = difficulty = per_image = None
     share = samplers.share_of(args.replicate)  # 0.05 for 5%, None for a file
     if args.sampler == "class-balanced" or share:
@@ -478,7 +478,7 @@ def main(args):
                     target = translate(soft, shares, own, args.temperature)  # (B, K, H, W)
                     kd = args.alpha * kl(logits, target, y, args.temperature, valid, known)
                 loss = hard + kd
-                # The loss is a sum over the pixels of all ranks divided by their number; DDP would take a mean.
+                # The loss divides by the pixels of all ranks: to be summed, where DDP takes a mean.
                 (loss * world).backward()
             totals += torch.stack([kd, hard]).detach()
 

@@ -50,8 +50,8 @@ FEW = 5  # points per class and image that are drawn, unless told
 GROW_FROM = 0.4  # part of --steps after which the second stage begins
 GROW_ABOVE = 0.8  # mean probability of the views above which a pixel is sure
 
-# Flags that may differ on resume: paths and speed, nothing that changes the result.
-MOVABLE = "root", "weights", "cache", "workers"
+# Flags that may differ on resume: paths, speed and printing, nothing that changes the result.
+MOVABLE = "log_every", "root", "weights", "cache", "workers"
 
 
 def parse_args(argv=None):
@@ -76,7 +76,7 @@ def parse_args(argv=None):
     data.add_argument("--input-range", type=float, nargs=2, metavar=("LOW", "HIGH"),
                       help="values that become 0 and 255, for images of other than 8 bits")
     data.add_argument("--split-file", help="JSON {split: [names]}, such as a run's split.json")
-    data.add_argument("--val-frac", type=SHARE, help="part of train to choose weights by, if no val")
+    data.add_argument("--val-frac", type=SHARE, help="part of train that chooses weights, if no val")
     data.add_argument("--final", action="store_true", help="do not validate; keep the last weights")
     data.add_argument("--crop", type=between(16, 2**15, int),
                       help="side in pixels (128 from scratch, else 512, patch 14: 518)")
@@ -283,7 +283,7 @@ def main(args):
 
     # ---- network
     scratch, vit = args.weights == "none", args.model == "vit"
-    # spec: all that builds the network again; info: what is known of --weights (line, norm, sha256).
+    # spec: all that builds the network again; info: what is known of --weights (line, norm, ...).
     net, spec, info = nets.make(args.model, K, args.weights, args.arch, args.head)
     norm = nets.choose_norm(args.norm, info)
 
@@ -371,7 +371,7 @@ def main(args):
         if isinstance(data, PointSet):
             say(f"        WARNING no masks: scored on the points of {len(data)} images such as "
                 f"{data.names[0]}, which tell little of edges")
-    train.read(0)  # Images that need --bands or --input-range stop the run before it writes anything.
+    train.read(0)  # Images that need --bands or --input-range stop a run that has written nothing.
     out = run.claim(out, args.out, args.resume)
     meta = d.about() | nets.about(info) | dict(
         model=spec, norm=norm, crop=args.crop, overlap=OVERLAP, amp="bf16" if amp else "off",
@@ -445,7 +445,7 @@ def main(args):
             # A mean over all unlabelled pixels: while few are sure, they weigh little.
             loss = loss + args.grow * ce(logits, grown, others[0])
             sure = others[1] / others[0].clamp(min=1)
-        # The loss is a sum over the pixels of all ranks divided by their number; DDP would take a mean.
+        # The loss divides by the pixels of all ranks: to be summed, where DDP takes a mean.
         (loss * world).backward()
         total = loss.detach().clone()
         metrics.count_pairs_(seen, logits.detach().max(1).indices, y)
@@ -480,8 +480,8 @@ def main(args):
                 row["sure"] = sure
             s.history.append(dict(step=s.step, **run.finite(row)))
             rest = minutes(s.seconds / s.step * (args.steps - s.step))
-            say(f"step {s.step:5d} of {args.steps}  loss {total:.4f}  |g| {grad_norm:.3f}  sure {sure:.1%}  "
-                f"lr {row['lr']:.2e}  ETA {rest}", flush=True)
+            say(f"step {s.step:5d} of {args.steps}  loss {total:.4f}  |g| {grad_norm:.3f}  "
+                f"sure {sure:.1%}  lr {row['lr']:.2e}  ETA {rest}", flush=True)
         due = s.step % args.eval_every == 0 or last_step
         if due or stopping:  # from here on rank 0 holds the answers of all
             run.over_ranks(seen)
@@ -535,7 +535,8 @@ def main(args):
         print("  ".join(f"{name} {iou:.3f}" for name, iou in ious))
         print(metrics.headline(report, d.further))
         print(f"{d.reports} {metrics.averages_text(metrics.averages(cm))}")
-        print(f"always {report['majority_class']!r} {metrics.averages_text(metrics.averages(base))}")
+        always = metrics.averages_text(metrics.averages(base))
+        print(f"always {report['majority_class']!r} {always}")
         if d.reports in ("train", d.picks):
             print("  (no other split: the weights were learned or chosen on these very images)")
         print(f"look at {out}/samples.png, confusion.png, bars.png; then, on your own images:\n"

@@ -48,8 +48,8 @@ OVERLAP = 0.25  # of evaluation windows, as a part of --crop
 # Masks per split that are read before training. Class weights need those of train all.
 CHECKED = 64
 
-# Flags that may differ on resume: paths and speed, nothing that changes the result.
-MOVABLE = "root", "weights", "cache", "workers"
+# Flags that may differ on resume: paths, speed and printing, nothing that changes the result.
+MOVABLE = "log_every", "root", "weights", "cache", "workers"
 
 
 def parse_args(argv=None):
@@ -64,7 +64,7 @@ def parse_args(argv=None):
     data.add_argument("--input-range", type=float, nargs=2, metavar=("LOW", "HIGH"),
                       help="values that become 0 and 255, for images of other than 8 bits")
     data.add_argument("--split-file", help="JSON {split: [names]}, such as a run's split.json")
-    data.add_argument("--val-frac", type=SHARE, help="part of train to choose weights by, if no val")
+    data.add_argument("--val-frac", type=SHARE, help="part of train that chooses weights, if no val")
     data.add_argument("--final", action="store_true", help="do not validate; keep the last weights")
     data.add_argument("--crop", type=between(16, 2**15, int),
                       help="side in pixels (128 from scratch, else 512, patch 14: 518)")
@@ -179,7 +179,7 @@ def main(args):
 
     # ---- network
     scratch, vit = args.weights == "none", args.model == "vit"
-    # spec: all that builds the network again; info: what is known of --weights (line, norm, sha256).
+    # spec: all that builds the network again; info: what is known of --weights (line, norm, ...).
     net, spec, info = nets.make(args.model, K, args.weights, args.arch, args.head)
     norm = nets.choose_norm(args.norm, info)
 
@@ -258,7 +258,7 @@ def main(args):
 
     train = d.part("train", norm, partial(transform, args=args, rare=rare), args.seed)
     val = d.part(d.picks, norm) if d.picks else None
-    train.read(0)  # Images that need --bands or --input-range stop the run before it writes anything.
+    train.read(0)  # Images that need --bands or --input-range stop a run that has written nothing.
     out = run.claim(out, args.out, args.resume)
     meta = d.about() | nets.about(info) | dict(
         model=spec, norm=norm, crop=args.crop, overlap=OVERLAP, amp="bf16" if amp else "off",
@@ -317,7 +317,8 @@ def main(args):
         micro, valid = [], 0
         for _ in range(args.accum):
             x, y, names = next(batches)  # (B, 3, H, W), (B, H, W); 255 = ignore
-            x, targets = augment.mix(x, y, rng, args.cutmix, args.mixup)  # [(share, (B, H, W)), ...]
+            # targets: [(share, (B, H, W)), ...]; MixUp's second one has as many valid pixels.
+            x, targets = augment.mix(x, y, rng, args.cutmix, args.mixup)
             micro.append((x, targets))
             valid += (targets[0][1] != IGNORE).sum()
         numbers = torch.tensor([valid, stop.signal]).to(device, non_blocking=True)
@@ -344,7 +345,7 @@ def main(args):
                         ce = weighted_sum([(1.0, "ce")], z, y, weights, count=valid)
                         value = value + AUX * ce
                     loss = loss + share * value
-                # The loss is a sum over the pixels of all ranks divided by their number; DDP would take a mean.
+                # The loss divides by the pixels of all ranks: to be summed, where DDP takes a mean.
                 (loss * world).backward()
             step_loss += loss.detach()
 

@@ -48,7 +48,8 @@ def write(path: str | Path, content: Image.Image | dict | list | str | bytes, **
     path = Path(path)
     if isinstance(content, Image.Image):
         buffer = io.BytesIO()
-        content.save(buffer, format={".jpg": "JPEG", ".tif": "TIFF"}.get(path.suffix, "PNG"), **options)
+        kinds = {".jpg": "JPEG", ".jpeg": "JPEG", ".tif": "TIFF", ".tiff": "TIFF"}
+        content.save(buffer, format=kinds.get(path.suffix.lower(), "PNG"), **options)
         content = buffer.getvalue()
     elif not isinstance(content, (str, bytes)):
         content = json.dumps(content, indent=1) + "\n"

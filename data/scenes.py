@@ -107,7 +107,7 @@ def groups_of(names: list[str], regex: str | None) -> dict[str, str]:
         match = pattern.search(name)
         if match is None:
             raise BadInput(f"--group-regex {regex!r} does not match {name!r}")
-        groups[name] = match[1 if pattern.groups else 0]
+        groups[name] = match[1 if pattern.groups else 0] or ""  # of an optional group
     return groups
 
 
@@ -147,9 +147,10 @@ def read_splits(path: str | Path, scenes: dict[str, str]) -> dict[str, list[str]
             if name not in scenes:
                 raise BadInput(f"{path}: {name!r} is no image here; names look like "
                                f"{next(iter(scenes))!r}")
-            if home.setdefault(name, split) != split:
-                raise BadInput(f"{path}: {name!r} is in {home[name]!r} and {split!r}; leave it in "
-                               "one of them")
+            if name in home:
+                raise BadInput(f"{path}: {name!r} is in {home[name]!r} and in {split!r}; leave it "
+                               "in one place")
+            home[name] = split
     return splits
 
 
@@ -174,6 +175,9 @@ def complete_splits(scenes: dict[str, str], given: dict[str, list[str]], shares:
         both = shares["train"] + shares["val"]
         wanted = {split: shares[split] / both for split in ("train", "val")}
         splits |= draw_splits(part, groups, wanted, seed)
+    if not splits["val"]:
+        raise BadInput(f"{len(splits['train'])} training images leave val empty; add images, or "
+                       "give --split-file")
     return splits
 
 
@@ -406,8 +410,8 @@ class Scenes:
         number = {name: i for i, name in enumerate(self.names)}
         self.rows, self.y = {}, {}
         for split, names in self.splits.items():
-            self.rows[split] = np.array([at[n] for n in names])
-            self.y[split] = torch.tensor([number[scenes[n]] for n in names])
+            self.rows[split] = np.array([at[n] for n in names], np.int64)
+            self.y[split] = torch.tensor([number[scenes[n]] for n in names], dtype=torch.int64)
 
     def images(self, split: str) -> np.ndarray:
         """(n, S, S, 3) uint8 of a split."""

@@ -35,6 +35,8 @@ class Source:
                  cache: str | None = None, resume: str | None = None, need: tuple[str, ...] = ("train", "val"),
                  need_masks: bool = True):
         self.kind = dataset or ("folder" if root else "demo")
+        if self.kind not in ("demo", "folder", *public.SETS):
+            raise BadInput(f"--dataset {self.kind}: expected demo, folder, {', '.join(public.SETS)}")
         if self.kind != "demo" and not root:
             raise BadInput("--root is missing; type the folder that holds images, masks and "
                            "dataset.json, or a public set")
@@ -65,7 +67,8 @@ class Source:
                                   need=need, final=final)
         if "train" in need:
             check_sizes({n: self.pairs[n] for names in self.splits.values() for n in names})
-        # The split that chooses the weights, and the one that is reported: never the same if it can be helped.
+        # The split that chooses the weights, and the one that is reported: the same one only where
+        # there is no other with labels.
         self.picks = "select" if self.splits.get("select") else "val"
         if final:
             self.picks = None

@@ -17,7 +17,7 @@ from data.datasets import normalise
 
 from .run import keep_signals_from_worker, over_ranks
 
-WHOLE = 2**22  # pixels up to which an image is blended in one piece
+ONE_PIECE = 2**22  # pixels up to which an image is blended at once
 
 
 # ---- windows
@@ -26,7 +26,7 @@ def starts(n: int, size: int, overlap: float) -> list[int]:
     """Where windows of `size` begin along n pixels; the last one is shifted inwards."""
     if n <= size:
         return [0]
-    step = max(1, int(size * (1 - overlap)))
+    step = max(1, int(round(size * (1 - overlap), 6)))  # 20 * (1 - 0.9) is a little below 2
     return [*range(0, n - size, step), n - size]
 
 
@@ -62,7 +62,7 @@ def slide(net: nn.Module, x: torch.Tensor, crop: int, overlap: float, batch: int
         some = boxes[i:i + batch]
         tiles = torch.stack([x[:, t:t + h, l:l + w] for t, l, h, w in some])
         with torch.autocast(device.type, torch.bfloat16, enabled=amp):
-            logits = net(tiles.to(device)).to(x.device)
+            logits = net(tiles.to(device)).float().to(x.device)
         if len(boxes) == 1:
             return logits[0]
         if out is None:
@@ -75,7 +75,7 @@ def slide(net: nn.Module, x: torch.Tensor, crop: int, overlap: float, batch: int
 
 @torch.inference_mode()
 def slide_rows(net: nn.Module, image: np.ndarray, norm: str, crop: int, overlap: float, batch: int,
-               amp: bool, whole: int = WHOLE) -> Iterator[tuple[np.ndarray, int]]:
+               amp: bool, whole: int = ONE_PIECE) -> Iterator[tuple[np.ndarray, int]]:
     """Image (H, W, 3) uint8 -> class ids (H, W) uint8 that are final down to row n, and n, as rows are finished.
 
     Above `whole` pixels only the logits of one row of windows are held, not those of the image.
@@ -95,7 +95,7 @@ def slide_rows(net: nn.Module, image: np.ndarray, norm: str, crop: int, overlap:
         if held is not None:
             z[:, :held.shape[1]] += held
         done = below - top
-        # No division: at a pixel all classes have the same sum of weights.
+        # argmax needs no division: at a pixel all classes have the same sum of weights.
         ids[top:below] = z[:, :done].max(0).indices.byte().numpy()
         held = z[:, done:]
         yield ids, below
@@ -149,7 +149,7 @@ def evaluate(net: nn.Module, data: Dataset, window: dict, workers: int = 0,
     cm = torch.zeros(k, k, dtype=torch.int64, device=next(net.parameters()).device)
     for _, one in matrices(net, data, window, workers, classes, what):
         cm += one
-    over_ranks(cm)  # the only collective: ranks may have unequal numbers of images
+    over_ranks(cm)  # not in the loop: ranks may have unequal numbers of images
     if not cm.any():
         raise BadInput(f"{data.names[0]} and {len(data) - 1} more: every pixel is ignored; correct "
                        '"ignore" in dataset.json')

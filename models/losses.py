@@ -46,7 +46,7 @@ def pixel_count(y: Tensor, count: Tensor | None) -> Tensor:
     return count.clamp(min=1)  # a batch without labels gives 0, not NaN
 
 
-def over_ranks(local: Tensor, total: Callable | None) -> Tensor:
+def add_other_ranks(local: Tensor, total: Callable | None) -> Tensor:
     """Sums of this rank -> value of all ranks, gradient of this one."""
     if total is None:
         return local
@@ -145,7 +145,7 @@ def dice(logits: Tensor, y: Tensor, count: Tensor | None = None,
 
     # Per class (K,): pixels in both, predicted, true.
     sums = [t.sum((0, 2, 3)).to(p) for t in (p * true, p * valid, true)]
-    both, predicted, size = over_ranks(torch.stack(sums), total)
+    both, predicted, size = add_other_ranks(torch.stack(sums), total)
     # No eps is needed: a class that counts has at least one true pixel.
     loss = 1 - 2 * both / (predicted + size).clamp(min=1)
     return mean_of_classes(loss, size > 0, true.sum(), size.sum(), count)
@@ -179,7 +179,7 @@ def boundary(logits: Tensor, y: Tensor, count: Tensor | None = None,
     e, t = edge(p), edge(true.to(p))
     maps = [e * pool(t, theta) * keep, e * keep, t * pool(e, theta) * keep, t * keep, true]
     sums = [m.sum((0, 2, 3)).to(p) for m in maps]
-    e_near, e_all, t_near, t_all, size = over_ranks(torch.stack(sums), total)
+    e_near, e_all, t_near, t_all, size = add_other_ranks(torch.stack(sums), total)
 
     # With less than one pixel of predicted boundary, as from a head that starts at zero, the slope
     # of the precision would have no bound: hence the clamp. And 2PR / (P + R) alone is flat at
@@ -247,7 +247,8 @@ def parse_loss(text: str) -> list[tuple[float, str]]:
     """'ce+0.5*dice' -> [(1.0, 'ce'), (0.5, 'dice')]; what is wrong is a BadInput."""
     terms = []
     for part in text.split("+"):
-        number, _, name = part.strip().rpartition("*")
+        number, _, name = part.rpartition("*")
+        name = name.strip()
         if name not in LOSSES:
             known = ", ".join(LOSSES)
             raise BadInput(

@@ -29,7 +29,8 @@ NETS = {
     "ftunetformer": (unetformer.FTUNetFormer, unetformer.load_pretrained, {}),
     "effunet": (efficientnet_unet.EfficientNetUnet, efficientnet_unet.load_pretrained, {}),
 }
-# Parameters of trunks, which --backbone-lr is for; of ViTs, and of every CNN here.
+# How the names of backbone parameters begin, which --backbone-lr is for: of a ViT "backbone.",
+# the others are those of CNNs.
 TRUNKS = ("backbone.", "encoder.", "stem.", "stages.", "conv1.", "bn1.", "layer")
 SCRATCH = dict(norm="imagenet", path=None, sha256=None,
                line="FROM RANDOM WEIGHTS: everything is learned from these images (--weights loads "
@@ -86,7 +87,8 @@ def make(model: str, classes: int, weights: str = "none", arch: str = "nano8",
     return net, spec, info
 
 
-def load_trunk(weights: str, arch: str, cnn_name: str | None = None) -> tuple:
+def load_trunk(weights: str, arch: str,
+               cnn_name: str | None = None) -> tuple[dict | None, dict | None, dict]:
     """--weights for a classifier -> ViT arguments (of `arch` from scratch), tensors or None, info with "size".
 
     cnn_name: the network if it is a CNN, whose file is torchvision's. size: side of its input, None if any.
@@ -204,7 +206,7 @@ def choose_norm(wanted: str, info: dict) -> str:
 
 def param_groups(net: nn.Module, lr: float, backbone_lr: float, layer_decay: float,
                  weight_decay: float) -> list[dict]:
-    """Groups for AdamW; "scale" is a group's share of the rate of the head. No decay on norms, biases, tokens.
+    """Groups for AdamW; "scale" is a group's learning rate divided by the head's. No decay on norms, biases, tokens.
 
     layer_decay: factor per block of a ViT below its last.
     """

@@ -39,37 +39,37 @@ try:
 except ImportError:  # Windows: run folders are not locked there
     fcntl = None
 
-# Flags of earlier versions, and what to type instead.
+# Flags that training scripts once had, and what there is instead.
 REMOVED = {
-    "--taps": "the head reads four evenly spaced blocks; leave it out",
-    "--feat-norm": "the final norm is always on every map; leave it out",
-    "--output-stride": "type --model deeplabv3-os8 for output stride 8",
-    "--freeze-bn": "batches of one freeze BatchNorm by themselves; leave it out",
-    "--clip": "the limit is CLIP at the top of the script; leave it out",
+    "--taps": "the head reads four evenly spaced blocks",
+    "--feat-norm": "the final norm is always on every map",
+    "--output-stride": "segmentation scripts have --model deeplabv3-os8",
+    "--freeze-bn": "batches of one freeze BatchNorm by themselves",
+    "--clip": "the limit is CLIP at the top of the script",
     "--overlap": "windows overlap by OVERLAP at the top of the script; eval.py has --overlap",
-    "--check-data": "CHECKED masks are always read first; leave it out",
-    "--group-regex": 'write it into dataset.json as "scene": REGEX',
-    "--cycle": "type --restarts STEPS MULT, which also chooses the schedule",
-    "--teacher-weights": "the teacher's run knows its backbone file; leave it out",
-    "--hard-iou": "the limit is HARD_IOU at the top of eval.py; leave it out",
-    "--hard-limits": "the limits are LIMITS in data/samplers.py; leave it out",
-    "--hard-weights": "the weights are WEIGHTS in data/samplers.py; leave it out",
-    "--grow-from": "the start is GROW_FROM at the top of the script; leave it out",
-    "--grow-above": "the limit is GROW_ABOVE at the top of the script; leave it out",
-    "--mixup": "train_seg.py mixes images; leave it out here",
-    "--cutmix": "train_seg.py mixes images; leave it out here",
-    "--compile": "train_seg.py compiles; leave it out here",
-    "--patience": "train_seg.py stops early; leave it out here",
-    "--save": "train_seg.py saves heads alone; leave it out here",
-    "--accum": "train_seg.py and train_kd.py accumulate; leave it out here",
-    "--label-smoothing": "train_seg.py and train_kd.py smooth labels; leave it out here",
+    "--check-data": "CHECKED masks are always read first",
+    "--group-regex": 'dataset.json has "scene": REGEX',
+    "--cycle": "train_kd.py has --restarts STEPS MULT",
+    "--teacher-weights": "the teacher's run knows its backbone file",
+    "--hard-iou": "the limit is HARD_IOU at the top of eval.py",
+    "--hard-limits": "the limits are LIMITS in data/samplers.py",
+    "--hard-weights": "the weights are WEIGHTS in data/samplers.py",
+    "--grow-from": "the start is GROW_FROM at the top of train_points.py",
+    "--grow-above": "the limit is GROW_ABOVE at the top of train_points.py",
+    "--mixup": "train_seg.py and train_cls.py mix images",
+    "--cutmix": "train_seg.py and train_cls.py mix images",
+    "--compile": "train_seg.py compiles",
+    "--patience": "train_seg.py stops early",
+    "--save": "train_seg.py and train_cls.py save heads alone",
+    "--accum": "train_seg.py and train_kd.py accumulate",
+    "--label-smoothing": "train_seg.py, train_kd.py and train_cls.py smooth labels",
 }
 
 
 # ---- flags
 
 class Help(argparse.ArgumentDefaultsHelpFormatter, argparse.RawDescriptionHelpFormatter):
-    """Shows every default, also of flags whose default is made later and stands in brackets."""
+    """Shows every default; flags whose default is made later give it in their help, in brackets."""
 
     def _get_help_string(self, action):
         if any(action.default is none for none in (None, False, argparse.SUPPRESS)):
@@ -91,8 +91,8 @@ class Parser(argparse.ArgumentParser):
         known = self._option_string_actions
         for word in sys.argv[1:] if args is None else args:
             flag = word.split("=")[0]
-            if flag in REMOVED and flag not in known:
-                self.error(f"{flag} is gone: {REMOVED[flag]}")
+            if flag in REMOVED and flag not in known and "--resume" in known:
+                self.error(f"{flag} is not here: {REMOVED[flag]}; leave it out")
         found, rest = super().parse_known_args(args, namespace)
         for name, value in vars(found).items():
             if value == "":
@@ -133,7 +133,10 @@ def check_rising(parser: argparse.ArgumentParser, args: argparse.Namespace, *nam
     """Ends the program unless each of these flags, if given, is two finite numbers, the lower one first."""
     for name in names:
         pair = getattr(args, name)
-        if pair and not -math.inf < pair[0] <= pair[1] < math.inf:
+        if not pair:
+            continue
+        equal = pair[0] == pair[1] and name == "input_range"  # would divide by 0
+        if equal or not -math.inf < pair[0] <= pair[1] < math.inf:
             parser.error(f"--{name.replace('_', '-')} {pair[0]} {pair[1]}: expected the lower "
                          "number first")
 
@@ -163,6 +166,9 @@ def parse(parser: Parser, argv: list[str] | None = None, movable: tuple[str, ...
                        "one; go on with the code that began it, or start a new run")
     parser.set_defaults(**stored | {"resume": args.resume, "out": args.resume})
     args = parser.parse_args(argv)
+    if Path(args.out).resolve() != Path(args.resume).resolve():
+        raise BadInput(f"--out {args.out} with --resume {args.resume}: a run goes on in its own "
+                       "folder; leave --out out")
     args.out = args.resume
     for name, was in stored.items():
         now = getattr(args, name)
@@ -182,9 +188,11 @@ def one_line_errors():
     try:
         yield
     except (BadInput, BadWeights, OSError) as e:
+        lines = (str(e) or repr(e)).splitlines()
         # An error in a DataLoader worker arrives behind its traceback: show the last line.
-        line = str(e).splitlines()[-1].split("BadInput: ")[-1]
-        print(f"error: {line}", file=sys.stderr)
+        if any(line.startswith("Traceback") for line in lines):
+            lines = [lines[-1].split("BadInput: ")[-1]]
+        print(f"error: {' '.join(lines)}", file=sys.stderr)
         sys.exit(2)
     except KeyboardInterrupt:
         sys.exit(130)
@@ -304,7 +312,7 @@ class Stop:
 
     def note(self, number, frame):
         self.signal = number
-        signal.signal(number, self.before[number])
+        self.release()
 
     def exit(self) -> None:
         """Ends the program with the code of its signal; SIGTERM's where another rank was told."""
@@ -346,8 +354,8 @@ def numbered(default: str) -> Path:
 
 def folder(wanted: str | None, default: str, resume: str | None) -> Path:
     """Where the run will write; makes nothing yet. A `wanted` one that holds something is a BadInput."""
-    if resume:
-        return Path(resume)
+    if resume:  # locked before its last.pt is read
+        return claim(Path(resume), None, resume)
     if not wanted:
         return numbered(default)
     out = Path(wanted)
@@ -368,15 +376,14 @@ def claim(out: Path, wanted: str | None, resume: str | None) -> Path:
     """
     failure = None
     if not dist.is_initialized() or dist.get_rank() == 0:
-        while not (lock(out) and (resume or is_free(out))):
+        base, i = stem_of(out), 1
+        while not lock(out, going_on=bool(resume)):
             if wanted or resume:
-                failure = BadInput(f"{out}: another run is writing there; wait for it, or name "
-                                   "another --out")
+                failure = BadInput(f"{out}: another run is writing there, or has just been; wait "
+                                   "for it, or name another --out")
                 break
-            stem, _, number = out.name.rpartition("-")
-            is_numbered = stem and number.isdecimal()
-            name = f"{stem}-{int(number) + 1}" if is_numbered else f"{out.name}-2"
-            out = out.with_name(name)
+            i += 1
+            out = Path(f"{base}-{i}")
     if dist.is_initialized():
         shared = [str(out), failure]
         dist.broadcast_object_list(shared)
@@ -386,35 +393,40 @@ def claim(out: Path, wanted: str | None, resume: str | None) -> Path:
     return out
 
 
+def stem_of(out: Path) -> Path:
+    """runs/demo-2 -> runs/demo, if numbered() made it; runs/site-2023 is a name of its own."""
+    stem, _, number = out.name.rpartition("-")
+    without = out.with_name(stem) if stem and number.isdecimal() else out
+    return without if without.exists() else out
+
+
 LOCKS = []  # open files: closing one would end its lock
 
 
-def lock(out: Path) -> bool:
-    """Has this process the folder for itself? The system ends the lock with the process, killed or not."""
+def lock(out: Path, going_on: bool) -> bool:
+    """Has this process the folder for itself, and is it free, or a run to go on with?
+
+    The system ends the lock with the process, killed or not.
+    """
     out.mkdir(parents=True, exist_ok=True)
     if fcntl is None:
-        return True
+        return going_on or is_free(out)
     file = open(out / ".lock", "w")
     try:
-        # Not flock: a fork of this process, such as a DataLoader worker, would hold that one too.
+        # lockf, not flock: a DataLoader worker, which is a fork, would hold that one too.
         fcntl.lockf(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
     except (BlockingIOError, PermissionError):
         file.close()
         return False
     except OSError:  # a network disk without locks
         pass
+    if not going_on and not is_free(out):
+        file.close()
+        return False
     LOCKS.append(file)
     for old in out.glob("*.tmp"):  # of a killed run
         old.unlink()
     return True
-
-
-def again(out: Path) -> str:
-    """The command that goes on with the run in this folder, with as many processes."""
-    start = "python"
-    if dist.is_initialized():
-        start = f"torchrun --standalone --nproc_per_node={dist.get_world_size()}"
-    return f"{start} {Path(sys.argv[0]).name} --resume {shlex.quote(str(out))}"
 
 
 def check_same(out: Path, last: dict, same: dict) -> None:

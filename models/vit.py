@@ -302,6 +302,8 @@ class ViT(nn.Module):
         """
         if not blocks:
             blocks = [self.depth - 1]
+        if blocks != sorted(set(blocks)) or blocks[0] < 0 or blocks[-1] >= self.depth:
+            raise ValueError(f"blocks {blocks}; expected rising numbers of 0..{self.depth - 1}")
         # Only whole patches become tokens.
         H, W = x.shape[-2:]
         x = F.pad(x, (0, -W % self.patch, 0, -H % self.patch))
