@@ -1,4 +1,4 @@
-"""data/common.py: files appear whole or not at all, progress speaks when it takes long, samples are spread."""
+"""data/common.py: files whole or not at all, progress when it takes long, samples evenly spread."""
 import errno
 import io
 import json
@@ -19,7 +19,8 @@ from data.common import BadInput, even_sample, minutes, progress, read_json, rep
 # ---- files
 
 @pytest.mark.parametrize("content, stored", [
-    ("line\n", b"line\n"), (b"\x00\xff", b"\x00\xff"), ({"a": [1, None]}, b'{\n "a": [\n  1,\n  null\n ]\n}\n')])
+    ("line\n", b"line\n"), (b"\x00\xff", b"\x00\xff"),
+    ({"a": [1, None]}, b'{\n "a": [\n  1,\n  null\n ]\n}\n')])
 def test_write_makes_folders_and_stores_text_bytes_and_json(tmp_path, content, stored):
     write(tmp_path / "deep/er/file", content)
     write(tmp_path / "deep/er/file", content)  # over the old one
@@ -43,8 +44,10 @@ def half_then(error):
 
 
 @pytest.mark.parametrize("save, raised, said", [
-    (half_then(OSError(errno.ENOSPC, "No space left")), OSError, "cannot be written .No space left"),
-    (half_then(RuntimeError("PytorchStreamWriter failed")), OSError, "a.json: cannot be written .Pytorch"),
+    (half_then(OSError(errno.ENOSPC, "No space left")), OSError,
+     "cannot be written .No space left"),
+    (half_then(RuntimeError("PytorchStreamWriter failed")), OSError,
+     "a.json: cannot be written .Pytorch"),
     (half_then(ZeroDivisionError("mine")), ZeroDivisionError, "mine"),
     (half_then(KeyboardInterrupt()), KeyboardInterrupt, None)])
 def test_a_failure_in_the_middle_leaves_the_old_file_and_nothing_else(tmp_path, save, raised, said):

@@ -142,7 +142,8 @@ def test_resume_takes_the_flags_of_the_run(tmp_path):
 
 def test_a_changed_flag_is_refused(tmp_path):
     stored(tmp_path, color=0.25)
-    with pytest.raises(BadInput, match="trained with color = 0.25, not 0.5; leave the flag out") as e:
+    said = "trained with color = 0.25, not 0.5; leave the flag out"
+    with pytest.raises(BadInput, match=said) as e:
         resumed(tmp_path, "--color", "0.5")
     assert str(tmp_path) in str(e.value) and "\n" not in str(e.value)
 
