@@ -131,9 +131,10 @@ def lr_at(step, args, steps, warmup):
     # A pure function of the step: a resumed run has no scheduler to restore.
     rise = (step + 1) / max(1, warmup)
     done = max(0.0, (step - warmup) / max(1, steps - warmup))
-    fall = (1 - done) ** 0.9
     if args.schedule == "cosine":
         fall = 0.5 * (1 + math.cos(math.pi * done))
+    else:
+        fall = (1 - done) ** 0.9  # as DeepLab was published
     return args.lr * min(rise, fall)
 
 
@@ -243,8 +244,8 @@ def train(args, d, net, here, s):
     # -> (n, K) probabilities of the reported split
     rank, world, device = here.rank, here.world, here.device
     say, out = here.say, here.out
-    # Groups of parameters: those of the backbone have a share ("scale") of the head's rate, and
-    # norms, biases and tokens no weight decay.
+    # Groups of parameters: group["scale"] is their learning rate as a share of the head's; norms,
+    # biases and tokens have no weight decay.
     groups = nets.param_groups(net, args.lr, args.backbone_lr, args.layer_decay, args.weight_decay)
     opt = torch.optim.AdamW(groups, lr=args.lr, betas=BETAS, fused=True)
     params = [p for p in net.parameters() if p.requires_grad]
@@ -254,7 +255,7 @@ def train(args, d, net, here, s):
     steps = max(1, round(args.epochs * len(rows) / batch))
     warmup = min(args.warmup, steps // 5)  # few-shot runs are short
 
-    # A run that goes on has its weights, its optimiser and s; random numbers need no state.
+    # Random numbers have no state to restore: each is drawn from the number of its step or sample.
     same = dict(world=world, weights=here.meta["weights"]["sha256"])
     if args.resume:
         last = checkpoint.load_state(out / "last.pt")
@@ -277,7 +278,7 @@ def train(args, d, net, here, s):
     stop = run.Stop()
     began = time.time() - s.seconds
     if s.step == 0:
-        save_last()
+        save_last()  # what is killed before its first validation can be resumed, too
     while s.step < steps:
         # Every random number below is a function of (seed, step), equal on all ranks.
         step = s.step
@@ -310,7 +311,7 @@ def train(args, d, net, here, s):
         stopping = loss.new_full((), stop.signal)
         over = run.over_ranks(torch.stack([stopping, loss.detach() / world]))
         grad_norm, stopping, total = torch.stack([grad_norm, *over]).tolist()
-        if abs(grad_norm) < math.inf:
+        if math.isfinite(grad_norm):
             s.bad = 0
             opt.step()
         else:
@@ -344,13 +345,12 @@ def train(args, d, net, here, s):
         if due or stopping:
             save_last()
         if stopping:
-            say(f"stopped at step {s.step} of {steps}; go on: python train_cls.py --resume "
-                f"{shlex.quote(str(out))}", flush=True)
+            say(f"stopped at step {s.step} of {steps}; go on: {run.again(out)}", flush=True)
             run.end()
             stop.exit()
 
     stop.release()
-    run.wait()  # rank 0 has written best.safetensors
+    run.wait()  # until rank 0 has written best.safetensors
     net.load_state_dict(checkpoint.load_weights(out / "best.safetensors")[0])
     return probabilities(net, d.images(d.reports), here, args.batch_size)
 
@@ -436,7 +436,7 @@ def main(args):
     say(f"model   {title}, {line}")
     say(f"        {args.mode}, {nets.size_line(net)}, input {size} x {size}, normalisation {norm}, "
         f"{'bf16' if amp else 'fp32'} on {device}")
-    if info["norm"] not in (None, norm):
+    if not scratch and info["norm"] not in (None, norm):
         say(f"        WARNING --norm {norm}, but these weights were trained with {info['norm']}")
 
     # ---- run folder

@@ -17,7 +17,7 @@ import os
 import shlex
 import time
 from functools import partial
-from math import cos, inf, pi
+from math import cos, isfinite, pi
 from types import SimpleNamespace
 
 # Read when torch loads: threads that spin while they wait cost sixfold on a shared CPU.
@@ -38,6 +38,7 @@ from models import checkpoint, nets, run
 from models.heads import HEADS
 from models.infer import evaluate, examples
 from models.losses import ce, class_weights, parse_loss, weighted_sum
+from models.nets import as_tuple
 from models.run import COUNT, RATE, SHARE, WHOLE, between
 from models.vit import PRESETS
 
@@ -70,13 +71,13 @@ def parse_args(argv=None):
     data.add_argument("--dataset", choices=["demo", "folder", *public.SETS],
                       help="(demo without --root, folder with it)")
     data.add_argument("--root", help="folder with images, masks and dataset.json")
-    data.add_argument("--variant", help="form of a public set that has several: irrg,eroded")
+    data.add_argument("--variant", help="form of a public set that has several: rgb,eroded")
     data.add_argument("--bands", type=run.bands, help="three of images with more, from 1: 4,1,2")
     data.add_argument("--input-range", type=float, nargs=2, metavar=("LOW", "HIGH"),
                       help="values that become 0 and 255, for images of other than 8 bits")
     data.add_argument("--split-file", help="JSON {split: [names]}, such as a run's split.json")
     data.add_argument("--val-frac", type=SHARE, help="part of train to choose weights by, if no val")
-    data.add_argument("--final", action="store_true", help="hold nothing out; keep the last weights")
+    data.add_argument("--final", action="store_true", help="do not validate; keep the last weights")
     data.add_argument("--crop", type=between(16, 2**15, int),
                       help="side in pixels (128 from scratch, else 512, patch 14: 518)")
     data.add_argument("--scale", type=between(0.05, 20), nargs=2, default=[0.75, 1.5],
@@ -134,6 +135,8 @@ def parse_args(argv=None):
     if args.points_per_class and args.points not in points.PATTERNS:
         p.error(f"--points-per-class {args.points_per_class}: for points drawn from masks, not "
                 f"--points {args.points}; leave it out")
+    if "boundary" in args.loss:
+        p.error(f"--loss {args.loss}: points have no boundary; take that term out")
     if args.grow and not args.ema:
         p.error("--grow without --ema: the averaged weights are the teacher; type --ema 0.99")
     return args
@@ -143,9 +146,10 @@ def lr_at(step, args):
     # A pure function of the step: a resumed run has no scheduler to restore.
     rise = (step + 1) / max(1, args.warmup)
     done = max(0.0, (step - args.warmup) / max(1, args.steps - args.warmup))
-    fall = (1 - done) ** 0.9
     if args.schedule == "cosine":
         fall = 0.5 * (1 + cos(pi * done))
+    else:
+        fall = (1 - done) ** 0.9  # as DeepLab was published
     return args.lr * min(rise, fall)
 
 
@@ -243,8 +247,9 @@ def main(args):
 
     # ---- data
     drawn = args.points in points.PATTERNS  # from masks; with points from a file none is needed
-    d = Source(args.dataset, args.root, args.variant, args.split_file, args.val_frac, args.final,
-               args.bands, args.input_range, args.cache, args.resume, need_masks=drawn)
+    d = Source(args.dataset, args.root, variant=args.variant, split_file=args.split_file,
+               val_frac=args.val_frac, final=args.final, bands=args.bands,
+               input_range=args.input_range, cache=args.cache, resume=args.resume, need_masks=drawn)
     K = len(d.names)
     out = run.folder(args.out, f"runs/{d.name}-points", args.resume)
     say(d.headline())
@@ -278,23 +283,23 @@ def main(args):
 
     # ---- network
     scratch, vit = args.weights == "none", args.model == "vit"
+    # spec: all that builds the network again; info: what is known of --weights (line, norm, sha256).
     net, spec, info = nets.make(args.model, K, args.weights, args.arch, args.head)
     norm = nets.choose_norm(args.norm, info)
 
     # Defaults that depend on the network. From scratch all of it learns at one rate.
-    patch = spec["backbone"]["patch"] if vit else None
-    if args.crop is None:
-        args.crop = 518 if patch == 14 else 512
-        if scratch:
-            args.crop = 128
+    if args.crop is None and scratch:
+        args.crop = 128
+    elif args.crop is None:  # whole patches
+        args.crop = 518 if vit and spec["backbone"]["patch"] == 14 else 512
     if args.lr is None:
         args.lr = 3e-3 if scratch and vit else 1e-3
-    if args.backbone_lr is None:
+    if args.backbone_lr is None and scratch:
+        args.backbone_lr = args.lr
+    elif args.backbone_lr is None:
         args.backbone_lr = 2e-5 if vit else 1e-4
-        if scratch:
-            args.backbone_lr = args.lr
     if args.unfreeze is None:
-        args.unfreeze = "all" if scratch else "0"
+        args.unfreeze = "all" if scratch or not vit else "0"
 
     frozen = nets.unfreeze(net, args.unfreeze)
     net = run.synchronise_norms(net, device).to(device).train()
@@ -304,14 +309,15 @@ def main(args):
     say(f"model   {nets.name_of(spec)}, {info['line']}")
     say(f"        {nets.size_line(net)}, normalisation {norm}, "
         f"{'bf16' if amp else 'fp32'} on {device}")
-    if info["norm"] not in (None, norm):
+    if not scratch and info["norm"] not in (None, norm):
         say(f"        WARNING --norm {norm}, but these weights were trained with {info['norm']}")
-    if args.batch_size == 1 and nets.freeze_bn(net):
+    bn_frozen = nets.freeze_bn(net) if args.batch_size == 1 else False
+    if bn_frozen:
         say("        BatchNorm keeps its statistics: it cannot learn from batches of one")
 
     # ---- optimiser
-    # Groups of parameters: those of the backbone have a share ("scale") of the head's rate, and
-    # norms, biases and tokens no weight decay.
+    # Groups of parameters: group["scale"] is their learning rate as a share of the head's; norms,
+    # biases and tokens have no weight decay.
     groups = nets.param_groups(net, args.lr, args.backbone_lr, args.layer_decay, args.weight_decay)
     opt = torch.optim.AdamW(groups, lr=args.lr, betas=BETAS, fused=True)
     params = [p for p in net.parameters() if p.requires_grad]
@@ -330,14 +336,16 @@ def main(args):
 
     # ---- start or resume
     facts = run.facts(device, world)
-    # All that a run remembers beside its weights.
+    # All that a run remembers beside its weights, stored whole in last.pt. bad: non-finite
+    # gradients in a row.
     s = SimpleNamespace(step=0, best=-1.0, bad=0, seconds=0.0, history=[],
                         command=facts["command"])
     # This rank's answers at training points since the last validation, rows true.
     seen = torch.zeros(K, K, dtype=torch.int64, device=device)
     # What must be equal on resume, or it would be another run.
-    same = dict(world=world, weights=info["sha256"], labels=[d.labels.classes, d.labels.ignore])
-    # A run that goes on has its weights, its optimiser and s; random numbers need no state.
+    same = dict(world=world, weights=info["sha256"], amp=amp,
+                labels=[d.labels.classes, d.labels.ignore])
+    # Random numbers have no state to restore: each is drawn from the number of its step or sample.
     if args.resume:
         last = checkpoint.load_state(out / "last.pt")
         run.check_same(out, last, same)
@@ -350,6 +358,7 @@ def main(args):
             seen += last["seen"].to(device)
         say(f"resume  {out} at step {s.step} of {args.steps}, best val mIoU {s.best:.4f}")
         if args.steps > last["args"]["steps"]:
+            s.command += f" && {facts['command']}"
             say(f"        {args.steps} steps instead of {last['args']['steps']}: the rate follows "
                 "the longer schedule from here on")
         del last
@@ -362,7 +371,7 @@ def main(args):
         if isinstance(data, PointSet):
             say(f"        WARNING no masks: scored on the points of {len(data)} images such as "
                 f"{data.names[0]}, which tell little of edges")
-    train.read(0)  # Bands or a depth that nobody has chosen stop here, before anything is written.
+    train.read(0)  # Images that need --bands or --input-range stop the run before it writes anything.
     out = run.claim(out, args.out, args.resume)
     meta = d.about() | nets.about(info) | dict(
         model=spec, norm=norm, crop=args.crop, overlap=OVERLAP, amp="bf16" if amp else "off",
@@ -392,8 +401,8 @@ def main(args):
             checkpoint.save_weights(out / "best.safetensors", judged.state_dict(), meta | more)
 
     # ---- loop
-    # Draws are numbered over the whole run, so that a resumed one sees the images that come next.
     window = dict(crop=args.crop, overlap=OVERLAP, batch=args.batch_size, amp=amp)
+    # Draws are numbered over the whole run, so that a resumed one sees the images that come next.
     draws = StepSampler(len(train), args.batch_size, args.steps, args.seed, s.step, rank, world)
     batches = iter(DataLoader(train, batch_sampler=draws, num_workers=args.workers,
                               pin_memory=device.type == "cuda",
@@ -403,12 +412,11 @@ def main(args):
     stop = run.Stop()
     began = time.time() - s.seconds
     if s.step == 0:
-        save_last()
+        save_last()  # what is killed before its first validation can be resumed, too
     while s.step < args.steps:
-        # Every random number below is a function of (seed, step).
+        # A stream of random numbers of its own for dropout, another one on each rank.
         step = s.step
-        dropout = np.random.default_rng((4, args.seed, step, rank))
-        torch.manual_seed(int(dropout.integers(2**63)))
+        run.seed_torch(4, args.seed, step, rank)
         x, y, names = next(batches)  # (B, 3, H, W), (B, H, W): class ids, UNLABELLED, IGNORE
         x, y = x.to(device, non_blocking=True), y.to(device, non_blocking=True)
         unlabelled = y == UNLABELLED
@@ -428,7 +436,7 @@ def main(args):
         opt.zero_grad(set_to_none=True)
         with torch.autocast(device.type, torch.bfloat16, enabled=amp):
             logits = model(x)  # (B, K, H, W)
-        logits, *aux = logits if isinstance(logits, tuple) else (logits,)
+        logits, *aux = as_tuple(logits)  # of some CNNs an auxiliary head's, too
         loss = weighted_sum(terms, logits, y, weights, count=valid, total=run.over_ranks)
         for z in aux:
             loss = loss + AUX * weighted_sum([(1.0, "ce")], z, y, weights, count=valid)
@@ -437,7 +445,7 @@ def main(args):
             # A mean over all unlabelled pixels: while few are sure, they weigh little.
             loss = loss + args.grow * ce(logits, grown, others[0])
             sure = others[1] / others[0].clamp(min=1)
-        # DDP takes the mean over ranks, and the loss is made to be summed.
+        # The loss is a sum over the pixels of all ranks divided by their number; DDP would take a mean.
         (loss * world).backward()
         total = loss.detach().clone()
         metrics.count_pairs_(seen, logits.detach().max(1).indices, y)
@@ -451,7 +459,7 @@ def main(args):
         # The one place of a step that waits for the GPU.
         numbers = torch.stack([grad_norm, total, stopping.float(), sure])
         grad_norm, total, stopping, sure = numbers.tolist()
-        if abs(grad_norm) < inf:
+        if isfinite(grad_norm):
             s.bad = 0
             opt.step()
             if ema:
@@ -492,21 +500,20 @@ def main(args):
             if miou > s.best:
                 s.best = miou
                 save_best(miou)
-        elif last_step:
+        if last_step and not val:
             save_best(None)  # --final: nothing was held out to choose by
         if due:
             seen.zero_()
         if due or stopping:
             save_last()
         if stopping:
-            say(f"stopped at step {s.step} of {args.steps}; go on: python train_points.py --resume "
-                f"{shlex.quote(str(out))}", flush=True)
+            say(f"stopped at step {s.step} of {args.steps}; go on: {run.again(out)}", flush=True)
             run.end()
             stop.exit()
 
     # ---- report: the kept weights on the split that nothing above has looked at
     stop.release()
-    run.wait()  # rank 0 has written best.safetensors
+    run.wait()  # until rank 0 has written best.safetensors
     tensors, _ = checkpoint.load_weights(out / "best.safetensors")
     net.load_state_dict(tensors)
     cm = evaluate(net, test, window, args.workers, what=d.reports)

@@ -7,8 +7,8 @@
     python train_seg.py --resume runs/demo                  go on after a kill, bit for bit on a CPU
 
 Reads in the order in which it runs: flags, data, network, optimiser, start or resume, loop, report.
-What it imports returns values and never calls back: data/source.py opens a data set, models/nets.py
-makes a network, models/infer.py slides it over images, models/run.py surrounds the loop.
+data/source.py opens a data set, models/nets.py makes a network, models/infer.py slides it over
+images, models/run.py has processes, signals and the run folder; none of them knows a loop.
 train_kd.py and train_points.py are this file with another loss:
 `git diff --no-index train_seg.py train_kd.py` shows what they add.
 """
@@ -17,7 +17,7 @@ import shlex
 import time
 from contextlib import nullcontext
 from functools import partial
-from math import cos, inf, pi
+from math import cos, isfinite, pi
 from types import SimpleNamespace
 
 # Read when torch loads: threads that spin while they wait cost sixfold on a shared CPU.
@@ -36,7 +36,8 @@ from data.source import Source, rare_classes
 from models import checkpoint, nets, run
 from models.heads import HEADS
 from models.infer import evaluate, examples
-from models.losses import class_weights, parse_loss, weighted_sum
+from models.losses import LOSSES, class_weights, parse_loss, uses, weighted_sum
+from models.nets import as_tuple
 from models.run import COUNT, RATE, SHARE, WHOLE, between
 from models.vit import PRESETS
 
@@ -44,7 +45,8 @@ AUX = 0.4  # weight of an auxiliary head's cross-entropy, as UNetFormer was publ
 BETAS = 0.9, 0.999  # of AdamW
 CLIP = 1.0  # limit of the gradient's norm
 OVERLAP = 0.25  # of evaluation windows, as a part of --crop
-CHECKED = 64  # masks that are read before training, where class weights do not need all of them
+# Masks per split that are read before training. Class weights need those of train all.
+CHECKED = 64
 
 # Flags that may differ on resume: paths and speed, nothing that changes the result.
 MOVABLE = "root", "weights", "cache", "workers"
@@ -57,13 +59,13 @@ def parse_args(argv=None):
     data.add_argument("--dataset", choices=["demo", "folder", *public.SETS],
                       help="(demo without --root, folder with it)")
     data.add_argument("--root", help="folder with images, masks and dataset.json")
-    data.add_argument("--variant", help="form of a public set that has several: irrg,eroded")
+    data.add_argument("--variant", help="form of a public set that has several: rgb,eroded")
     data.add_argument("--bands", type=run.bands, help="three of images with more, from 1: 4,1,2")
     data.add_argument("--input-range", type=float, nargs=2, metavar=("LOW", "HIGH"),
                       help="values that become 0 and 255, for images of other than 8 bits")
     data.add_argument("--split-file", help="JSON {split: [names]}, such as a run's split.json")
     data.add_argument("--val-frac", type=SHARE, help="part of train to choose weights by, if no val")
-    data.add_argument("--final", action="store_true", help="hold nothing out; keep the last weights")
+    data.add_argument("--final", action="store_true", help="do not validate; keep the last weights")
     data.add_argument("--crop", type=between(16, 2**15, int),
                       help="side in pixels (128 from scratch, else 512, patch 14: 518)")
     data.add_argument("--scale", type=between(0.05, 20), nargs=2, default=[0.75, 1.5],
@@ -104,7 +106,7 @@ def parse_args(argv=None):
     opt.add_argument("--warmup", type=WHOLE, default=50, help="steps of rising rate")
     opt.add_argument("--schedule", default="cosine", choices=["cosine", "poly"], help="of the rate")
     opt.add_argument("--loss", default="ce+dice",
-                     help="sum of ce, focal, dice, lovasz, boundary, such as ce+0.5*dice")
+                     help=f"sum of {', '.join(LOSSES)}, such as ce+0.5*dice")
     opt.add_argument("--class-weights", choices=["none", "inverse", "sqrt", "median", "effective"],
                      help="for ce and focal (none; sqrt for the demo)")
     opt.add_argument("--label-smoothing", type=between(0, 0.9), default=0.0, help="of ce")
@@ -125,6 +127,8 @@ def parse_args(argv=None):
 
     args = run.parse(p, argv, MOVABLE)
     run.check_rising(p, args, "scale", "input_range")
+    if args.final and args.patience:
+        p.error("--patience counts validations, and --final has none; leave one of them out")
     run.only_with(p, args, "model", "vit", "arch", "head", "unfreeze", "layer_decay", "save")
     return args
 
@@ -133,9 +137,10 @@ def lr_at(step, args):
     # A pure function of the step: a resumed run has no scheduler to restore.
     rise = (step + 1) / max(1, args.warmup)
     done = max(0.0, (step - args.warmup) / max(1, args.steps - args.warmup))
-    fall = (1 - done) ** 0.9
     if args.schedule == "cosine":
         fall = 0.5 * (1 + cos(pi * done))
+    else:
+        fall = (1 - done) ** 0.9  # as DeepLab was published
     return args.lr * min(rise, fall)
 
 
@@ -152,19 +157,21 @@ def main(args):
     terms = parse_loss(args.loss)  # [(1.0, "ce"), (1.0, "dice")]
 
     # ---- data
-    d = Source(args.dataset, args.root, args.variant, args.split_file, args.val_frac, args.final,
-               args.bands, args.input_range, args.cache, args.resume)
+    d = Source(args.dataset, args.root, variant=args.variant, split_file=args.split_file,
+               val_frac=args.val_frac, final=args.final, bands=args.bands,
+               input_range=args.input_range, cache=args.cache, resume=args.resume)
     K = len(d.names)
     out = run.folder(args.out, f"runs/{d.name}", args.resume)
     say(d.headline())
 
     if args.class_weights is None:
         args.class_weights = "sqrt" if d.kind == "demo" else "none"
-    weighted = args.class_weights != "none"
-    # Pixels per training mask and class, (N, K + 1), ignored ones last. A bad mask stops here.
+    weighted = args.class_weights != "none" and uses(terms, "class_weights")
+    # Pixels per class of the training masks that are read, (N, K + 1), ignored ones last.
     counts = d.count(limit=None if weighted else CHECKED)
     percents = zip([*d.names, "ignored"], counts.sum(0) / counts.sum())
-    say("        " + "  ".join(f"{name} {x:.2%}" for name, x in percents))
+    percents = "  ".join(f"{name} {percent:.2%}" for name, percent in percents)
+    say(f"        in {len(counts)} training masks: {percents}")
     rare = rare_classes(counts[:, :K]) if args.focus else []
     if rare:
         names = ", ".join(d.names[c] for c in rare)
@@ -172,23 +179,23 @@ def main(args):
 
     # ---- network
     scratch, vit = args.weights == "none", args.model == "vit"
+    # spec: all that builds the network again; info: what is known of --weights (line, norm, sha256).
     net, spec, info = nets.make(args.model, K, args.weights, args.arch, args.head)
     norm = nets.choose_norm(args.norm, info)
 
     # Defaults that depend on the network. From scratch all of it learns at one rate.
-    patch = spec["backbone"]["patch"] if vit else None
-    if args.crop is None:
-        args.crop = 518 if patch == 14 else 512
-        if scratch:
-            args.crop = 128
+    if args.crop is None and scratch:
+        args.crop = 128
+    elif args.crop is None:  # whole patches
+        args.crop = 518 if vit and spec["backbone"]["patch"] == 14 else 512
     if args.lr is None:
         args.lr = 3e-3 if scratch and vit else 1e-3
-    if args.backbone_lr is None:
+    if args.backbone_lr is None and scratch:
+        args.backbone_lr = args.lr
+    elif args.backbone_lr is None:
         args.backbone_lr = 2e-5 if vit else 1e-4
-        if scratch:
-            args.backbone_lr = args.lr
     if args.unfreeze is None:
-        args.unfreeze = "all" if scratch else "0"
+        args.unfreeze = "all" if scratch or not vit else "0"
 
     frozen = nets.unfreeze(net, args.unfreeze)
     if args.save == "head" and (scratch or not frozen):
@@ -201,14 +208,15 @@ def main(args):
     say(f"model   {nets.name_of(spec)}, {info['line']}")
     say(f"        {nets.size_line(net)}, normalisation {norm}, "
         f"{'bf16' if amp else 'fp32'} on {device}")
-    if info["norm"] not in (None, norm):
+    if not scratch and info["norm"] not in (None, norm):
         say(f"        WARNING --norm {norm}, but these weights were trained with {info['norm']}")
-    if args.batch_size == 1 and nets.freeze_bn(net):
+    bn_frozen = nets.freeze_bn(net) if args.batch_size == 1 else False
+    if bn_frozen:
         say("        BatchNorm keeps its statistics: it cannot learn from batches of one")
 
     # ---- optimiser
-    # Groups of parameters: those of the backbone have a share ("scale") of the head's rate, and
-    # norms, biases and tokens no weight decay.
+    # Groups of parameters: group["scale"] is their learning rate as a share of the head's; norms,
+    # biases and tokens have no weight decay.
     groups = nets.param_groups(net, args.lr, args.backbone_lr, args.layer_decay, args.weight_decay)
     opt = torch.optim.AdamW(groups, lr=args.lr, betas=BETAS, fused=True)
     params = [p for p in net.parameters() if p.requires_grad]
@@ -225,12 +233,14 @@ def main(args):
 
     # ---- start or resume
     facts = run.facts(device, world)
-    # All that a run remembers beside its weights.
+    # All that a run remembers beside its weights, stored whole in last.pt. stale: validations
+    # without gain; bad: non-finite gradients in a row.
     s = SimpleNamespace(step=0, best=-1.0, stale=0, bad=0, seconds=0.0, history=[],
                         command=facts["command"])
     # What must be equal on resume, or it would be another run.
-    same = dict(world=world, weights=info["sha256"], labels=[d.labels.classes, d.labels.ignore])
-    # A run that goes on has its weights, its optimiser and s; random numbers need no state.
+    same = dict(world=world, weights=info["sha256"], amp=amp,
+                labels=[d.labels.classes, d.labels.ignore])
+    # Random numbers have no state to restore: each is drawn from the number of its step or sample.
     if args.resume:
         last = checkpoint.load_state(out / "last.pt")
         run.check_same(out, last, same)
@@ -241,13 +251,14 @@ def main(args):
         s = SimpleNamespace(**last["state"])
         say(f"resume  {out} at step {s.step} of {args.steps}, best val mIoU {s.best:.4f}")
         if args.steps > last["args"]["steps"]:
+            s.command += f" && {facts['command']}"
             say(f"        {args.steps} steps instead of {last['args']['steps']}: the rate follows "
                 "the longer schedule from here on")
         del last
 
     train = d.part("train", norm, partial(transform, args=args, rare=rare), args.seed)
     val = d.part(d.picks, norm) if d.picks else None
-    train.read(0)  # Bands or a depth that nobody has chosen stop here, before anything is written.
+    train.read(0)  # Images that need --bands or --input-range stop the run before it writes anything.
     out = run.claim(out, args.out, args.resume)
     meta = d.about() | nets.about(info) | dict(
         model=spec, norm=norm, crop=args.crop, overlap=OVERLAP, amp="bf16" if amp else "off",
@@ -276,8 +287,9 @@ def main(args):
             checkpoint.save_weights(out / "best.safetensors", tensors, meta | more)
 
     # ---- loop
-    # Draws are numbered over the whole run, so that a resumed one sees the images that come next.
     window = dict(crop=args.crop, overlap=OVERLAP, batch=args.batch_size, amp=amp)
+    # Draws are numbered over the whole run and by micro-batches, so that a resumed run sees the
+    # images that come next.
     micro_steps = args.steps * args.accum
     done = s.step * args.accum
     draws = StepSampler(len(train), args.batch_size, micro_steps, args.seed, done, rank, world)
@@ -289,17 +301,17 @@ def main(args):
     stop = run.Stop()
     began = time.time() - s.seconds
     if s.step == 0:
-        save_last()
+        save_last()  # what is killed before its first validation can be resumed, too
     while s.step < args.steps:
         if args.patience and s.stale >= args.patience:
             say(f"stop: no better val mIoU in {s.stale} validations")
             break
-        # Every random number below is a function of (seed, step). The 3 keeps these draws apart
-        # from the crops'. All ranks must mix alike: dice sums over ranks once per target.
+        # Streams of random numbers of their own, 1 and 2 being the order of images and the crops:
+        # 3 mixes images, alike on all ranks, or their numbers of targets, and so of collectives in
+        # dice, would differ; 4 is dropout's, another one on each rank.
         step = s.step
         rng = np.random.default_rng((3, args.seed, step))
-        dropout = np.random.default_rng((4, args.seed, step, rank))
-        torch.manual_seed(int(dropout.integers(2**63)))
+        run.seed_torch(4, args.seed, step, rank)
 
         # The micro-batches, and over all ranks: how many pixels count, was any rank told to stop?
         micro, valid = [], 0
@@ -315,14 +327,14 @@ def main(args):
         for group in opt.param_groups:
             group["lr"] = group["scale"] * lr_at(step, args)
         opt.zero_grad(set_to_none=True)
-        total = torch.zeros((), device=device)
+        step_loss = torch.zeros((), device=device)
         for i, (x, targets) in enumerate(micro):
             # Gradients cross ranks once, in the last micro-batch.
-            alone = world > 1 and i + 1 < args.accum
-            with model.no_sync() if alone else nullcontext():
+            skip_sync = world > 1 and i + 1 < args.accum
+            with model.no_sync() if skip_sync else nullcontext():
                 with torch.autocast(device.type, torch.bfloat16, enabled=amp):
                     logits = model(x.to(device, non_blocking=True))  # (B, K, H, W)
-                logits, *aux = logits if isinstance(logits, tuple) else (logits,)
+                logits, *aux = as_tuple(logits)  # of some CNNs an auxiliary head's, too
                 loss = 0.0
                 for share, y in targets:
                     y = y.to(device, non_blocking=True)
@@ -332,19 +344,20 @@ def main(args):
                         ce = weighted_sum([(1.0, "ce")], z, y, weights, count=valid)
                         value = value + AUX * ce
                     loss = loss + share * value
-                # DDP takes the mean over ranks, and the loss is made to be summed.
+                # The loss is a sum over the pixels of all ranks divided by their number; DDP would take a mean.
                 (loss * world).backward()
-            total += loss.detach()
+            step_loss += loss.detach()
 
         # step; one with a non-finite gradient is skipped, five in a row end the run
         grad_norm = torch.nn.utils.clip_grad_norm_(params, CLIP)  # equal on all ranks
         last_step = step + 1 == args.steps
         log = (step + 1) % args.log_every == 0 or last_step
         if log:
-            run.over_ranks(total)
+            run.over_ranks(step_loss)
         # The one place of a step that waits for the GPU.
-        grad_norm, total, stopping = torch.stack([grad_norm, total, stopping.float()]).tolist()
-        if abs(grad_norm) < inf:
+        numbers = torch.stack([grad_norm, step_loss, stopping.float()])
+        grad_norm, step_loss, stopping = numbers.tolist()
+        if isfinite(grad_norm):
             s.bad = 0
             opt.step()
             if ema:
@@ -360,10 +373,10 @@ def main(args):
 
         # once in a while: log, validate, save, stop
         if log:
-            row = dict(loss=total, lr=lr_at(step, args), grad_norm=grad_norm)
+            row = dict(loss=step_loss, lr=lr_at(step, args), grad_norm=grad_norm)
             s.history.append(dict(step=s.step, **run.finite(row)))
             rest = minutes(s.seconds / s.step * (args.steps - s.step))
-            say(f"step {s.step:5d} of {args.steps}  loss {total:.4f}  |g| {grad_norm:.3f}  "
+            say(f"step {s.step:5d} of {args.steps}  loss {step_loss:.4f}  |g| {grad_norm:.3f}  "
                 f"lr {row['lr']:.2e}  ETA {rest}", flush=True)
         due = s.step % args.eval_every == 0 or last_step
         if due and val:
@@ -377,19 +390,18 @@ def main(args):
             if miou > s.best:
                 s.best, s.stale = miou, 0
                 save_best(miou)
-        elif last_step:
+        if last_step and not val:
             save_best(None)  # --final: nothing was held out to choose by
         if due or stopping:
             save_last()
         if stopping:
-            say(f"stopped at step {s.step} of {args.steps}; go on: python train_seg.py --resume "
-                f"{shlex.quote(str(out))}", flush=True)
+            say(f"stopped at step {s.step} of {args.steps}; go on: {run.again(out)}", flush=True)
             run.end()
             stop.exit()
 
     # ---- report: the kept weights on the split that nothing above has looked at
     stop.release()
-    run.wait()  # rank 0 has written best.safetensors
+    run.wait()  # until rank 0 has written best.safetensors
     tensors, _ = checkpoint.load_weights(out / "best.safetensors")
     net.load_state_dict(tensors, strict=args.save == "all")
     test = d.part(d.reports, norm)

@@ -33,6 +33,9 @@ def crop(image: np.ndarray, mask: np.ndarray, size: int, scale: float,
     image 0, mask IGNORE.
     """
     H, W = mask.shape
+    if image.dtype != np.uint8 or mask.dtype != np.uint8 or image.shape != (H, W, 3):
+        raise ValueError(f"image {image.shape} {image.dtype}, mask {mask.shape} {mask.dtype}; "
+                         "expected (H, W, 3) uint8 and (H, W) uint8")
     part, (out_h, out_w) = crop_window(H, W, size, scale, centre)
     top, left, h, w = part
     rows = slice(top, top + h)

@@ -18,8 +18,13 @@ from .common import IGNORE
 def confusion(pred: Tensor, true: Tensor, k: int) -> Tensor:
     """pred, true: class ids of any one shape, true with IGNORE -> (k, k) int64, rows true.
 
-    An id that is no class is a ValueError.
+    An id that is no class is a ValueError; what is ignored has the id 255 in `true`, not -1.
     """
+    if pred.shape != true.shape:
+        raise ValueError(f"a prediction {tuple(pred.shape)} of a mask {tuple(true.shape)}")
+    for ids in (pred, true):
+        if ids.dtype != torch.uint8 and ids.numel() and (ids.min() < 0 or ids.max() > 255):
+            raise ValueError(f"ids {int(ids.min())}..{int(ids.max())}; expected 0..255")
     # Count all 256 x 256 pairs in one pass. That needs no slow selection of valid pixels, and no id
     # from k on can pass for another one.
     pair = true.int() * 256 + pred.int()
@@ -153,7 +158,7 @@ def by_class(names: list[str], values: Tensor) -> dict[str, float | None]:
 
 
 def headline(r: dict, without: dict[str, list[str]] = {}) -> str:
-    """report() in a few lines: the means, those of `without`, and the majority baseline."""
+    """report() and r["split"] in a few lines: means, those of `without`, and the majority baseline."""
     absent = ""
     if r["absent"]:
         absent = f" (absent: {', '.join(r['absent'])})"

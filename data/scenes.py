@@ -1,14 +1,13 @@
-"""Scene classification: class folders, splits without leaks, all images in one uint8 array, augmentation of batches.
+"""Scene classification: class folders, splits without leaks, all images in one uint8 array, augmentation.
 
-    base, scenes, *rest = find_scenes("EuroSAT")              {"Forest/Forest_1.jpg": "Forest", ...}
-    pixels, digests = decode_scenes(*files, side=None)        (N, S, S, 3) uint8; kept on disk by a data/cache.py Cache
-    x = prepare(augment_scenes(torch.from_numpy(pixels[i]), draws, seed=0), NORMS["imagenet"])
+    d = Scenes("EuroSAT")                       d.pixels (N, S, S, 3) uint8, d.splits, d.rows, d.y, d.names
+    x = augment_scenes(torch.from_numpy(d.images("train")[:8]), draws, seed=0)
+    x = prepare(x, NORMS["imagenet"])           (B, 3, S, S) float32
 
-Folders: ROOT/<class>/ with images at any depth, or ROOT/train/<class>/ with val and test beside it; EuroSAT's 2750/ is
-found below any parent. A scene's name is its path below the base, suffix included.
+Folders: ROOT/<class>/ with images at any depth, or ROOT/train/<class>/ with val and test beside it;
+EuroSAT's 2750/ is found below any parent. A scene's name is its path below the base, suffix included.
 """
 import hashlib
-import json
 import os
 import re
 from collections import Counter, defaultdict
@@ -20,18 +19,23 @@ import numpy as np
 import torch
 import torch.nn.functional as F
 from PIL import Image
+from torch import Tensor
 
 from .cache import Cache
-from .common import BadInput
+from .common import BadInput, read_json
 from .datasets import uncached
 from .io import SUFFIXES, is_hidden, open_image, read_image
 
-SPLITS = {"train": "train", "training": "train", "val": "val", "valid": "val", "validation": "val", "test": "test",
-          "testing": "test"}
+# How folders may call the three splits.
+SPLITS = {"train": "train", "training": "train", "val": "val", "valid": "val", "validation": "val",
+          "test": "test", "testing": "test"}
 LARGEST = 224  # side to which images of other than one small square size are brought, unless told
 
 
+# ---- folders
+
 def folders(path: Path) -> list[Path]:
+    """Sub-folders in order, without hidden ones."""
     return sorted(p for p in path.iterdir() if p.is_dir() and not is_hidden(p.name))
 
 
@@ -43,33 +47,49 @@ def base_of(root: str | Path) -> Path:
     for place in (base / "2750", *sorted(base.glob("*/2750"))):  # EuroSAT as downloaded
         if place.is_dir():
             return place
-    while len(inner := folders(base)) == 1 and folders(inner[0]):
+    inner = folders(base)
+    while len(inner) == 1 and folders(inner[0]):
         base = inner[0]
+        inner = folders(base)
     return base
 
 
-def find_scenes(root: str | Path) -> tuple[Path, dict[str, str], dict[str, list[str]], list[Path], list[str]]:
-    """-> base, {name: class}, {split: names} where folders give splits, files that are no images, classes without any.
-    """
-    base, scenes, splits, stray, count = base_of(root), {}, {}, [], Counter()
+def find_scenes(root: str | Path) -> tuple[Path, dict[str, str], dict[str, list[str]], list[Path],
+                                           list[str]]:
+    """-> base, {name: class}, {split: names} if folders give splits, files that are no images, empty classes."""
+    base = base_of(root)
     tops = folders(base)
     known = [top for top in tops if top.name.lower() in SPLITS]
     official = len(known) == len(tops)
     if not official and {SPLITS[top.name.lower()] for top in known} >= {"train", "val"}:
-        other = next(top for top in tops if top not in known)
-        raise BadInput(f"{other}: beside {known[0].name}/; move it away, or name --root the folder of classes")
+        other = [top for top in tops if top not in known][0]
+        raise BadInput(f"{other}: beside {known[0].name}/; move it away, or name --root the folder "
+                       "of classes")
+    scenes, splits, stray, count = {}, {}, [], Counter()
     for top in tops:
         for folder in folders(top) if official else [top]:
-            files = sorted(f for f in folder.rglob("*") if f.is_file() and not is_hidden(f.relative_to(base)))
-            names = [f.relative_to(base).as_posix() for f in files if f.suffix.lower() in SUFFIXES]
-            stray += [f for f in files if f.suffix.lower() not in SUFFIXES]
+            images, others = files_in(folder, base)
+            names = [file.relative_to(base).as_posix() for file in images]
+            stray += others
             scenes |= dict.fromkeys(names, folder.name)
             count[folder.name] += len(names)
             if official:
                 splits.setdefault(SPLITS[top.name.lower()], []).extend(names)
     if not scenes:
-        raise BadInput(f"{base}: no images in sub-folders; expected {base}/CLASS/NAME.jpg, or {base}/train/CLASS/...")
-    return base, scenes, splits, stray, [name for name, n in count.items() if n == 0]
+        raise BadInput(f"{base}: no images in sub-folders; expected {base}/CLASS/NAME.jpg, or "
+                       f"{base}/train/CLASS/...")
+    empty = [name for name, n in count.items() if n == 0]
+    return base, scenes, splits, stray, empty
+
+
+def files_in(folder: Path, base: Path) -> tuple[list[Path], list[Path]]:
+    """Images and other files at any depth, in order, without hidden ones."""
+    images, others = [], []
+    for file in sorted(folder.rglob("*")):
+        if file.is_file() and not is_hidden(file.relative_to(base)):
+            fits = file.suffix.lower() in SUFFIXES
+            (images if fits else others).append(file)
+    return images, others
 
 
 # ---- splits
@@ -77,83 +97,105 @@ def find_scenes(root: str | Path) -> tuple[Path, dict[str, str], dict[str, list[
 def groups_of(names: list[str], regex: str | None) -> dict[str, str]:
     """{name: its group}: the regex's first group, or its match; without a regex every name is its own."""
     if not regex:
-        return {n: n for n in names}
+        return {name: name for name in names}
     try:
-        found = {n: re.search(regex, n) for n in names}
+        pattern = re.compile(regex)
     except re.error as e:
         raise BadInput(f"--group-regex {regex!r} is no regular expression: {e}") from None
-    for n, match in found.items():
+    groups = {}
+    for name in names:
+        match = pattern.search(name)
         if match is None:
-            raise BadInput(f"--group-regex {regex!r} does not match {n!r}")
-    return {n: match[1 if match.re.groups else 0] for n, match in found.items()}
+            raise BadInput(f"--group-regex {regex!r} does not match {name!r}")
+        groups[name] = match[1 if pattern.groups else 0]
+    return groups
 
 
-def draw_splits(scenes: dict[str, str], groups: dict[str, str], shares: dict[str, float], seed: int) -> dict:
+def draw_splits(scenes: dict[str, str], groups: dict[str, str], shares: dict[str, float],
+                seed: int) -> dict[str, list[str]]:
     """{split: names}: whole groups, large ones first, each to the split that is emptiest in its classes."""
-    members, total = defaultdict(list), Counter(scenes.values())
-    for n in sorted(scenes):
-        members[groups[n]].append(n)
-    room = {split: dict.fromkeys(total, 1.0) for split in shares}  # part of a split's share of a class, still empty
+    total = Counter(scenes.values())
+    members = defaultdict(list)
+    for name in sorted(scenes):
+        members[groups[name]].append(name)
+    # Which part of a split's share of a class is still empty.
+    room = {split: dict.fromkeys(total, 1.0) for split in shares}
     order = np.random.default_rng((4, seed)).permutation(sorted(members)).tolist()
+    order.sort(key=lambda group: -len(members[group]))  # stable: equal sizes stay shuffled
     home = {}
-    for group in sorted(order, key=lambda g: -len(members[g])):  # stable: equal sizes stay shuffled
-        count = Counter(scenes[n] for n in members[group])
-        split = max(room, key=lambda s: sum(n / total[c] * room[s][c] for c, n in count.items()))
+    for group in order:
+        count = Counter(scenes[name] for name in members[group])
+
+        def fits(split):
+            return sum(n / total[c] * room[split][c] for c, n in count.items())
+
+        split = max(room, key=fits)
         home |= dict.fromkeys(members[group], split)
         for c, n in count.items():
             room[split][c] -= n / (shares[split] * total[c])
-    return {split: [n for n in sorted(scenes) if home[n] == split] for split in shares}
+    return {split: [name for name in sorted(scenes) if home[name] == split] for split in shares}
 
 
 def read_splits(path: str | Path, scenes: dict[str, str]) -> dict[str, list[str]]:
     """{split: names} of a JSON file, with names of scenes, each in one split only."""
-    try:
-        splits = {split: list(names) for split, names in json.loads(Path(path).read_text()).items()}
-    except (OSError, ValueError, AttributeError, TypeError) as e:
-        raise BadInput(f"{path}: {e}; expected JSON {{split: [names]}}") from None
+    splits = read_json(path)
+    if not isinstance(splits, dict) or not all(isinstance(names, list) for names in splits.values()):
+        raise BadInput(f"{path}: expected JSON {{split: [names]}}")
     home = {}
     for split, names in splits.items():
-        for n in names:
-            if n not in scenes:
-                raise BadInput(f"{path}: {n!r} is no image here; names look like {next(iter(scenes))!r}")
-            if home.setdefault(n, split) != split:
-                raise BadInput(f"{path}: {n!r} is in {home[n]!r} and {split!r}; leave it in one of them")
+        for name in names:
+            if name not in scenes:
+                raise BadInput(f"{path}: {name!r} is no image here; names look like "
+                               f"{next(iter(scenes))!r}")
+            if home.setdefault(name, split) != split:
+                raise BadInput(f"{path}: {name!r} is in {home[name]!r} and {split!r}; leave it in "
+                               "one of them")
     return splits
 
 
-def complete_splits(scenes: dict[str, str], given: dict[str, list[str]], shares: dict[str, float], groups: dict[str, str],
-                seed: int) -> dict[str, list[str]]:
-    """The given splits as far as they are in scenes; without any a draw of all; without val a part of train for it."""
-    splits = {split: [n for n in names if n in scenes] for split, names in given.items()}
+def complete_splits(scenes: dict[str, str], given: dict[str, list[str]], shares: dict[str, float],
+                    groups: dict[str, str], seed: int) -> dict[str, list[str]]:
+    """The given splits as far as they are in scenes; without any a draw of all; without val a part of train."""
+    splits = {}
+    for split, names in given.items():
+        splits[split] = [name for name in names if name in scenes]
     if not given:
-        splits = draw_splits(scenes, groups, {split: share for split, share in shares.items() if share}, seed)
-        if empty := [split for split in ("train", "val") if not splits[split]]:
-            raise BadInput(f"{len(set(groups.values()))} scenes leave {empty[0]} empty; change --group-regex or "
-                           "--fractions, or give --split-file")
+        wanted = {split: share for split, share in shares.items() if share}
+        splits = draw_splits(scenes, groups, wanted, seed)
+        for split in ("train", "val"):
+            if not splits[split]:
+                raise BadInput(f"{len(set(groups.values()))} scenes leave {split} empty; change "
+                               "--group-regex or --fractions, or give --split-file")
     if not splits.get("train"):
-        raise BadInput(f"splits {', '.join(given)}: no images in train; expected train, val and test")
+        raise BadInput(f"splits {', '.join(given)}: no images in train; expected train, val and "
+                       "test")
     if not splits.get("val"):
-        part = {n: scenes[n] for n in splits["train"]}
-        total = shares["train"] + shares["val"]
-        splits |= draw_splits(part, groups, {split: shares[split] / total for split in ("train", "val")}, seed)
+        part = {name: scenes[name] for name in splits["train"]}
+        both = shares["train"] + shares["val"]
+        wanted = {split: shares[split] / both for split in ("train", "val")}
+        splits |= draw_splits(part, groups, wanted, seed)
     return splits
 
 
-def check_classes(splits: dict[str, list[str]], scenes: dict[str, str], classes: list[str]) -> list[str]:
+def check_classes(splits: dict[str, list[str]], scenes: dict[str, str],
+                  classes: list[str]) -> list[str]:
     """Warnings about classes that a split lacks; train must have all of them, and no split any other."""
     warnings = []
     for split, names in splits.items():
-        there = {scenes[n] for n in names}
-        if unknown := sorted(there - set(classes)):
-            raise BadInput(f"class {unknown[0]!r} is in {split} but not in train; add images of it to train, or name "
-                           "the classes to take: --classes A B C")
+        there = {scenes[name] for name in names}
+        unknown = sorted(there - set(classes))
+        if unknown:
+            raise BadInput(f"class {unknown[0]!r} is in {split} but not in train; add images of it "
+                           "to train, or name the classes to take: --classes A B C")
         absent = [c for c in classes if c not in there]
         if absent and split == "train":
-            raise BadInput(f"class {absent[0]!r} has no image in train; add some, or leave it out of --classes")
+            raise BadInput(f"class {absent[0]!r} has no image in train; add some, or leave it out "
+                           "of --classes")
         if absent:
             warnings.append(f"no image of {', '.join(absent)} in {split}: not in its macro F1")
     if not 2 <= len(classes) <= 254:
-        raise BadInput(f"{len(classes)} classes ({', '.join(classes[:3])}); expected 2 to 254 sub-folders of --root")
+        raise BadInput(f"{len(classes)} classes ({', '.join(classes[:3])}); expected 2 to 254 "
+                       "sub-folders of --root")
     return warnings
 
 
@@ -162,7 +204,10 @@ def few(names: list[str], scenes: dict[str, str], n: int, seed: int) -> list[str
     by_class = defaultdict(list)
     for name in sorted(names):
         by_class[scenes[name]].append(name)
-    keep = {v for part in by_class.values() for v in np.random.default_rng((5, seed)).permutation(part)[:n].tolist()}
+    keep = set()
+    for part in by_class.values():
+        order = np.random.default_rng((5, seed)).permutation(part)
+        keep |= set(order[:n].tolist())
     return [name for name in names if name in keep]
 
 
@@ -174,35 +219,49 @@ def square(image: np.ndarray, side: int) -> np.ndarray:
     if h == w == side:
         return image
     s = min(h, w)
-    box = (w - s) // 2, (h - s) // 2, (w - s) // 2 + s, (h - s) // 2 + s
+    left, top = (w - s) // 2, (h - s) // 2
+    box = left, top, left + s, top + s
     return np.asarray(Image.fromarray(image).resize((side, side), Image.BICUBIC, box))
+
+
+def digest_of(image: np.ndarray) -> np.ndarray:
+    """(16,) uint8, equal for equal pictures."""
+    size = str(image.shape).encode()
+    digest = hashlib.blake2b(image, digest_size=16, key=size).digest()
+    return np.frombuffer(digest, np.uint8)
 
 
 def decode_scenes(*paths: Path, side: int | None = None, bands: list[int] | None = None,
                   input_range: list[float] | None = None) -> tuple[np.ndarray, np.ndarray]:
-    """-> (N, S, S, 3) uint8 and (N, 16) uint8 digests of the images as stored, all 0 for one that cannot be read.
+    """-> (N, S, S, 3) uint8 and (N, 16) uint8 digests of the images as stored, all 0 for an unreadable one.
 
     S: the images' own side if all are equal squares of at most `side` or LARGEST; else that, by square().
     """
+    largest = side or LARGEST
+
     def size(path):
         try:
             return open_image(path, deep=input_range is not None).size
         except BadInput:
-            return None
+            return ()
 
     def decode(i):
         try:
             image = read_image(paths[i], bands, input_range)
         except BadInput:
-            return
-        digests[i] = np.frombuffer(hashlib.blake2b(image, digest_size=16, key=str(image.shape).encode()).digest(), "u1")
+            return  # its digest stays 0
+        digests[i] = digest_of(image)
         pixels[i] = square(image, S)
 
     with ThreadPoolExecutor(min(8, os.cpu_count())) as pool:  # Pillow lets go of the GIL
-        sizes = {s for s in pool.map(size, paths) if s}
-        own = {v for s in sizes for v in s}
-        S = own.pop() if len(own) == 1 and max(own) <= (side or LARGEST) else side or LARGEST
-        pixels, digests = np.zeros((len(paths), S, S, 3), np.uint8), np.zeros((len(paths), 16), np.uint8)
+        sides = set()
+        for width_and_height in pool.map(size, paths):
+            sides |= set(width_and_height)
+        S = largest
+        if len(sides) == 1 and max(sides) <= largest:
+            S = max(sides)
+        pixels = np.zeros((len(paths), S, S, 3), np.uint8)
+        digests = np.zeros((len(paths), 16), np.uint8)
         list(pool.map(decode, range(len(paths))))
     return pixels, digests
 
@@ -210,55 +269,71 @@ def decode_scenes(*paths: Path, side: int | None = None, bands: list[int] | None
 def twins(digests: np.ndarray) -> list[list[int]]:
     """Digests (N, 16) -> indices of equal images, each group in rising order; unreadable ones (0) have no twins."""
     seen = defaultdict(list)
-    for i, d in enumerate(map(bytes, digests)):
-        if any(d):
-            seen[d].append(i)
+    for i, digest in enumerate(map(bytes, digests)):
+        if any(digest):
+            seen[digest].append(i)
     return [group for group in seen.values() if len(group) > 1]
 
 
-def faults(base: Path, scenes: dict[str, str], digests: np.ndarray, reading: dict) -> tuple[dict, dict]:
-    """-> {name: why it cannot be used}: unreadable, or the same picture under two classes; {name: whose copy it is}."""
-    names, bad, copies = list(scenes), {}, {}
+def faults(base: Path, scenes: dict[str, str], digests: np.ndarray,
+           reading: dict) -> tuple[dict[str, str], dict[str, str]]:
+    """-> {name: why it cannot be used}: unreadable, or one picture under two classes; {name: whose copy it is}."""
+    names = list(scenes)
+    bad, copies = {}, {}
     for i in np.flatnonzero(~digests.any(1)):
+        file = base / names[i]
         try:
-            read_image(base / names[i], **reading)
+            read_image(file, **reading)
         except BadInput as e:
             bad[names[i]] = str(e)
         else:  # a network disk that hung, or a newer Pillow
-            bad[names[i]] = f"{base / names[i]}: could not be read when the cache was made; type --cache off"
+            bad[names[i]] = (f"{file}: could not be read when the cache was made; type --cache off")
     for group in twins(digests):
-        first, *others = (names[i] for i in group)
+        first, *others = [names[i] for i in group]
         if len({scenes[names[i]] for i in group}) == 1:
-            copies |= {n: f"{base / n}: the same picture as {first}" for n in others}
-        else:
-            why = f"{len(group)} equal pictures in different classes; leave them in one"
-            bad |= {n: f"{base / n}: the same picture as {first}: {why}" for n in others}
-            bad[first] = f"{base / first}: the same picture as {others[0]}: {why}"
+            for name in others:
+                copies[name] = f"{base / name}: the same picture as {first}"
+            continue
+        why = f"{len(group)} equal pictures in different classes; leave them in one"
+        for name in others:
+            bad[name] = f"{base / name}: the same picture as {first}: {why}"
+        bad[first] = f"{base / first}: the same picture as {others[0]}: {why}"
     return bad, copies
 
 
-def augment_scenes(x: torch.Tensor, draws: list[int], seed: int, shift: int = 4) -> torch.Tensor:
-    """(B, S, S, 3) uint8 on any device -> the same: one of the 8 symmetries of the square and a shift by up to `shift`
-    pixels (mirrored at the border), all in one gather. What a sample gets is a function of (seed, its draw) alone."""
+def augment_scenes(x: Tensor, draws: list[int], seed: int, shift: int = 4) -> Tensor:
+    """(B, S, S, 3) uint8 on any device -> the same, turned, flipped and shifted by up to `shift` pixels.
+
+    One of the 8 symmetries of the square, mirrored at the border, all in one gather. What a sample
+    gets is a function of (seed, its draw) alone.
+    """
     B, S = x.shape[:2]
     shift = min(shift, S - 1)
-    dice = np.stack([np.random.default_rng((2, seed, draw)).integers([2, 2, 2, 2 * shift + 1, 2 * shift + 1])
-                     for draw in draws])  # (B, 5)
-    dice = torch.from_numpy(dice).to(x.device)
-    place = (torch.arange(S, device=x.device) + dice[:, 3:, None] - shift).abs()  # (B, 2, S): which row, which column
+    # Per sample: transposed? flipped along y, along x? shifted along y, along x?
+    sides = [2, 2, 2, 2 * shift + 1, 2 * shift + 1]
+    dice = [np.random.default_rng((2, seed, draw)).integers(sides) for draw in draws]
+    dice = torch.from_numpy(np.stack(dice)).to(x.device)  # (B, 5)
+    transposed = dice[:, 0, None, None] == 1
+    flipped = dice[:, 1:3, None] == 1
+    moved = dice[:, 3:, None]
+
+    # Which row and which column each pixel comes from, (B, 2, S), mirrored at both ends.
+    place = (torch.arange(S, device=x.device) + moved - shift).abs()
     place = S - 1 - (S - 1 - place).abs()
-    place = torch.where(dice[:, 1:3, None] == 1, S - 1 - place, place)
-    rows, columns = place[:, 0, :, None].expand(B, S, S), place[:, 1, None, :].expand(B, S, S)
-    turned = dice[:, 0, None, None] == 1  # transposed
-    rows, columns = torch.where(turned, rows.mT, rows), torch.where(turned, columns.mT, columns)
+    place = torch.where(flipped, S - 1 - place, place)
+    rows = place[:, 0, :, None].expand(B, S, S)
+    columns = place[:, 1, None, :].expand(B, S, S)
+    rows = torch.where(transposed, rows.mT, rows)
+    columns = torch.where(transposed, columns.mT, columns)
     return x[torch.arange(B, device=x.device)[:, None, None], rows, columns]
 
 
-def prepare(x: torch.Tensor, norm: tuple, side: int | None = None) -> torch.Tensor:
+def prepare(x: Tensor, norm: tuple, side: int | None = None) -> Tensor:
     """(B, S, S, 3) uint8 -> (B, 3, side, side) float32, normalised by norm = (mean, std), channels last in memory."""
     x = x.permute(0, 3, 1, 2).float().div_(255)
     if side not in (None, x.shape[-1]):
-        x = F.interpolate(x, (side, side), mode="bicubic", align_corners=False, antialias=True).clamp_(0, 1)
+        x = F.interpolate(x, (side, side), mode="bicubic", align_corners=False, antialias=True)
+        x = x.clamp_(0, 1)
     mean, std = (torch.tensor(v, device=x.device).view(1, 3, 1, 1) for v in norm)
     return x.sub_(mean).div_(std)
 

@@ -90,6 +90,8 @@ class Unet(nn.Module):
         return self.out(self.up(maps[-1]))
 
 
+# What --head may name: made with (dim, taps, classes), from maps (B, C, h, w) of so many taps to
+# logits (B, K, s h, s w), which Segmenter resizes to the image.
 HEADS = {"linear": Linear, "fpn": Fpn, "unet": Unet}
 
 
@@ -97,7 +99,8 @@ class Segmenter(nn.Module):
     """Backbone maps -> head -> logits (B, K, H, W) fp32; a frozen backbone stays in eval mode.
 
     `backbone(x, taps, norm)` returns maps over the image padded to whole patches, as models/vit.py
-    does. taps: numbers of the blocks, rising. feat_norm: the backbone's final norm on every map.
+    does; it has .patch, and .blocks and .norm for unfreeze(). taps: numbers of the blocks, rising.
+    feat_norm: the backbone's final norm on every map.
     """
 
     def __init__(self, backbone: nn.Module, head: nn.Module, taps: list[int],

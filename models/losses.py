@@ -232,7 +232,15 @@ def translate(q: Tensor, shares: Tensor, logits: Tensor | None = None,
 
 # ---- the sum of several terms
 
+# What --loss may name. A new term is a function f(logits, y, count) and an entry here; OPTIONS says
+# what else of weighted_sum() it takes. A ratio of sums over the batch, like dice, takes `total`.
 LOSSES = {"ce": ce, "focal": focal, "lovasz": lovasz, "dice": dice, "boundary": boundary}
+OPTIONS = {
+    "ce": ["class_weights", "smoothing"],
+    "focal": ["class_weights"],
+    "dice": ["total"],
+    "boundary": ["total"],
+}
 
 
 def parse_loss(text: str) -> list[tuple[float, str]]:
@@ -259,6 +267,11 @@ def parse_loss(text: str) -> list[tuple[float, str]]:
     return terms
 
 
+def uses(terms: list[tuple[float, str]], option: str) -> bool:
+    """Does one of the terms take this option of weighted_sum(), such as "class_weights"?"""
+    return any(option in OPTIONS.get(name, []) for _, name in terms)
+
+
 def weighted_sum(terms: list[tuple[float, str]], logits: Tensor, y: Tensor,
                  class_weights: Tensor | None = None, smoothing: float = 0.0,
                  count: Tensor | None = None, total: Callable | None = None) -> Tensor:
@@ -266,14 +279,12 @@ def weighted_sum(terms: list[tuple[float, str]], logits: Tensor, y: Tensor,
     K = logits.shape[1]
     if K > IGNORE:
         raise ValueError(f"{K} classes, at most {IGNORE}: label {IGNORE} means ignore")
-    options = {
-        "ce": dict(class_weights=class_weights, smoothing=smoothing),
-        "focal": dict(class_weights=class_weights),
-        "lovasz": dict(),
-        "dice": dict(total=total),
-        "boundary": dict(total=total),
-    }
-    return sum(weight * LOSSES[name](logits, y, count, **options[name]) for weight, name in terms)
+    given = dict(class_weights=class_weights, smoothing=smoothing, total=total)
+    loss = 0
+    for weight, name in terms:
+        options = {key: given[key] for key in OPTIONS.get(name, [])}
+        loss = loss + weight * LOSSES[name](logits, y, count, **options)
+    return loss
 
 
 def class_weights(counts: Tensor, how: str = "none", cap: float = 10.0) -> Tensor:

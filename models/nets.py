@@ -187,6 +187,11 @@ def freeze_bn(net: nn.Module) -> bool:
     return True
 
 
+def as_tuple(logits) -> tuple:
+    """(logits,), or what a network with an auxiliary head gives in training: (logits, auxiliary logits)."""
+    return logits if isinstance(logits, tuple) else (logits,)
+
+
 def choose_norm(wanted: str, info: dict) -> str:
     """--norm and info of the weights -> a name of NORMS; a file that does not tell is a BadInput."""
     norm = info["norm"] if wanted == "auto" else wanted

@@ -23,6 +23,7 @@ from collections.abc import Callable
 from datetime import timedelta
 from pathlib import Path
 
+import numpy as np
 import torch
 import torch.distributed as dist
 from torch import nn
@@ -71,7 +72,7 @@ class Help(argparse.ArgumentDefaultsHelpFormatter, argparse.RawDescriptionHelpFo
     """Shows every default, also of flags whose default is made later and stands in brackets."""
 
     def _get_help_string(self, action):
-        if action.default in (None, False, argparse.SUPPRESS):
+        if any(action.default is none for none in (None, False, argparse.SUPPRESS)):
             return action.help
         return f"{action.help} (default: %(default)s)"
 
@@ -226,6 +227,12 @@ def tune_cpu() -> None:
         if hasattr(libc, "mallopt"):  # glibc; musl has none
             libc.mallopt(-4, 0)  # M_MMAP_MAX
             libc.mallopt(-1, 2**31 - 1)  # M_TRIM_THRESHOLD
+
+
+def seed_torch(*numbers: int) -> None:
+    """Seeds torch's own random numbers with a function of these numbers, such as stream, seed, step, rank."""
+    rng = np.random.default_rng(numbers)
+    torch.manual_seed(int(rng.integers(2**63)))
 
 
 def fast_bf16(device: torch.device) -> bool:
@@ -402,10 +409,19 @@ def lock(out: Path) -> bool:
     return True
 
 
+def again(out: Path) -> str:
+    """The command that goes on with the run in this folder, with as many processes."""
+    start = "python"
+    if dist.is_initialized():
+        start = f"torchrun --standalone --nproc_per_node={dist.get_world_size()}"
+    return f"{start} {Path(sys.argv[0]).name} --resume {shlex.quote(str(out))}"
+
+
 def check_same(out: Path, last: dict, same: dict) -> None:
     """BadInput unless last.pt holds what `same` holds under each key: processes, weights, classes, teacher."""
     advice = dict(world="start it with as many: torchrun --nproc_per_node={was}, or plain python "
                         "for 1",
+                  amp="choose it by --amp bf16 or off",
                   weights="name the file with that sha256", teacher="name the run with that sha256",
                   labels="the classes or ignored values have changed; undo that")
     for key, now in same.items():

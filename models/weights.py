@@ -98,7 +98,7 @@ TIMM_SWIGLU = TIMM | {"blocks.*.mlp.fc2.+": "blocks.*.mlp.w3.+"}
 TIMM_PACKED = TIMM_SWIGLU | {"blocks.*.mlp.fc1.+": "blocks.*.mlp.w12.+"}
 
 # Number of heads by width, where a head is not 64 wide (DINOv3 7B).
-HEADS = {4096: 32}
+ATTENTION_HEADS = {4096: 32}
 # The first digits of a file's sha256 -> what normalises its input: Meta's ViT-L and 7B.
 SHA_NORM = {"eadcf0ff": "sat", "a6675841": "sat", "8aa4cbdd": "imagenet", "a955f4ea": "imagenet"}
 # Eight digits without a letter are rather a date.
@@ -380,7 +380,7 @@ def config_of(sd: dict, layout: str, family: str) -> dict:
     dim, _, patch, _ = kernel.shape
 
     # What the file does not tell is what was published.
-    heads = HEADS.get(dim, dim // 64)
+    heads = ATTENTION_HEADS.get(dim, dim // 64)
     if "rope_embed.periods" in sd:
         heads = dim // (4 * len(sd["rope_embed.periods"]))
     registers = 4 if family == "dinov3" else 0

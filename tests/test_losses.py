@@ -458,7 +458,7 @@ def test_class_ids_must_stay_below_ignore():
 
 
 @pytest.mark.parametrize("text, what", [
-    ("ce+dise", "unknown term 'dise', known: ce, focal, lovasz, dice, boundary"),
+    ("ce+dise", "unknown term 'dise', known: " + ", ".join(LOSSES)),
     ("", "unknown term ''"),
     ("ce+", "unknown term ''"),
     ("x*dice", "weight in 'x\\*dice'"),
@@ -534,3 +534,11 @@ def test_median_frequency_looks_only_at_images_with_the_class():
 def test_class_weights_unknown_way():
     with pytest.raises(ValueError, match="'auto', known: none, inverse, sqrt, median, effective"):
         class_weights(COUNTS, "auto")
+
+
+@pytest.mark.parametrize("name", NAMES)
+def test_terms_that_are_ratios_of_sums_ask_the_other_ranks(name):
+    logits, y = batch()
+    asked = []
+    weighted_sum([(1.0, name)], logits, y, total=lambda t: asked.append(t) or t)
+    assert bool(asked) == (name in SETS)  # a new term: does it divide sums over the batch? See OPTIONS

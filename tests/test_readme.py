@@ -32,6 +32,7 @@ def commands(text):  # what the page shows indented, of "a && b" the last, loops
 
 
 COMMANDS = list(commands(README))
+IDEA = re.search(r"```python\n(.*?)```", README, re.S)[1]
 TRAIN = "--steps 2 --eval-every 2 --batch-size 4 --crop 128 --workers 0"
 SHORT = {"train_seg.py": TRAIN, "train_points.py": TRAIN, "train_kd.py": TRAIN, "eval.py": "--workers 0",
          "train_cls.py": "--epochs 1 --batch-size 16"}
@@ -54,6 +55,7 @@ def place(tmp_path_factory):
     for name in re.findall(r"SETS/(\w+)", " ".join(COMMANDS)):
         make_public(place / "SETS" / name, name, next(form for n, form in FORMS if n == name))
     (place / "D/dataset.json").unlink()
+    Image.effect_noise((300, 200), 60).convert("RGB").save(place / "scene.tif")
     small = make(place / "runs/data/demo", scenes=(12, 3, 4), size=128)  # taken for the whole demo
     d = json.loads((small / "dataset.json").read_text())
     d["made_by"] |= {"scenes": [96, 16, 24], "size": 256}
@@ -111,3 +113,20 @@ def test_commands_run_in_the_order_of_the_page(place, forks):
         if "--summary" in command:
             assert all(f"| {name} |" in text for name in ("demo", "potsdam", "isaid"))
     assert (place / "runs/demo/results.json").exists() and list((place / "predictions").glob("*_overlay.jpg"))
+
+
+def test_the_idea_in_60_lines_trains(place):
+    short = re.sub(r"STEPS, BATCH, CROP = .*", "STEPS, BATCH, CROP = 3, 2, 64", IDEA)
+    assert short != IDEA and len(IDEA.splitlines()) <= 60
+    (place / "idea.py").write_text(short)
+    env = {**os.environ, "OMP_NUM_THREADS": "1"}
+    done = subprocess.run([sys.executable, "idea.py"], cwd=place, capture_output=True, text=True, env=env)
+    assert done.returncode == 0, done.stderr
+    assert re.search(r"test mIoU 0\.\d+", done.stdout)
+
+
+def test_pictures_are_there_and_small():
+    shown = re.findall(r"\]\((data/pictures/\S+)\)", README)
+    files = list((ROOT / "data/pictures").iterdir())
+    assert {ROOT / name for name in shown} == set(files)
+    assert sum(f.stat().st_size for f in files) < 400_000

@@ -1,4 +1,4 @@
-"""train_cls.py as a user types it: probes, fine-tuning, a CNN; kill, resume, ranks; predict.py."""
+"""train_cls.py as a user types it: training, probes, kill and resume, ranks, bad input."""
 import csv
 import json
 import shutil
