@@ -7,6 +7,7 @@ import atexit
 import functools
 import json
 import os
+import signal
 import tempfile
 import time
 from pathlib import Path
@@ -112,6 +113,15 @@ def same_run(a, b):
 
 
 # ---- signals
+
+@pytest.fixture
+def keep_signals():
+    """For a script in this process that an error ends: it gives no signals back."""
+    before = {number: signal.getsignal(number) for number in (signal.SIGINT, signal.SIGTERM)}
+    yield
+    for number, handler in before.items():
+        signal.signal(number, handler)
+
 
 def written(run):
     """When last.pt was written; None before the first one."""

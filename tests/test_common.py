@@ -13,7 +13,8 @@ import pytest
 from PIL import Image
 
 from data import common
-from data.common import BadInput, even_sample, minutes, progress, read_json, replace, write
+from data.common import (
+    BadInput, even_sample, json_lines, minutes, progress, read_json, replace, write)
 
 
 # ---- files
@@ -107,6 +108,12 @@ def test_what_is_no_json_is_named(tmp_path, content):
         read_json(tmp_path)  # a folder
     with pytest.raises(BadInput, match="none.json: no such file"):
         read_json(tmp_path / "none.json")
+
+
+def test_rows_become_one_json_object_a_line():
+    rows = [dict(step=1, loss=None), dict(step=2, name="é")]
+    assert [json.loads(line) for line in json_lines(rows).splitlines()] == rows
+    assert json_lines(rows).endswith("}\n") and json_lines([]) == ""
 
 
 # ---- progress

@@ -223,6 +223,7 @@ def test_class_folders_are_opened(root):
         assert d.y[split].tolist() == [NAMES.index(name.split("/")[0]) for name in names]
         for row, name in zip(d.rows[split], names):
             np.testing.assert_array_equal(d.pixels[row], np.asarray(Image.open(root / name)))
+        np.testing.assert_array_equal(d.images(split), d.pixels[d.rows[split]])
     assert any("random split without --group-regex" in note for note in d.notes)
 
 

@@ -216,6 +216,14 @@ def test_a_split_file_replaces_the_splits(tmp_path):
     assert d.splits == mine and d.reports == "val"
 
 
+def test_a_run_that_goes_on_has_its_own_split(tmp_path):
+    own = {"train": names("train", 3), "val": names("train", 4)[3:]}
+    write(tmp_path / "run/split.json", own)
+    root = make_set(tmp_path / "set", dict(train=5))  # another image has come since
+    d = Source(root=root, cache="off", val_frac=0.5, resume=str(tmp_path / "run"))
+    assert d.splits == own
+
+
 # ---- points instead of masks
 
 def test_masks_may_be_missing_where_labels_are_points(tmp_path):

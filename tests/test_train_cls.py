@@ -8,8 +8,8 @@ import numpy as np
 import pytest
 import torch
 from PIL import Image
-from runs import (  # noqa: F401, forks is a fixture
-    SEGMENTATION_FILES, forks, interrupt, logged, place, read, same_run, server)
+from runs import (  # noqa: F401, two are fixtures
+    SEGMENTATION_FILES, forks, interrupt, keep_signals, logged, place, read, same_run, server)
 from safetensors.torch import load_file, save_file
 from sklearn.metrics import confusion_matrix
 from sklearn.neighbors import KNeighborsClassifier
@@ -220,6 +220,7 @@ def poisoned(monkeypatch, calls):
     return lambda *argv: train_cls.main(train_cls.parse_args([str(a) for a in argv]))
 
 
+@pytest.mark.usefixtures("keep_signals")
 def test_bad_steps_are_skipped_and_five_in_a_row_end_the_run(root, tmp_path, monkeypatch):
     flags = ["--root", root, *TUNE, *STEPS]
     with monkeypatch.context() as patches:
@@ -256,7 +257,7 @@ def test_bad_files_are_named_and_may_be_skipped(tmp_path, forks):
     (["--root", "ROOT", "--fractions", 0.5, 0.2, 0.2], "sum 1"),
     (["--root", "ROOT", "--group-regex", "("], "no regular expression"),
     (["--root", "ROOT", "--classes", "water", "field", "water"], "--classes names water twice"),
-    (["--root", "ROOT", "--split-file", "LOG"], "expected JSON"),
+    (["--root", "ROOT", "--split-file", "LOG"], "log.jsonl: not valid JSON"),
     (["--root", "ROOT", "--mode", "cnn", "--weights", "RUN"], "--cnn resnet18"),
     (["--root", "ROOT", "--mode", "cnn", "--cnn", "resnet18", "--weights", "RUN"], "is missing"),
     (["--root", "ROOT", "--batch-size", 1], "expected a whole number from 2")])

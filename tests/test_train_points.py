@@ -229,6 +229,16 @@ def test_it_learns_more_than_the_largest_class(halves, forks, tmp_path):
     assert results["oa"] > 0.9 > results["majority_oa"] + 0.2
 
 
+def test_the_scores_are_printed_beside_those_of_the_largest_class(run, forks, tmp_path):
+    shutil.copytree(run, tmp_path / "a")
+    text = forks.run("train_points", "--resume", tmp_path / "a")
+    results = read(run / "results.json")
+    always = f"always {results['majority_class']!r}"
+    for name, row in (("test", results["scores"]), (always, results["majority_scores"])):
+        said = f"{name} accuracy {row['accuracy']:.3f}  precision {row['precision_macro']:.3f} "
+        assert said in text
+
+
 def test_eval_and_predict_take_the_run(halves, run, forks, tmp_path):
     forks.run("eval", run, "--out", tmp_path / "e", "--workers", 0)
     assert matrix(tmp_path / "e/eval.json") == matrix(run)
