@@ -1,4 +1,4 @@
-"""Runs a function on several ranks: forked processes of this one, joined by gloo, which takes no second."""
+"""Runs a function on several ranks: forks of this process, joined by gloo within a second."""
 import multiprocessing
 
 import torch
@@ -16,12 +16,13 @@ def rank_of(rank, world, file, work, pipe):
 
 
 def on_ranks(folder, world, work):
-    """[work(rank, world) of every rank]; `folder` is an empty one, for the file by which they meet."""
+    """[work(rank, world) of every rank]; in the empty `folder` is the file by which they meet."""
     mine, other = FORK.Pipe()
-    processes = [FORK.Process(target=rank_of, args=(rank, world, folder / f"meet{world}", work, other))
-                 for rank in range(world)]
-    for process in processes:
-        process.start()
+    processes = []
+    for rank in range(world):
+        args = rank, world, folder / f"meet{world}", work, other
+        processes.append(FORK.Process(target=rank_of, args=args))
+        processes[-1].start()
     answers = dict(mine.recv() for _ in processes)
     for process in processes:
         process.join()

@@ -1,4 +1,4 @@
-"""What the tests of the scripts share: one forked server, tiny data, tiny flags, and when two runs are equal.
+"""What the tests of the scripts share: a forked server, tiny data and flags, equality of runs.
 
     from runs import TINY, forks, same_run, tiny_set  # noqa: F401, forks is a fixture
     forks.run("train_seg", "--root", tiny_set(), "--out", out, *TINY)
@@ -7,6 +7,7 @@ import atexit
 import functools
 import json
 import os
+import signal
 import tempfile
 import time
 from pathlib import Path
@@ -62,8 +63,9 @@ def tiny_set():
 def trained():
     """A run of train_seg.py on them that has learned to tell road from grassland."""
     out = place() / "trained"
-    server().run("train_seg", "--root", tiny_set(), "--out", out, *TINY, "--arch", "nano8", "--steps", 40,
-                 "--eval-every", 20, "--log-every", 20, "--warmup", 5)
+    flags = [*TINY, "--arch", "nano8", "--steps", 40, "--eval-every", 20, "--log-every", 20,
+             "--warmup", 5]
+    server().run("train_seg", "--root", tiny_set(), "--out", out, *flags)
     return out
 
 
@@ -112,6 +114,15 @@ def same_run(a, b):
 
 # ---- signals
 
+@pytest.fixture
+def keep_signals():
+    """For a script in this process that an error ends: it gives no signals back."""
+    before = {number: signal.getsignal(number) for number in (signal.SIGINT, signal.SIGTERM)}
+    yield
+    for number, handler in before.items():
+        signal.signal(number, handler)
+
+
 def written(run):
     """When last.pt was written; None before the first one."""
     file = run / "last.pt"
@@ -119,7 +130,7 @@ def written(run):
 
 
 def interrupt(forks, number, run, script, *argv):
-    """Starts a script and sends the signal after its next last.pt -> exit code, what was printed."""
+    """Starts a script, sends the signal after its next last.pt -> exit code, what was printed."""
     before = written(run)
     pid = forks.start(script, *argv)
     deadline = time.monotonic() + 60
@@ -138,10 +149,11 @@ def old_run(folder, spec):
     """
     torch.manual_seed(0)
     d = read(tiny_set() / "dataset.json")
-    net = build(spec | dict(classes=len(d["classes"]))).eval()
+    spec = spec | dict(classes=len(d["classes"]))
+    net = build(spec).eval()
     meta = dict(
-        model=spec | dict(classes=len(d["classes"])), classes=d["classes"], ignore=[], norm="sat", crop=64,
-        overlap=0.25, amp="off", saved="all", weights=dict(path=None, sha256=None), dataset="demo",
+        model=spec, classes=d["classes"], ignore=[], norm="sat", crop=64, overlap=0.25, amp="off",
+        saved="all", weights=dict(path=None, sha256=None), dataset="demo",
         root=str(tiny_set()), source="folder", variant=None, chosen_on="val", reported="test",
         reading=dict(bands=None, input_range=None), report={}, splits={}, step=6, val_miou=0.1)
     save_weights(folder / "best.safetensors", net.state_dict(), meta)
@@ -159,4 +171,5 @@ def ids_of(net, file):
     mean, std = np.array([0.430, 0.411, 0.296]), np.array([0.213, 0.156, 0.143])
     x = (np.asarray(Image.open(file)) / 255 - mean) / std
     with torch.no_grad():
-        return net(torch.tensor(x.transpose(2, 0, 1)[None], dtype=torch.float32))[0].argmax(0).numpy()
+        logits = net(torch.tensor(x.transpose(2, 0, 1)[None], dtype=torch.float32))
+    return logits[0].argmax(0).numpy()

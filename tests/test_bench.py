@@ -1,6 +1,7 @@
-"""The long measurements with their runs replaced: hours of work must not end in a wrong flag or a bad column."""
+"""The long measurements, their runs replaced: hours must not end in a wrong flag or column."""
 import json
 import sys
+from collections import Counter
 from pathlib import Path
 
 import bench_kd
@@ -14,7 +15,8 @@ import train_points
 import train_seg
 from data.common import write
 
-SCRIPTS = {"train_seg.py": train_seg, "train_points.py": train_points, "train_kd.py": train_kd, "eval.py": eval_script}
+SCRIPTS = {"train_seg.py": train_seg, "train_points.py": train_points, "train_kd.py": train_kd,
+           "eval.py": eval_script}
 
 
 def parsed(script, *flags):
@@ -23,7 +25,8 @@ def parsed(script, *flags):
 
 
 def score(seed, lift=0.0):
-    return dict(miou=0.5 + lift + 0.01 * seed, oa=0.7, iou={"a": 0.5, "b": None}, majority_miou=0.1, seconds=3.0)
+    return dict(miou=0.5 + lift + 0.01 * seed, oa=0.7, iou={"a": 0.5, "b": None}, majority_miou=0.1,
+                seconds=3.0)
 
 
 # ---- points
@@ -35,12 +38,14 @@ def test_points_against_full_masks(tmp_path, monkeypatch, capsys, seeds):
 
     monkeypatch.setattr(bench_points, "train", train)
     monkeypatch.setattr(bench_points.demo, "make", lambda root: root)
-    bench_points.main(["--out", str(tmp_path), "--points", "1", "5", "--grown", "5", "--seeds", *map(str, seeds)])
+    bench_points.main(["--out", str(tmp_path), "--points", "1", "5", "--grown", "5",
+                       "--seeds", *map(str, seeds)])
     spread = " +/- 0.010" if len(seeds) == 3 else ""
     middle = 0.51 if len(seeds) == 3 else 0.5
     rows = (tmp_path / "table.md").read_text().splitlines()[2:]
     cell, grown = f"{middle:.3f}{spread}", f"{middle + 0.1:.3f}{spread}"
-    assert rows == [f"| demo | {cell} | {cell} | {cell} | 0.100 |", f"| demo, grown |  | {grown} | {cell} | 0.100 |"]
+    assert rows == [f"| demo | {cell} | {cell} | {cell} | 0.100 |",
+                    f"| demo, grown |  | {grown} | {cell} | 0.100 |"]
     assert "\n".join(rows) in capsys.readouterr().out
     assert Image.open(tmp_path / "table.png").size[0] > 500
     rows = json.loads((tmp_path / "table.json").read_text())["rows"]
@@ -63,7 +68,7 @@ def test_the_scripts_take_the_flags_of_the_points_table(tmp_path):
 
 @pytest.fixture
 def kd(tmp_path, monkeypatch):
-    """bench_kd.py whose scripts only check their flags and leave a score -> (main(), what was called)."""
+    """bench_kd.py whose scripts check their flags and leave a score -> main(), what was called."""
     called = []
 
     def call(script, folder, *flags):
@@ -73,7 +78,8 @@ def kd(tmp_path, monkeypatch):
             return
         out = Path(flags[flags.index("--out") + 1])
         *_, arm, seed = out.name.replace("kd-", "kd_").split("-")
-        write(out / "results.json", score(int(seed) if seed.isdigit() else 0, 0.1 * (arm == "weighted")))
+        number = int(seed) if seed.isdigit() else 0  # the teacher has none
+        write(out / "results.json", score(number, 0.1 * (arm == "weighted")))
 
     def main(*flags):
         monkeypatch.setattr(sys, "argv", ["bench_kd.py", "--out", str(tmp_path), *flags])
@@ -82,7 +88,8 @@ def kd(tmp_path, monkeypatch):
     monkeypatch.setattr(bench_kd, "call", call)
     monkeypatch.setattr(bench_kd.demo, "make", lambda root: root)
     monkeypatch.setattr(bench_kd, "merged", lambda root, out, classes: out)
-    monkeypatch.setattr(bench_kd, "read_description", lambda root: {"classes": [{"name": "a"}, {"name": "b"}]})
+    description = {"classes": [{"name": "a"}, {"name": "b"}]}
+    monkeypatch.setattr(bench_kd, "read_description", lambda root: description)
     return main, called
 
 
@@ -93,8 +100,8 @@ def test_every_arm_against_its_own_baseline(kd, tmp_path, capsys):
     assert rows[0] == "| arm | mIoU | minus baseline | a | b |" and len(rows) == 9
     assert rows[1] == "| baseline | 51.0 +/- 1.0 | 0.0 +/- 0.0 | 50.0 +/- 0.0 | - |"
     assert rows[2] == "| weighted | 61.0 +/- 1.0 | 10.0 +/- 0.0 | 50.0 +/- 0.0 | - |"
-    runs = [script for script, _ in called]
-    assert (runs.count("train_seg.py"), runs.count("train_kd.py"), runs.count("eval.py")) == (1, 24, 3)
+    runs = Counter(script for script, _ in called)
+    assert runs == {"train_seg.py": 1, "train_kd.py": 24, "eval.py": 3}
     called.clear()
     main()  # what is there is not run again
     assert not called

@@ -1,4 +1,4 @@
-"""models/checkpoint.py: the two files of a run are whole, plain, and named where they are not what they should be."""
+"""models/checkpoint.py: the two files of a run are whole, plain, and named where they are not."""
 import pickle
 import stat
 from pathlib import Path
@@ -52,7 +52,8 @@ def test_safetensors_itself_reads_the_weights(tmp_path):
 
 def test_weights_that_no_run_wrote_are_told_apart(tmp_path):
     save_file({"a": torch.ones(2)}, tmp_path / "best.safetensors")
-    assert "no run here wrote; a backbone goes to train_seg.py --weights" in refusal(load_weights, tmp_path)
+    said = refusal(load_weights, tmp_path)
+    assert "no run here wrote; a backbone goes to train_seg.py --weights" in said
     save_weights(tmp_path / "best.safetensors", {}, {"format": 99})
     assert "format 99, expected 1" in refusal(load_weights, tmp_path)
 
@@ -61,7 +62,8 @@ def test_weights_that_no_run_wrote_are_told_apart(tmp_path):
 
 def test_state_is_tensors_and_plain_values(tmp_path):
     path = tmp_path / "last.pt"
-    state = dict(net={"w": torch.ones(2)}, step=3, args={"lr": 1e-3, "scale": [0.5, 2]}, best=-1.0, none=None)
+    args = {"lr": 1e-3, "scale": [0.5, 2]}
+    state = dict(net={"w": torch.ones(2)}, step=3, args=args, best=-1.0, none=None)
     save_state(path, **state)
     plain = torch.load(path, weights_only=True)
     for back in (plain, load_state(path), load_state(str(path))):
@@ -96,7 +98,8 @@ def test_what_is_no_checkpoint_is_named(tmp_path):
 def test_what_is_not_there_is_named(tmp_path):
     assert "nothing to resume" in refusal(load_state, tmp_path / "none")
     assert "no such file; train first" in refusal(load_weights, tmp_path / "none")
-    assert "best.safetensors: no such file" in refusal(load_weights, tmp_path)  # a folder without it
+    # A folder without it:
+    assert "best.safetensors: no such file" in refusal(load_weights, tmp_path)
 
 
 # ---- what training alters
@@ -111,7 +114,8 @@ def network(seed):
 def test_only_what_training_alters_is_kept():
     net = network(0)
     assert learned(net).keys() == {
-        "1.weight", "1.bias", "1.running_mean", "1.running_var", "1.num_batches_tracked", "2.weight", "2.bias"}
+        "1.weight", "1.bias", "1.running_mean", "1.running_var", "1.num_batches_tracked",
+        "2.weight", "2.bias"}
     assert learned(net)["2.weight"].data_ptr() == net[2].weight.data_ptr()
 
 
@@ -126,7 +130,9 @@ def test_restore_puts_it_back_and_leaves_the_rest_alone(tmp_path):
 
 
 @pytest.mark.parametrize("change", [
-    lambda state: state.pop("2.bias"), lambda state: state.update(more=torch.ones(1)), lambda state: state.clear()])
+    lambda state: state.pop("2.bias"),
+    lambda state: state.update(more=torch.ones(1)),
+    lambda state: state.clear()])
 def test_restore_refuses_the_tensors_of_another_network(change):
     state = dict(learned(network(0)))
     change(state)

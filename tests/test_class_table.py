@@ -1,4 +1,4 @@
-"""data/metrics.py, what train_cls.py reports: the table of classes and the interval of the accuracy."""
+"""data/metrics.py, what train_cls.py reports: a table of classes, an interval of the accuracy."""
 import numpy as np
 import pytest
 import torch
@@ -9,19 +9,22 @@ from data.metrics import bootstrap, class_table, confusion, table_text
 
 def test_the_class_table_adds_up_and_is_scikit_learns():
     rng = np.random.default_rng(0)
-    true, pred = rng.integers(0, 3, 200), rng.integers(0, 4, 200)  # class 3 is predicted, never true
+    # Class 3 is predicted, never true; class 4 neither.
+    true, pred = rng.integers(0, 3, 200), rng.integers(0, 4, 200)
     cm = confusion(torch.tensor(pred), torch.tensor(true), 5)
     np.testing.assert_array_equal(cm, confusion_matrix(true, pred, labels=range(5)))
     table = class_table(cm, list("abcde"))
-    precision, recall, f, _ = precision_recall_fscore_support(true, pred, labels=range(4), zero_division=0)
+    how = dict(labels=range(4), zero_division=0)
+    precision, recall, f, _ = precision_recall_fscore_support(true, pred, **how)
     for i, c in enumerate("abcd"):
         row = table[c]
         assert row["tp"] + row["fp"] + row["tn"] + row["fn"] == 200
-        assert row["tp"] + row["fn"] == (true == i).sum() and row["tp"] + row["fp"] == (pred == i).sum()
+        assert row["tp"] + row["fn"] == (true == i).sum()
+        assert row["tp"] + row["fp"] == (pred == i).sum()
         assert row["precision"] == pytest.approx(precision[i]) and row["f1"] == pytest.approx(f[i])
         assert row["recall"] == (None if c == "d" else pytest.approx(recall[i]))
-        negatives = true != i
-        assert row["specificity"] == pytest.approx((negatives & (pred != i)).sum() / negatives.sum())
+        others = true != i
+        assert row["specificity"] == pytest.approx((others & (pred != i)).sum() / others.sum())
     assert table["e"]["f1"] is None
 
 

@@ -9,7 +9,8 @@ from data.common import BadInput, write
 
 TEACHER = ["green", "soil", "wet", "built", "street"]
 STUDENT = ["field", "grassland", "forest", "water", "building"]
-MAP = {"green": {"grassland": 0.7, "forest": 0.3}, "soil": "field", "wet": "water", "built": "building",
+MAP = {"green": {"grassland": 0.7, "forest": 0.3}, "soil": "field", "wet": "water",
+       "built": "building",
        "street": None}
 
 
@@ -79,7 +80,8 @@ def test_the_table_shows_maps_side_by_side():
     measured = np.array([[0.75, 0.25, 0], [0, 0, 0], [0, 0.01, 0.99]])
     text = classmap.table(["a", "b", "c"], ["x", "y", "z"], named=named, measured=measured)
     assert text.splitlines() == [
-        "teacher  -> student (named)  -> student (measured)", "a        x                   0.75 x + 0.25 y",
+        "teacher  -> student (named)  -> student (measured)",
+        "a        x                   0.75 x + 0.25 y",
         "b        -                   -", "c        0.50 y + 0.50 z     0.99 z"]
     assert "silent about: z" in classmap.table(["a"], ["x", "z"], named=np.array([[1, 0]]))
 

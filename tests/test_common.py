@@ -1,4 +1,4 @@
-"""data/common.py: files appear whole or not at all, progress speaks when it takes long, samples are spread."""
+"""data/common.py: files whole or not at all, progress when it takes long, samples evenly spread."""
 import errno
 import io
 import json
@@ -13,13 +13,15 @@ import pytest
 from PIL import Image
 
 from data import common
-from data.common import BadInput, even_sample, minutes, progress, read_json, replace, write
+from data.common import (
+    BadInput, even_sample, json_lines, minutes, progress, read_json, replace, write)
 
 
 # ---- files
 
 @pytest.mark.parametrize("content, stored", [
-    ("line\n", b"line\n"), (b"\x00\xff", b"\x00\xff"), ({"a": [1, None]}, b'{\n "a": [\n  1,\n  null\n ]\n}\n')])
+    ("line\n", b"line\n"), (b"\x00\xff", b"\x00\xff"),
+    ({"a": [1, None]}, b'{\n "a": [\n  1,\n  null\n ]\n}\n')])
 def test_write_makes_folders_and_stores_text_bytes_and_json(tmp_path, content, stored):
     write(tmp_path / "deep/er/file", content)
     write(tmp_path / "deep/er/file", content)  # over the old one
@@ -43,8 +45,10 @@ def half_then(error):
 
 
 @pytest.mark.parametrize("save, raised, said", [
-    (half_then(OSError(errno.ENOSPC, "No space left")), OSError, "cannot be written .No space left"),
-    (half_then(RuntimeError("PytorchStreamWriter failed")), OSError, "a.json: cannot be written .Pytorch"),
+    (half_then(OSError(errno.ENOSPC, "No space left")), OSError,
+     "cannot be written .No space left"),
+    (half_then(RuntimeError("PytorchStreamWriter failed")), OSError,
+     "a.json: cannot be written .Pytorch"),
     (half_then(ZeroDivisionError("mine")), ZeroDivisionError, "mine"),
     (half_then(KeyboardInterrupt()), KeyboardInterrupt, None)])
 def test_a_failure_in_the_middle_leaves_the_old_file_and_nothing_else(tmp_path, save, raised, said):
@@ -104,6 +108,12 @@ def test_what_is_no_json_is_named(tmp_path, content):
         read_json(tmp_path)  # a folder
     with pytest.raises(BadInput, match="none.json: no such file"):
         read_json(tmp_path / "none.json")
+
+
+def test_rows_become_one_json_object_a_line():
+    rows = [dict(step=1, loss=None), dict(step=2, name="é")]
+    assert [json.loads(line) for line in json_lines(rows).splitlines()] == rows
+    assert json_lines(rows).endswith("}\n") and json_lines([]) == ""
 
 
 # ---- progress

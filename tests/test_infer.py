@@ -1,4 +1,4 @@
-"""models/infer.py: windows without seams, strips of large images, one matrix over a split, whatever reads it."""
+"""models/infer.py: windows without seams, strips of large images, one matrix for a whole split."""
 import numpy as np
 import pytest
 import torch
@@ -80,7 +80,8 @@ class Conv(nn.Module):
         super().__init__()
         torch.manual_seed(0)
         self.body = nn.Sequential(
-            nn.Conv2d(3, 8, 5, padding=2), nn.BatchNorm2d(8), nn.Tanh(), nn.Conv2d(8, 5, 5, padding=2))
+            nn.Conv2d(3, 8, 5, padding=2), nn.BatchNorm2d(8), nn.Tanh(),
+            nn.Conv2d(8, 5, 5, padding=2))
 
     def forward(self, x):
         return self.body(x)
@@ -228,7 +229,8 @@ def test_all_ranks_evaluate_with_the_statistics_of_rank_0(data, tmp_path):
 def test_a_split_without_a_labelled_pixel_is_an_error(data):
     pairs = dict(zip(data.names, data.files))
     nothing = SegDataset(pairs, Labels([dict(name="a", id=100)], [0, 1, 2, 9]), "imagenet")
-    with pytest.raises(BadInput, match='image 0 and 6 more: every pixel is ignored; correct "ignore"'):
+    said = 'image 0 and 6 more: every pixel is ignored; correct "ignore"'
+    with pytest.raises(BadInput, match=said):
         evaluate(Pixelwise(), nothing, WINDOW)
 
 

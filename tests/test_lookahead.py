@@ -1,4 +1,4 @@
-"""models/lookahead.py: Lookahead against its definition in plain numbers, resuming, the cycles of warm restarts."""
+"""models/lookahead.py: Lookahead against its definition, resuming, the cycles of warm restarts."""
 import math
 
 import pytest
@@ -110,7 +110,8 @@ def test_warm_restarts_are_torchs():
 
 
 @pytest.mark.parametrize("first, mult, steps, ends", [
-    (15, 2, 105, [15, 45, 105]), (15, 2, 104, [15, 45]), (10, 1, 30, [10, 20, 30]), (10, 1, 39, [10, 20, 30]),
+    (15, 2, 105, [15, 45, 105]), (15, 2, 104, [15, 45]),
+    (10, 1, 30, [10, 20, 30]), (10, 1, 39, [10, 20, 30]),
     (7, 3, 7, [7]), (7, 3, 27, [7]), (7, 3, 28, [7, 28])])
 def test_cycles_end_within_the_steps(first, mult, steps, ends):
     assert cycle_ends(first, mult, steps) == ends

@@ -1,4 +1,4 @@
-"""predict.py: masks of images of any size, what is left out and why, and nothing of others overwritten."""
+"""predict.py: masks of images of any size, what is left out, and nothing of others overwritten."""
 import shutil
 
 import numpy as np
@@ -43,7 +43,8 @@ def test_every_image_gets_ids_colours_and_an_overlay(run, forks, tmp_path):
     for file in scenes():
         found = ids(tmp_path / file.name)
         assert found.shape == (64, 64) and len(np.unique(found)) > 1
-        np.testing.assert_array_equal(Image.open(tmp_path / file.name).convert("RGB"), colors[found])
+        shown = Image.open(tmp_path / file.name).convert("RGB")
+        np.testing.assert_array_equal(shown, colors[found])
         np.testing.assert_array_equal(ids(tmp_path / f"{file.stem}_color.png"), colors[found])
         assert ids(tmp_path / f"{file.stem}_overlay.jpg").shape == (64, 64, 3)
 
@@ -98,8 +99,10 @@ def test_raw_labels_are_the_colours_of_the_training_masks(by_colour, forks, tmp_
     raw = ids(tmp_path / "raw" / file.name)
     np.testing.assert_array_equal(raw, ids(tmp_path / "train" / f"{file.stem}_color.png"))
     assert read(tmp_path / "raw/classes.json")[1]["value"] == "#a3d977"
-    forks.run("predict", by_colour, tiny_set() / "test/images", "--out", tmp_path / "raw", "--label-out", "raw")
-    masks = ["--masks", tmp_path / "raw", "--mask-ids", "raw", "--out", tmp_path / "e", "--workers", 0]
+    forks.run("predict", by_colour, tiny_set() / "test/images", "--out", tmp_path / "raw",
+              "--label-out", "raw")
+    masks = ["--masks", tmp_path / "raw", "--mask-ids", "raw", "--out", tmp_path / "e",
+             "--workers", 0]
     forks.run("eval", by_colour, *masks)  # as a grader would read them
     assert matrix(tmp_path / "e/eval.json") == matrix(by_colour)
 
@@ -124,7 +127,8 @@ def test_what_is_transparent_gets_no_class(run, forks, tmp_path):
     forks.run("predict", run, tmp_path / "a.png", "--out", tmp_path / "p")
     found = ids(tmp_path / "p/a.png")
     assert (found[:30, :50] == 255).all() and (found == 255).sum() == 1500
-    text = forks.run("predict", run, tmp_path / "a.png", "--out", tmp_path / "r", "--label-out", "raw", ok=2)
+    text = forks.run("predict", run, tmp_path / "a.png", "--out", tmp_path / "r",
+                     "--label-out", "raw", ok=2)
     assert "--label-out train" in text and not (tmp_path / "r/a.png").exists()
 
 
@@ -140,7 +144,7 @@ def test_more_overlap_changes_the_answer_a_little(run, forks, tmp_path):
 
 # ---- nothing of others is overwritten
 
-def test_results_of_the_same_classes_may_be_written_anew_and_no_others(run, by_colour, forks, tmp_path):
+def test_results_of_the_same_classes_may_be_written_anew(run, by_colour, forks, tmp_path):
     file = grey(tmp_path / "a.png", 32, 32)
     for _ in range(2):
         forks.run("predict", run, file, "--out", tmp_path / "p")
@@ -165,7 +169,8 @@ def test_two_images_of_one_name_are_refused(run, forks, tmp_path):
     a, b = grey(tmp_path / "x/a.png", 8, 8), grey(tmp_path / "y/a.png", 8, 8)
     text = forks.run("predict", run, a, b, "--out", tmp_path / "p", ok=2)
     assert f"{a} and {b}: both would become a.png" in text and not (tmp_path / "p").exists()
-    forks.run("predict", run, tmp_path, "--out", tmp_path / "p")  # below one folder they keep their places
+    # Below one folder they keep their places.
+    forks.run("predict", run, tmp_path, "--out", tmp_path / "p")
     assert ids(tmp_path / "p/x/a.png").shape == ids(tmp_path / "p/y/a.png").shape == (8, 8)
 
 

@@ -6,6 +6,7 @@ import os
 import signal
 import sys
 import time
+from pathlib import Path
 from types import SimpleNamespace
 
 import pytest
@@ -87,6 +88,22 @@ def test_a_pair_has_its_lower_number_first(capsys):
         assert "--scale" in said and "expected the lower number first" in said
 
 
+def test_flags_that_go_with_a_choice_are_refused_beside_another(capsys):
+    p = run.Parser("words")
+    for flag in ("--model", "--head", "--layer-decay", "--resume"):
+        p.add_argument(flag, default="vit" if flag == "--model" else "fpn")
+
+    def check(*argv):
+        run.only_with(p, p.parse_args(argv), "model", "vit", "head", "layer_decay")
+
+    p.set_defaults(resume=None)
+    check("--layer-decay", "1")
+    check("--model", "unet", "--head", "fpn")  # as by default
+    check("--model", "unet", "--head", "x", "--resume", "a")  # that run has been asked
+    said = refused(capsys, check, "--model", "unet", "--layer-decay", "1")
+    assert "--layer-decay goes with --model vit, not unet; leave it out" in said
+
+
 def test_an_empty_value_is_refused(capsys):
     for argv in (["--out", ""], ["--out="], ["--resume", ""]):
         said = refused(capsys, parser().parse_args, argv)
@@ -142,7 +159,8 @@ def test_resume_takes_the_flags_of_the_run(tmp_path):
 
 def test_a_changed_flag_is_refused(tmp_path):
     stored(tmp_path, color=0.25)
-    with pytest.raises(BadInput, match="trained with color = 0.25, not 0.5; leave the flag out") as e:
+    said = "trained with color = 0.25, not 0.5; leave the flag out"
+    with pytest.raises(BadInput, match=said) as e:
         resumed(tmp_path, "--color", "0.5")
     assert str(tmp_path) in str(e.value) and "\n" not in str(e.value)
 
@@ -230,6 +248,16 @@ def test_the_first_signal_is_noted_and_the_second_ends():
         signal.raise_signal(signal.SIGINT)
     stop.release()
     assert (signal.getsignal(signal.SIGINT), signal.getsignal(signal.SIGTERM)) == before
+
+
+@pytest.mark.parametrize("number, code", [(signal.SIGINT, 130), (signal.SIGTERM, 143), (0, 143)])
+def test_the_exit_code_is_that_of_the_signal(number, code):
+    stop = run.Stop()
+    stop.release()
+    stop.signal = number  # 0: another rank was told
+    with pytest.raises(SystemExit) as e:
+        stop.exit()
+    assert e.value.code == code
 
 
 def test_signals_are_given_back():
@@ -416,6 +444,14 @@ def test_ranks_add_gather_and_agree_on_a_folder(tmp_path, n):
         assert answer == ([3, 3], rows.tolist(), tmp_path / "run0")
 
 
+def test_the_command_to_go_on_has_as_many_processes(tmp_path, monkeypatch):
+    monkeypatch.setattr(sys, "argv", ["/somewhere/train_kd.py", "--steps", "3"])
+    out = Path("runs/a b")
+    assert run.again(out) == "python train_kd.py --resume 'runs/a b'"
+    assert on_ranks(tmp_path, 2, lambda rank, world: run.again(out)) == 2 * [
+        "torchrun --standalone --nproc_per_node=2 train_kd.py --resume 'runs/a b'"]
+
+
 def test_one_process_needs_no_group():
     part = torch.ones(3, 2)
     assert run.over_ranks(part) is part and run.gather(part, 3, torch.device("cpu")) is part
@@ -433,15 +469,25 @@ def test_a_seed_gives_every_process_the_same_network(monkeypatch):
     assert torch.equal(first[0], second[0])
 
 
+def test_torch_is_seeded_by_every_number():
+    drawn = []
+    others = (4, 0, 1, 3), (4, 0, 2, 2), (4, 1, 1, 2), (5, 0, 1, 2)
+    for numbers in ((4, 0, 1, 2), (4, 0, 1, 2), *others):
+        run.seed_torch(*numbers)
+        drawn.append(torch.randn(1).item())
+    assert drawn[0] == drawn[1] and len(set(drawn)) == 5
+
+
 # ---- what must be equal
 
-SAME = dict(world=1, weights=None, labels=[[{"name": "a", "id": 0}], []], teacher="12ab")
+SAME = dict(world=1, weights=None, amp=False, labels=[[{"name": "a", "id": 0}], []], teacher="12ab")
 
 
 @pytest.mark.parametrize("key, was, said", [
     ("world", 4, "with processes 4, not 1; .* torchrun --nproc_per_node=4"),
     ("weights", "ab12", "with weights ab12, not None; name the file with that sha256"),
     ("teacher", None, "with teacher None, not 12ab; name the run"),
+    ("amp", True, "with amp True, not False; choose it by --amp"),
     ("labels", [[{"name": "b", "id": 0}], []], "the classes or ignored values have changed")])
 def test_what_would_make_it_another_run_is_named(tmp_path, key, was, said):
     run.check_same(tmp_path, copy.deepcopy(SAME) | dict(step=3), SAME)

@@ -1,4 +1,4 @@
-"""data/scenes.py: class folders, splits without leaks, pixels, and all of it opened as train_cls.py does."""
+"""data/scenes.py: class folders, splits without leaks, pixels, and all of it opened."""
 import json
 import shutil
 
@@ -11,8 +11,8 @@ from data import augment
 from data.common import BadInput, write
 from data.datasets import NORMS, normalise
 from data.scenes import (
-    Scenes, augment_scenes, base_of, check_classes, complete_splits, decode_scenes, draw_splits, few, find_scenes,
-    groups_of, prepare, square, twins)
+    Scenes, augment_scenes, base_of, check_classes, complete_splits, decode_scenes, draw_splits,
+    few, find_scenes, groups_of, prepare, square, twins)
 
 NAMES = ["field", "forest", "water"]
 COLOURS = (150, 140, 60), (40, 110, 50), (40, 60, 140)
@@ -106,7 +106,8 @@ def test_few_shot_subsets_are_nested_and_by_seed():
 
 def test_val_is_drawn_from_train_where_the_folders_give_only_test():
     scenes = {f"{split}/{i}": "ab"[i % 2] for split in ("train", "test") for i in range(40)}
-    given = {split: [name for name in scenes if name.startswith(split)] for split in ("train", "test")}
+    given = {"train": [name for name in scenes if name.startswith("train")],
+             "test": [name for name in scenes if name.startswith("test")]}
     shares = dict(train=0.6, val=0.2, test=0.2)
     splits = complete_splits(scenes, given, shares, groups_of(list(scenes), None), 0)
     assert splits["test"] == given["test"]
@@ -137,7 +138,8 @@ def test_pixels_are_those_of_the_files_and_large_ones_are_not_squashed(tmp_path)
     wide[:, 20:40] = 200  # exactly the middle square
     Image.fromarray(wide).save(tmp_path / "wide.png")
     (tmp_path / "broken.jpg").write_bytes(b"\xff\xd8 no")
-    pixels, digests = decode_scenes(files[0], tmp_path / "wide.png", tmp_path / "broken.jpg", side=12)
+    files = files[0], tmp_path / "wide.png", tmp_path / "broken.jpg"
+    pixels, digests = decode_scenes(*files, side=12)
     assert pixels.shape == (3, 12, 12, 3) and (pixels[1, :, 1:-1] > 190).all()
     assert digests.any(1).tolist() == [True, True, False]
     assert (square(wide, 20) == 200).all()
@@ -171,10 +173,12 @@ def test_a_shift_mirrors_at_the_border():
     rows = torch.arange(9).view(1, 9, 1, 1).expand(40, 9, 9, 3)  # the number of the row
     moved = augment_scenes(rows, list(range(40)), seed=3, shift=3)
     down, right = moved.diff(dim=1).abs(), moved.diff(dim=2).abs()
-    # Neighbours stay neighbours in one direction, which a wrap-around would jump, and are equal in the other.
+    # Neighbours stay neighbours in one direction, where a wrap-around would jump; in the other they
+    # are equal.
     assert (down <= 1).all() and (right <= 1).all()
     assert ((down == 0).flatten(1).all(1) ^ (right == 0).flatten(1).all(1)).all()
-    assert {int(m.min()) for m in moved} > {0} and {int(m.max()) for m in moved} > {8}  # some lost a border
+    lows, highs = {int(m.min()) for m in moved}, {int(m.max()) for m in moved}
+    assert lows > {0} and highs > {8}  # some have lost their first or last row
 
 
 def test_prepare_is_the_normalisation_of_the_segmentation_scripts():
@@ -183,7 +187,8 @@ def test_prepare_is_the_normalisation_of_the_segmentation_scripts():
     torch.testing.assert_close(prepare(x, NORMS["sat"])[0], normalise(image, "sat"))
     assert prepare(x, NORMS["sat"], 14).shape == (1, 3, 14, 14)
     flat = torch.full((1, 7, 7, 3), 90, dtype=torch.uint8)  # resizing keeps what is constant
-    torch.testing.assert_close(prepare(flat, NORMS["sat"], 14)[..., :7, :7], prepare(flat, NORMS["sat"]))
+    larger = prepare(flat, NORMS["sat"], 14)
+    torch.testing.assert_close(larger[..., :7, :7], prepare(flat, NORMS["sat"]))
 
 
 def test_the_share_of_cutmix_is_the_area_left():
@@ -212,16 +217,19 @@ def root(tmp_path_factory):
 def test_class_folders_are_opened(root):
     d = Scenes(root, cache="off")
     assert (d.names, d.dataset, d.reports) == (NAMES, "tiny", "test")
-    assert {split: len(names) for split, names in d.splits.items()} == dict(train=30, val=10, test=10)
+    sizes = {split: len(names) for split, names in d.splits.items()}
+    assert sizes == dict(train=30, val=10, test=10)
     for split, names in d.splits.items():
         assert d.y[split].tolist() == [NAMES.index(name.split("/")[0]) for name in names]
         for row, name in zip(d.rows[split], names):
             np.testing.assert_array_equal(d.pixels[row], np.asarray(Image.open(root / name)))
+        np.testing.assert_array_equal(d.images(split), d.pixels[d.rows[split]])
     assert any("random split without --group-regex" in note for note in d.notes)
 
 
 @pytest.mark.parametrize("classes, said", [
-    (["water", "field", "water"], "--classes names water twice"), (["sea", "field"], "--classes sea: not there; "),
+    (["water", "field", "water"], "--classes names water twice"),
+    (["sea", "field"], "--classes sea: not there; "),
     (["water"], "1 classes (water); expected 2 to 254")])
 def test_classes_that_cannot_be_taken_are_refused(root, classes, said):
     assert said in refusal(root, classes)
@@ -230,14 +238,16 @@ def test_classes_that_cannot_be_taken_are_refused(root, classes, said):
 def test_classes_have_the_order_asked_for(root):
     d = Scenes(root, ["water", "field"], cache="off")
     assert d.names == ["water", "field"] and len(d.all) == 35
-    assert {name.split("/")[0] for name, y in zip(d.splits["val"], d.y["val"]) if y == 0} == {"water"}
+    first = [name for name, y in zip(d.splits["val"], d.y["val"]) if y == 0]
+    assert first and all(name.startswith("water/") for name in first)
 
 
 def test_few_images_per_class_leave_val_and_test_alone(root):
     whole, part = Scenes(root, cache="off"), Scenes(root, cache="off", per_class=2)
     assert part.splits["test"] == whole.splits["test"] and part.splits["val"] == whole.splits["val"]
     assert torch.bincount(part.y["train"]).tolist() == [2, 2, 2]
-    assert Scenes(root, cache="off", per_class=2, fixed=True).splits == whole.splits  # a run's own split
+    fixed = Scenes(root, cache="off", per_class=2, fixed=True)  # a run's own split
+    assert fixed.splits == whole.splits
 
 
 def test_a_split_file_counts_and_shares_do_otherwise(root, tmp_path):
@@ -293,7 +303,8 @@ def test_the_cache_changes_nothing(root, tmp_path):
 
 def test_bands_and_size_reach_the_pixels(root):
     plain = Scenes(root, cache="off")
-    np.testing.assert_array_equal(Scenes(root, cache="off", bands=[3, 2, 1]).pixels, plain.pixels[..., ::-1])
+    turned = Scenes(root, cache="off", bands=[3, 2, 1])
+    np.testing.assert_array_equal(turned.pixels, plain.pixels[..., ::-1])
     assert Scenes(root, cache="off", size=12).pixels.shape == (50, 12, 12, 3)
 
 
@@ -302,4 +313,5 @@ def test_a_run_is_told_what_it_needs(root):
     about = json.loads(json.dumps(d.about()))
     assert about == d.about() and about["classes"] == [{"name": name} for name in NAMES]
     assert (about["dataset"], about["root"], about["stored"]) == ("tiny", str(root), 16)
-    assert about["reading"] == dict(bands=[3, 2, 1], input_range=None) and len(set(about["splits"].values())) == 3
+    assert about["reading"] == dict(bands=[3, 2, 1], input_range=None)
+    assert len(set(about["splits"].values())) == 3

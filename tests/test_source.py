@@ -1,4 +1,4 @@
-"""data/source.py: what a data set says of itself when it is opened, on folders of small images and on the demo."""
+"""data/source.py: what a data set says of itself once it is opened, and the numbers it gives."""
 import json
 
 import numpy as np
@@ -26,7 +26,8 @@ def make_set(root, splits=dict(train=4, val=2, test=2), **more):
         for i in range(count):
             picture(root / split / f"images/{i}.png", rng.integers(0, 256, (12, 16, 3), np.uint8))
             picture(root / split / f"masks/{i}.png", rng.choice(np.uint8([0, 4, 2, 9]), (12, 16)))
-    description = dict(name="small", images="*/images/*.png", masks="*/masks/*.png", classes=CLASSES, ignore=[9],
+    description = dict(name="small", images="*/images/*.png", masks="*/masks/*.png",
+                       classes=CLASSES, ignore=[9],
                        splits={split: f"{split}/*" for split in splits})
     write(root / "dataset.json", description | more)
     return root
@@ -48,10 +49,13 @@ def refusal(*args, **how):
 def test_a_folder_is_opened(tmp_path):
     d = Source(root=make_set(tmp_path), cache="off")
     assert (d.kind, d.name, d.names) == ("folder", "small", ["land", "road", "water"])
-    assert d.splits == {split: names(split, n) for split, n in (("train", 4), ("val", 2), ("test", 2))}
+    want = {"train": names("train", 4), "val": names("val", 2), "test": names("test", 2)}
+    assert d.splits == want
     assert d.root == tmp_path.resolve() and not d.warnings and d.further == {}
+    assert d.headline() == "data    small, 3 classes, images: 4 train, 2 val, 2 test"
     assert d.files("val") == {
-        f"val/images/{i}": (tmp_path / f"val/images/{i}.png", tmp_path / f"val/masks/{i}.png") for i in (0, 1)}
+        f"val/images/{i}": (tmp_path / f"val/images/{i}.png", tmp_path / f"val/masks/{i}.png")
+        for i in (0, 1)}
 
 
 def test_the_demo_needs_no_root_and_is_made_once(tmp_path, monkeypatch):
@@ -62,7 +66,8 @@ def test_the_demo_needs_no_root_and_is_made_once(tmp_path, monkeypatch):
     write(small / "dataset.json", d)
     for opened in (Source(), Source("demo"), Source("demo", small)):
         assert (opened.kind, opened.name, opened.root) == ("demo", "demo", small.resolve())
-        assert {split: len(found) for split, found in opened.splits.items()} == dict(train=3, val=2, test=1)
+        sizes = {split: len(found) for split, found in opened.splits.items()}
+        assert sizes == dict(train=3, val=2, test=1)
 
 
 @pytest.mark.parametrize("how, said", [
@@ -173,7 +178,8 @@ def test_a_share_of_train_held_out_chooses_where_val_is_reported(tmp_path):
 def test_final_holds_nothing_out(tmp_path):
     d = Source(root=make_set(tmp_path, dict(train=8, val=2), select=0.25), cache="off", final=True)
     assert d.picks is None and d.reports == "val" and len(d.splits["train"]) == 8
-    d = Source(root=make_set(tmp_path / "b", dict(train=3)), cache="off", final=True)  # val need not be there
+    # Val need not be there.
+    d = Source(root=make_set(tmp_path / "b", dict(train=3)), cache="off", final=True)
     assert d.picks is None and d.reports == "train"
 
 
@@ -189,7 +195,8 @@ def test_a_split_must_be_there_if_it_is_needed(tmp_path):
 def test_val_frac_holds_out_and_warns_without_scenes(tmp_path):
     root = make_set(tmp_path, dict(train=8))
     d = Source(root=root, cache="off", val_frac=0.25)
-    assert len(d.splits["val"]) == 2 and len(d.splits["train"]) == 6 and d.picks == d.reports == "val"
+    assert len(d.splits["val"]) == 2 and len(d.splits["train"]) == 6
+    assert d.picks == d.reports == "val"
     assert any('--val-frac without "scene"' in line for line in d.warnings)
     again = Source(root=root, cache="off", val_frac=0.25)
     assert again.splits == d.splits  # not drawn anew
@@ -198,7 +205,8 @@ def test_val_frac_holds_out_and_warns_without_scenes(tmp_path):
 
 
 def test_the_warning_of_a_description_is_passed_on(tmp_path):
-    assert Source(root=make_set(tmp_path, warning="masks are shifted"), cache="off").warnings == ["masks are shifted"]
+    d = Source(root=make_set(tmp_path, warning="masks are shifted"), cache="off")
+    assert d.warnings == ["masks are shifted"] and "WARNING masks are shifted" in d.headline()
 
 
 def test_a_split_file_replaces_the_splits(tmp_path):
@@ -206,6 +214,14 @@ def test_a_split_file_replaces_the_splits(tmp_path):
     write(tmp_path / "mine.json", mine)
     d = Source(root=make_set(tmp_path / "set"), cache="off", split_file=tmp_path / "mine.json")
     assert d.splits == mine and d.reports == "val"
+
+
+def test_a_run_that_goes_on_has_its_own_split(tmp_path):
+    own = {"train": names("train", 3), "val": names("train", 4)[3:]}
+    write(tmp_path / "run/split.json", own)
+    root = make_set(tmp_path / "set", dict(train=5))  # another image has come since
+    d = Source(root=root, cache="off", val_frac=0.5, resume=str(tmp_path / "run"))
+    assert d.splits == own
 
 
 # ---- points instead of masks
@@ -269,20 +285,23 @@ def test_as_read_means_tile_by_tile_and_without_transparent_pixels(tmp_path):
 
 
 def test_rare_classes_have_less_than_half_an_equal_share():
-    counts = np.array([[600, 40, 0, 10], [200, 85, 0, 65]])  # of 1000: 800, 125, 0, 75; half a share is 125
-    assert rare_classes(counts) == [3]
+    counts = np.array([[600, 40, 0, 10], [200, 85, 0, 65]])
+    assert rare_classes(counts) == [3]  # of 1000: 800, 125, 0, 75; half a share is 125
     assert rare_classes(np.array([[1, 1, 1]])) == [] and rare_classes(np.zeros((2, 3), int)) == []
 
 
 # ---- what a run keeps
 
 def test_a_run_is_told_enough_to_open_the_data_again(tmp_path):
-    d = Source(root=make_set(tmp_path, report={"2_without_road": ["road"]}, bands=[3, 2, 1]), cache="off")
+    d = Source(root=make_set(tmp_path, report={"2_without_road": ["road"]}, bands=[3, 2, 1]),
+               cache="off")
     about = json.loads(json.dumps(d.about()))
     assert about == d.about()  # plain JSON
-    assert about["classes"] == d.labels.classes and about["ignore"] == [9] and about["root"] == str(tmp_path)
+    assert about["classes"] == d.labels.classes and about["ignore"] == [9]
+    assert about["root"] == str(tmp_path)
     assert (about["chosen_on"], about["reported"], about["source"]) == ("val", "test", "folder")
-    assert about["report"] == {"2_without_road": ["road"]} and about["reading"]["bands"] == [3, 2, 1]
+    assert about["report"] == {"2_without_road": ["road"]}
+    assert about["reading"]["bands"] == [3, 2, 1]
     again = Source(about["source"], about["root"], about["variant"], need=(), cache="off")
     assert again.about()["splits"] == about["splits"] and len(set(about["splits"].values())) == 3
 

@@ -1,4 +1,4 @@
-"""train_kd.py as a user types it, and its limits: no teacher is train_seg.py, a perfect one has nothing to teach."""
+"""train_kd.py as a user types it, and its limits: without a teacher, and with a perfect one."""
 import re
 import shutil
 import signal
@@ -8,14 +8,16 @@ import pytest
 import torch
 from PIL import Image
 from runs import (  # noqa: F401, forks is a fixture
-    FOLDER, SEGMENTATION_FILES, TINY, equal, forks, interrupt, logged, place, read, same_run, server, tiny_set, trained)
+    FOLDER, SEGMENTATION_FILES, TINY, equal, forks, interrupt, logged, place, read, same_run,
+    server, tiny_set, trained)
 
 from data.common import write
 from data.datasets import NORMS
 from models.checkpoint import load_state, load_weights, save_weights
 
 CLASSES = ["green", "soil", "wet", "built", "street"]  # of the teacher that knows other classes
-MAP = {"green": {"grassland": 0.7, "forest": 0.3}, "soil": "field", "wet": "water", "built": "building",
+MAP = {"green": {"grassland": 0.7, "forest": 0.3}, "soil": "field", "wet": "water",
+       "built": "building",
        "street": None}
 
 
@@ -29,19 +31,23 @@ def stranger():
     """A teacher of five other classes, another normalisation and larger windows."""
     root, out = place() / "other", place() / "stranger"
     shutil.copytree(tiny_set(), root)
-    merge = np.uint8([1, 0, 0, 2, 4, 3, 4, 2])  # field grassland forest water road building car pool
+    # Of field grassland forest water road building car pool.
+    merge = np.uint8([1, 0, 0, 2, 4, 3, 4, 2])
     for mask in root.glob("*/masks/*"):
         Image.fromarray(merge[np.asarray(Image.open(mask))]).save(mask)
     classes = [{"name": name, "id": i, "color": f"#{i * 40:06x}"} for i, name in enumerate(CLASSES)]
-    write(root / "dataset.json", read(root / "dataset.json") | {"name": "other", "classes": classes})
-    server().run("train_seg", "--root", root, "--out", out, *TINY, "--crop", 48, "--norm", "sat", "--arch", "nano8")
+    d = read(root / "dataset.json")
+    write(root / "dataset.json", d | {"name": "other", "classes": classes})
+    server().run("train_seg", "--root", root, "--out", out, *TINY, "--crop", 48, "--norm", "sat",
+                 "--arch", "nano8")
     return out
 
 
 @pytest.fixture(scope="module")
 def difficulty():
     """What eval.py says of the training images."""
-    server().run("eval", trained(), "--split", "train", "--difficulty", "--out", place() / "hard", "--workers", 0)
+    server().run("eval", trained(), "--split", "train", "--difficulty", "--out", place() / "hard",
+                 "--workers", 0)
     return place() / "hard/difficulty.json"
 
 
@@ -52,10 +58,12 @@ def values(run, key):
 # ---- limits
 
 def test_alpha_0_is_train_seg_bit_for_bit(teacher, forks, tmp_path):
-    flags = ["--root", tiny_set(), *TINY, "--ema", 0.9, "--loss", "ce+0.5*dice", "--accum", 2, "--batch-size", 2]
+    flags = ["--root", tiny_set(), *TINY, "--ema", 0.9, "--loss", "ce+0.5*dice", "--accum", 2,
+             "--batch-size", 2]
     forks.run("train_seg", *flags, "--out", tmp_path / "a")
     forks.run("train_kd", *flags, "--out", tmp_path / "b", "--alpha", 0, "--teacher", teacher)
-    assert (tmp_path / "a/best.safetensors").read_bytes() == (tmp_path / "b/best.safetensors").read_bytes()
+    best = [tmp_path / out / "best.safetensors" for out in "ab"]
+    assert best[0].read_bytes() == best[1].read_bytes()
     a, b = (load_state(tmp_path / out / "last.pt") for out in "ab")
     for key in ("net", "ema"):
         assert all(torch.equal(t, b[key][name]) for name, t in a[key].items())
@@ -63,7 +71,8 @@ def test_alpha_0_is_train_seg_bit_for_bit(teacher, forks, tmp_path):
     assert values(tmp_path / "a", "val_miou") == values(tmp_path / "b", "val_miou")
 
 
-STILL = [*TINY, "--steps", 1, "--lr", 1e-9, "--weight-decay", 0]  # the weights stay all but unchanged
+# The weights stay all but unchanged.
+STILL = [*TINY, "--steps", 1, "--lr", 1e-9, "--weight-decay", 0]
 
 
 def test_a_teacher_with_the_students_own_weights_has_nothing_to_teach(forks, tmp_path):
@@ -78,27 +87,32 @@ def test_a_teacher_with_the_students_own_weights_has_nothing_to_teach(forks, tmp
 
 
 def test_alpha_weighs_the_two_terms(teacher, forks, tmp_path):
+    kd, hard = {}, {}
     for alpha in (0.25, 0.75, 1):
-        kd = ["--root", tiny_set(), *STILL, "--teacher", teacher, "--alpha", alpha]
-        forks.run("train_kd", *kd, "--out", tmp_path / str(alpha))
-    kd, hard = ({alpha: logged(tmp_path / alpha, key)[1] for alpha in ("0.25", "0.75", "1")} for key in ("kd", "hard"))
-    assert kd["0.75"] == pytest.approx(3 * kd["0.25"]) and kd["1"] == pytest.approx(4 * kd["0.25"])
-    assert hard["0.25"] == pytest.approx(3 * hard["0.75"]) and hard["1"] == 0
+        flags = ["--root", tiny_set(), *STILL, "--teacher", teacher, "--alpha", alpha]
+        out = tmp_path / str(alpha)
+        forks.run("train_kd", *flags, "--out", out)
+        kd[alpha], hard[alpha] = logged(out, "kd")[1], logged(out, "hard")[1]
+    assert kd[0.75] == pytest.approx(3 * kd[0.25]) and kd[1] == pytest.approx(4 * kd[0.25])
+    assert hard[0.25] == pytest.approx(3 * hard[0.75]) and hard[1] == 0
 
 
 def test_the_teacher_sees_the_students_pixels_in_its_own_normalisation(teacher, forks, tmp_path):
-    """Two teachers say the same: one of imagenet pixels, the other of sat pixels by a first layer made for these."""
+    """Two teachers say the same: one of imagenet pixels, one of sat pixels, by its first layer."""
     tensors, meta = load_weights(teacher)
-    (mean, std), (other_mean, other_std) = (torch.tensor(NORMS[norm]) for norm in ("imagenet", "sat"))
+    mean, std = (torch.tensor(v).view(1, 3, 1, 1) for v in NORMS["imagenet"])
+    other_mean, other_std = (torch.tensor(v).view(1, 3, 1, 1) for v in NORMS["sat"])
     # x = a z + b turns pixels z of sat into pixels x of imagenet; W x + c = (W a) z + (W b + c).
     a, b = other_std / std, (other_mean - mean) / std
     weight, bias = "backbone.patch_embed.proj.weight", "backbone.patch_embed.proj.bias"
-    w = tensors[weight]  # (C, 3, P, P)
-    sat = tensors | {weight: w * a.view(1, 3, 1, 1), bias: tensors[bias] + (w * b.view(1, 3, 1, 1)).sum((1, 2, 3))}
+    w, c = tensors[weight], tensors[bias]  # (C, 3, P, P), (C,)
+    sat = tensors | {weight: w * a, bias: c + (w * b).sum((1, 2, 3))}
     save_weights(tmp_path / "sat/best.safetensors", sat, meta | dict(norm="sat"))
-    save_weights(tmp_path / "wrong/best.safetensors", sat, meta)  # its pixels do not fit its first layer
+    # Of this one the pixels do not fit the first layer.
+    save_weights(tmp_path / "wrong/best.safetensors", sat, meta)
     for name, run in dict(imagenet=teacher, sat=tmp_path / "sat", wrong=tmp_path / "wrong").items():
-        forks.run("train_kd", "--root", tiny_set(), *STILL, "--teacher", run, "--out", tmp_path / f"kd-{name}")
+        forks.run("train_kd", "--root", tiny_set(), *STILL, "--teacher", run,
+                  "--out", tmp_path / f"kd-{name}")
     kd = {name: logged(tmp_path / f"kd-{name}", "kd")[1] for name in ("imagenet", "sat", "wrong")}
     assert kd["sat"] == pytest.approx(kd["imagenet"], rel=1e-4)
     assert kd["wrong"] != pytest.approx(kd["imagenet"], rel=1e-3)
@@ -111,22 +125,27 @@ def test_killed_stopped_and_resumed_with_everything_on(forks, tmp_path, stranger
     write(tmp_path / "list.txt", "\n".join([names[0], names[1], names[1]]))
     write(tmp_path / "map.json", {"map": MAP})
     shutil.copy(difficulty, tmp_path / "hard.json")
-    flags = ["--root", tiny_set(), *TINY, "--steps", 14, "--teacher", stranger, "--map", tmp_path / "map.json",
+    flags = ["--root", tiny_set(), *TINY, "--steps", 14, "--teacher", stranger,
+             "--map", tmp_path / "map.json",
              "--focus", 0.7, "--sampler", "weighted", "--difficulty", tmp_path / "hard.json",
-             "--replicate", tmp_path / "list.txt", "--lookahead", 2, "--restarts", 4, 2, "--ema", 0.9]
+             "--replicate", tmp_path / "list.txt", "--lookahead", 2, "--restarts", 4, 2,
+             "--ema", 0.9]
     text = forks.run("train_kd", *flags, "--out", tmp_path / "a")
     assert "warm restarts: 12 steps, cycles end at 4, 12" in text
     assert "48 crops drawn with replacement, an image" in text
     assert "3 entries repeat training images: 9 instead of 6" in text
     before, after = text.split("loop ")
     assert "green 0.70 grassland + 0.30 forest" in re.sub(" +", " ", before)
-    assert "silent about: road, car, pool" in before and "measured on 6 images" in before and "step" in after
+    assert "silent about: road, car, pool" in before and "measured on 6 images" in before
+    assert "step" in after
 
-    code, _ = interrupt(forks, signal.SIGKILL, tmp_path / "b", "train_kd", *flags, "--out", tmp_path / "b")
+    code, _ = interrupt(forks, signal.SIGKILL, tmp_path / "b", "train_kd", *flags,
+                        "--out", tmp_path / "b")
     assert code == -signal.SIGKILL
     for name in ("map.json", "list.txt", "hard.json"):
         (tmp_path / name).unlink()  # what counts stands in the run
-    code, text = interrupt(forks, signal.SIGTERM, tmp_path / "b", "train_kd", "--resume", tmp_path / "b")
+    code, text = interrupt(forks, signal.SIGTERM, tmp_path / "b", "train_kd",
+                           "--resume", tmp_path / "b")
     assert code == 128 + signal.SIGTERM and f"train_kd.py --resume {tmp_path / 'b'}" in text
     forks.run("train_kd", "--resume", tmp_path / "b")
     same_run(tmp_path / "a", tmp_path / "b")
@@ -137,14 +156,17 @@ def test_killed_stopped_and_resumed_with_everything_on(forks, tmp_path, stranger
     assert read(tmp_path / "a/difficulty.json") == read(difficulty)
     last = load_state(tmp_path / "a/last.pt")
     assert last["state"]["step"] == 12 and len(last["slow"]) > 50
-    rates = values(tmp_path / "a", "lr")  # a restart after step 4, warmed up over the first two steps
-    assert rates == pytest.approx([3e-3 * min((i + 1) / 2, 0.5 * (1 + np.cos(np.pi * done))) for i, done in enumerate(
-        [0, 0.25, 0.5, 0.75, *np.arange(8) / 8])])
+    # The rate starts again after step 4, and was warmed up over the first two steps.
+    done = np.array([0, 2, 4, 6, *range(8)]) / 8  # of a cycle
+    rise = np.minimum(np.arange(1, 13) / 2, 1)
+    want = 3e-3 * np.minimum(rise, 0.5 * (1 + np.cos(np.pi * done)))
+    np.testing.assert_allclose(values(tmp_path / "a", "lr"), want)
 
 
 def test_resume_refuses_another_teacher_and_another_alpha(forks, tmp_path, teacher):
     run = tmp_path / "a"
-    forks.run("train_kd", "--root", tiny_set(), "--out", run, *TINY, "--steps", 1, "--teacher", teacher)
+    forks.run("train_kd", "--root", tiny_set(), "--out", run, *TINY, "--steps", 1,
+              "--teacher", teacher)
     text = forks.run("train_kd", "--resume", run, "--teacher", run, ok=2)
     assert "trained with teacher " in text and "name the run with that sha256" in text
     assert "alpha = 0.7, not 0.5" in forks.run("train_kd", "--resume", run, "--alpha", 0.5, ok=2)
@@ -156,8 +178,8 @@ def test_resume_refuses_another_teacher_and_another_alpha(forks, tmp_path, teach
 def test_ranks_learn_alike(forks, tmp_path, stranger, difficulty):
     losses = {}
     for ranks in (1, 2):
-        flags = [*TINY, "--batch-size", 4 // ranks, "--steps", 3, "--teacher", stranger, "--map", "measured",
-                 "--sampler", "weighted", "--difficulty", difficulty]
+        flags = [*TINY, "--batch-size", 4 // ranks, "--steps", 3, "--teacher", stranger,
+                 "--map", "measured", "--sampler", "weighted", "--difficulty", difficulty]
         out = tmp_path / f"r{ranks}"
         forks.run("train_kd", "--root", tiny_set(), "--out", out, *flags, ranks=ranks)
         losses[ranks] = values(out, "kd") + values(out, "hard")
@@ -172,7 +194,8 @@ def test_difficulty_of_eval_draws_hard_images_more_often(forks, tmp_path, diffic
     one = max(hard, key=hard.get)
     write(tmp_path / "hard.json", {name: 5 * (name == one) for name in hard})
     flags = ["--root", tiny_set(), *TINY, "--steps", 1, "--alpha", 0, "--sampler", "weighted"]
-    text = forks.run("train_kd", *flags, "--difficulty", tmp_path / "hard.json", "--out", tmp_path / "a")
+    text = forks.run("train_kd", *flags, "--difficulty", tmp_path / "hard.json",
+                     "--out", tmp_path / "a")
     assert "hard classes: 0 in 5 images, 5 in 1 images" in text
     # One image of weight 6 beside five of weight 1: 6/11 and 1/11 of 4 crops.
     assert "an image 0.4 to 2.2 times (--sampler weighted)" in text
@@ -195,21 +218,26 @@ def test_class_balanced_sampling_and_the_share_rule(forks, tmp_path):
 
 
 def test_a_cnn_as_student_and_as_teacher(forks, tmp_path, teacher):
-    flags = ["--root", tiny_set(), *FOLDER, "--crop", 64, "--batch-size", 2, "--warmup", 1, "--log-every", 1]
+    flags = ["--root", tiny_set(), *FOLDER, "--crop", 64, "--batch-size", 2, "--warmup", 1,
+             "--log-every", 1]
     student = [*flags, "--model", "unetformer", "--steps", 2, "--teacher", teacher]
-    code, text = interrupt(forks, signal.SIGTERM, tmp_path / "a", "train_kd", *student, "--out", tmp_path / "a")
+    code, text = interrupt(forks, signal.SIGTERM, tmp_path / "a", "train_kd", *student,
+                           "--out", tmp_path / "a")
     assert code == 128 + signal.SIGTERM, text
     forks.run("train_kd", "--resume", tmp_path / "a")
     flags += ["--arch", "nano16", "--steps", 1, "--teacher", tmp_path / "a"]
     text = forks.run("train_kd", *flags, "--out", tmp_path / "b")
-    assert "teacher " in text and ": unetformer, 8 classes" in text and logged(tmp_path / "b", "kd")[1] > 0
+    assert "teacher " in text and ": unetformer, 8 classes" in text
+    assert logged(tmp_path / "b", "kd")[1] > 0
 
 
 def test_bad_steps_are_skipped_and_five_in_a_row_end_the_run(forks, tmp_path, teacher):
-    flags = ["--root", tiny_set(), *TINY, "--teacher", teacher, "--lookahead", 2, "--out", tmp_path / "a"]
+    flags = ["--root", tiny_set(), *TINY, "--teacher", teacher, "--lookahead", 2,
+             "--out", tmp_path / "a"]
     text = forks.run("train_kd", *flags, "--loss", "1e39*ce", ok=2)
     said = text.splitlines()[-1]
-    assert said.startswith("error: 5 non-finite gradients in a row at step 5, last images train/images/scene_")
+    assert said.startswith("error: 5 non-finite gradients in a row at step 5, last images ")
+    assert "train/images/scene_" in said
     assert "--lr below 0.003" in said
     last = load_state(tmp_path / "a/last.pt")
     assert last["state"]["bad"] == 4 and not last["opt"]["state"]
@@ -241,20 +269,26 @@ def test_what_is_wrong_with_sampling(forks, tmp_path, difficulty):
     said = refused(forks, tmp_path, "--alpha", 0, "--sampler", "weighted")
     assert "--sampler weighted without --difficulty; make the file with python eval.py" in said
     hard = read(difficulty)
-    for content in (dict(list(hard.items())[1:]), dict.fromkeys(hard, -1), dict.fromkeys(hard, 0.5), [1]):
+    one_missing = dict(list(hard.items())[1:])
+    for content in (one_missing, dict.fromkeys(hard, -1), dict.fromkeys(hard, 0.5), [1]):
         write(tmp_path / "hard.json", content)
-        said = refused(forks, tmp_path, "--alpha", 0, "--sampler", "weighted", "--difficulty", tmp_path / "hard.json")
-        assert "hard.json" in said and "make the file with python eval.py RUN --split train --difficulty" in said
+        said = refused(forks, tmp_path, "--alpha", 0, "--sampler", "weighted",
+                       "--difficulty", tmp_path / "hard.json")
+        assert "hard.json" in said
+        assert "make the file with python eval.py RUN --split train --difficulty" in said
     write(tmp_path / "list.txt", "val/images/scene_000.png")
-    assert "is no image here" in refused(forks, tmp_path, "--alpha", 0, "--replicate", tmp_path / "list.txt")
+    said = refused(forks, tmp_path, "--alpha", 0, "--replicate", tmp_path / "list.txt")
+    assert "is no image here" in said
     for share in ("0%", "101%", "x%"):
-        assert "expected a share above 0%" in refused(forks, tmp_path, "--alpha", 0, "--replicate", share)
+        said = refused(forks, tmp_path, "--alpha", 0, "--replicate", share)
+        assert "expected a share above 0%" in said
 
 
 @pytest.mark.parametrize("flags, said", [
-    (["--lookahead", 5, "--restarts", 7, 3, "--steps", 30, "--eval-every", 15],  # 7 + 21 = 28 steps are left
+    (["--lookahead", 5, "--restarts", 7, 3, "--steps", 30, "--eval-every", 15],  # 7 + 21 = 28
      "--lookahead 5: the run ends at step 28 and is validated every 15; both must be multiples"),
-    (["--lookahead", 4, "--steps", 8, "--eval-every", 6], "the run ends at step 8 and is validated every 6"),
+    (["--lookahead", 4, "--steps", 8, "--eval-every", 6],
+     "the run ends at step 8 and is validated every 6"),
     (["--restarts", 40, 2, "--steps", 30], "--restarts 40 2 with --steps 30: no cycle would end"),
     (["--cycle", 4, 2], "--cycle is gone: type --restarts STEPS MULT"),
     (["--mixup", 0.5], "--mixup is gone: train_seg.py mixes images"),
@@ -265,9 +299,12 @@ def test_flags_that_do_not_go_together(forks, tmp_path, flags, said):
 
 
 def test_lookahead_goes_with_restarts_that_end_where_it_meets(forks, tmp_path):
-    flags = ["--root", tiny_set(), *TINY, "--alpha", 0, "--restarts", 4, 1, "--lookahead", 4, "--eval-every", 4]
+    flags = ["--root", tiny_set(), *TINY, "--alpha", 0, "--restarts", 4, 1, "--lookahead", 4,
+             "--eval-every", 4]
     forks.run("train_kd", *flags, "--out", tmp_path / "a")  # of 6 steps 4 are left
     last = load_state(tmp_path / "a/last.pt")
-    assert last["args"]["steps"] == last["state"]["step"] == read(tmp_path / "a/results.json")["steps"] == 4
-    learned = [t for name, t in last["net"].items() if not name.endswith("periods")]  # RoPE's, a buffer
+    assert last["args"]["steps"] == last["state"]["step"] == 4
+    assert read(tmp_path / "a/results.json")["steps"] == 4
+    # Without RoPE's periods, which are no parameter.
+    learned = [t for name, t in last["net"].items() if not name.endswith("periods")]
     assert equal(learned, last["slow"]) and equal(load_weights(tmp_path / "a")[0], last["net"])

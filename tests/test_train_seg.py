@@ -1,4 +1,4 @@
-"""train_seg.py as a user types it: train, kill, resume, ranks, every network, and what bad input says."""
+"""train_seg.py as a user types it: train, kill, resume, ranks, every network, bad input."""
 import contextlib
 import json
 import os
@@ -14,8 +14,8 @@ import torch
 import torchvision
 from PIL import Image
 from runs import (  # noqa: F401, forks is a fixture
-    FOLDER, SEGMENTATION_FILES, TINY, equal, forks, interrupt, logged, matrix, place, read, same_run, server,
-    tiny_set)
+    FOLDER, SEGMENTATION_FILES, TINY, equal, forks, interrupt, logged, matrix, place, read,
+    same_run, server, tiny_set)
 
 import train_seg
 from models.checkpoint import load_state, load_weights
@@ -36,7 +36,8 @@ def test_the_run_folder_holds_what_the_design_promises(run):
     assert {p.name for p in run.iterdir()} == SEGMENTATION_FILES
     results = read(run / "results.json")
     assert {"miou", "oa", "iou", "majority_miou", "seconds", "command"} <= results.keys()
-    assert results["split"] == "test" and results["steps"] == 6 and results["iou"].keys() == results["pixels"].keys()
+    assert results["split"] == "test" and results["steps"] == 6
+    assert results["iou"].keys() == results["pixels"].keys()
     meta = load_weights(run)[1]
     assert meta["classes"][0]["name"] == "field" and meta["chosen_on"] == "val"
     assert read(run / "split.json")["val"] == ["val/images/scene_000", "val/images/scene_001"]
@@ -48,7 +49,8 @@ def test_the_log_holds_every_step_and_every_validation(run):
     assert list(logged(run, "loss")) == [1, 2, 3, 4, 5, 6]
     scores = logged(run, "val_miou")
     assert list(scores) == [2, 4, 6]
-    assert max(scores.values()) == load_state(run / "last.pt")["state"]["best"] == load_weights(run)[1]["val_miou"]
+    best = load_state(run / "last.pt")["state"]["best"]
+    assert max(scores.values()) == best == load_weights(run)[1]["val_miou"]
     rates = list(logged(run, "lr").values())  # warmed up over two steps, then a cosine over four
     assert rates == pytest.approx([1.5e-3, 3e-3, 3e-3, 3e-3 * 0.5 * (1 + 2 ** -0.5), 1.5e-3,
                                    3e-3 * 0.5 * (1 - 2 ** -0.5)])
@@ -60,7 +62,8 @@ def test_same_command_same_bytes_whatever_the_workers(run, forks, tmp_path):
 
 
 def test_another_seed_is_another_run(run, forks, tmp_path):
-    forks.run("train_seg", "--root", tiny_set(), "--out", tmp_path / "b", *TINY, "--steps", 1, "--seed", 1)
+    forks.run("train_seg", "--root", tiny_set(), "--out", tmp_path / "b", *TINY, "--steps", 1,
+              "--seed", 1)
     assert logged(tmp_path / "b", "loss")[1] != logged(run, "loss")[1]
 
 
@@ -76,8 +79,8 @@ def test_without_out_folders_are_numbered(forks, tmp_path):
 # ---- killed, told to stop, resumed
 
 def test_killed_at_four_random_moments_it_ends_alike(forks, tmp_path):
-    flags = ["--root", tiny_set(), *TINY, "--steps", 12, "--ema", 0.9, "--cutmix", 0.5, "--mixup", 0.5,
-             "--focus", 0.5, "--workers", 1]
+    flags = ["--root", tiny_set(), *TINY, "--steps", 12, "--ema", 0.9, "--cutmix", 0.5,
+             "--mixup", 0.5, "--focus", 0.5, "--workers", 1]
     began = time.time()
     forks.run("train_seg", *flags, "--out", tmp_path / "whole")
     length, kills, clock = time.time() - began, 0, random.Random(0)
@@ -100,7 +103,8 @@ def test_killed_at_four_random_moments_it_ends_alike(forks, tmp_path):
 
 def test_ctrl_c_saves_and_says_how_to_go_on(run, forks, tmp_path):
     out = tmp_path / "a folder"
-    code, text = interrupt(forks, signal.SIGINT, out, "train_seg", "--root", tiny_set(), "--out", out, *TINY)
+    code, text = interrupt(forks, signal.SIGINT, out, "train_seg", "--root", tiny_set(),
+                           "--out", out, *TINY)
     assert code == 128 + signal.SIGINT and f"go on: python train_seg.py --resume '{out}'" in text
     assert "Traceback" not in text and not (out / "results.json").exists()
     text = forks.run("train_seg", "--resume", out)
@@ -118,7 +122,8 @@ def test_a_finished_run_only_reports_again(run, forks, tmp_path):
 def test_more_steps_go_on_and_it_is_said(run, forks, tmp_path):
     shutil.copytree(run, tmp_path / "a")
     text = forks.run("train_seg", "--resume", tmp_path / "a", "--steps", 9)
-    assert "at step 6 of 9" in text and "9 steps instead of 6: the rate follows the longer schedule" in text
+    assert "at step 6 of 9" in text
+    assert "9 steps instead of 6: the rate follows the longer schedule" in text
     assert list(logged(tmp_path / "a", "loss")) == list(range(1, 10))
     assert read(tmp_path / "a/results.json")["steps"] == 9
     assert load_state(tmp_path / "a/last.pt")["args"]["steps"] == 9
@@ -130,7 +135,8 @@ def test_more_steps_go_on_and_it_is_said(run, forks, tmp_path):
 
 
 def test_resume_refuses_what_would_make_it_another_run(run, forks, tmp_path):
-    for flags, said in ((["--batch-size", 8], "batch_size = 4, not 8"), (["--steps", 5], "and only more steps"),
+    for flags, said in ((["--batch-size", 8], "batch_size = 4, not 8"),
+                        (["--steps", 5], "and only more steps"),
                         (["--lr", 1], "lr = 0.003, not 1.0")):
         text = forks.run("train_seg", "--resume", run, *flags, ok=2)
         assert said in text and text.count("\n") == 1
@@ -165,7 +171,8 @@ def test_ranks_train_alike_and_evaluate_exactly_alike(run, forks, tmp_path):
     losses = {}
     for ranks in (1, 2, 3):
         out = tmp_path / f"r{ranks}"
-        flags = [*TINY, "--batch-size", 6 // ranks, "--steps", 3, "--loss", "ce+0.5*dice+lovasz+boundary+focal"]
+        flags = [*TINY, "--batch-size", 6 // ranks, "--steps", 3,
+                 "--loss", "ce+0.5*dice+lovasz+boundary+focal"]
         forks.run("train_seg", "--root", tiny_set(), "--out", out, *flags, ranks=ranks)
         losses[ranks] = list(logged(out, "loss").values())
         forks.run("eval", run, "--out", out / "e", "--workers", 0, ranks=ranks)
@@ -173,7 +180,7 @@ def test_ranks_train_alike_and_evaluate_exactly_alike(run, forks, tmp_path):
     np.testing.assert_allclose(losses[2], losses[1], rtol=1e-4)
     np.testing.assert_allclose(losses[3], losses[1], rtol=1e-4)
     text = forks.run("train_seg", "--resume", tmp_path / "r2", ok=2)
-    assert "trained with processes 2, not 1; start it with as many: torchrun --nproc_per_node=2" in text
+    assert "with processes 2, not 1; start it with as many: torchrun --nproc_per_node=2" in text
 
 
 def test_accumulation_is_the_large_batch(forks, tmp_path):
@@ -189,8 +196,8 @@ def test_accumulation_is_the_large_batch(forks, tmp_path):
 @pytest.mark.parametrize("model, batch", [("unetformer", 2), ("effunet", 2), ("deeplabv3-os8", 1)])
 def test_every_network_trains_resumes_evaluates_and_predicts(model, batch, forks, tmp_path):
     out = tmp_path / "a"
-    flags = ["--root", tiny_set(), *FOLDER, "--model", model, "--crop", 64, "--steps", 2, "--log-every", 1,
-             "--warmup", 1, "--batch-size", batch]
+    flags = ["--root", tiny_set(), *FOLDER, "--model", model, "--crop", 64, "--steps", 2,
+             "--log-every", 1, "--warmup", 1, "--batch-size", batch]
     code, text = interrupt(forks, signal.SIGTERM, out, "train_seg", *flags, "--out", out)
     assert code == 128 + signal.SIGTERM and load_state(out / "last.pt")["state"]["step"] == 1, text
     frozen = "BatchNorm keeps its statistics: it cannot learn from batches of one" in text
@@ -209,9 +216,12 @@ def test_every_network_trains_resumes_evaluates_and_predicts(model, batch, forks
 def test_a_cnn_starts_from_its_trunk_file(forks, tmp_path):
     torch.save(torchvision.models.resnet18().state_dict(), tmp_path / "resnet18.pth")
     flags = ["--root", tiny_set(), *FOLDER, "--model", "unetformer", "--crop", 32, "--steps", 1]
-    text = forks.run("train_seg", *flags, "--out", tmp_path / "a", "--weights", tmp_path / "resnet18.pth")
-    assert "layout=torchvision, 122 of 122 tensors (not needed: classifier)" in text and "random: decoder" in text
-    text = forks.run("train_seg", *flags, "--out", tmp_path / "b", "--weights", tiny_set() / "dataset.json", ok=2)
+    text = forks.run("train_seg", *flags, "--out", tmp_path / "a",
+                     "--weights", tmp_path / "resnet18.pth")
+    assert "layout=torchvision, 122 of 122 tensors (not needed: classifier)" in text
+    assert "random: decoder" in text
+    text = forks.run("train_seg", *flags, "--out", tmp_path / "b",
+                     "--weights", tiny_set() / "dataset.json", ok=2)
     assert "dataset.json" in text.splitlines()[-1] and not (tmp_path / "b").exists()
 
 
@@ -225,16 +235,18 @@ def dino():
 
 
 def test_a_frozen_backbone_stays_as_it_was_and_its_head_is_saved_alone(dino, forks, tmp_path):
-    flags = ["--root", tiny_set(), *FOLDER, "--weights", dino, "--crop", 28, "--steps", 2, "--log-every", 1,
-             "--batch-size", 2, "--head", "linear"]
+    flags = ["--root", tiny_set(), *FOLDER, "--weights", dino, "--crop", 28, "--steps", 2,
+             "--log-every", 1, "--batch-size", 2, "--head", "linear"]
     forks.run("train_seg", *flags, "--out", tmp_path / "all")
     forks.run("train_seg", *flags, "--out", tmp_path / "head", "--save", "head")
     whole, head = (load_weights(tmp_path / out)[0] for out in ("all", "head"))
-    assert head.keys() == {"head.out.weight", "head.out.bias"} and equal(head, {k: whole[k] for k in head})
+    assert head.keys() == {"head.out.weight", "head.out.bias"}
+    assert equal(head, {name: whole[name] for name in head})
     for name, t in torch.load(dino).items():
         assert name == "mask_token" or torch.equal(whole[f"backbone.{name}"], t)
     assert matrix(tmp_path / "all") == matrix(tmp_path / "head")
-    assert not any(name.startswith("backbone.") for name in load_state(tmp_path / "all/last.pt")["net"])
+    kept = load_state(tmp_path / "all/last.pt")["net"]
+    assert not any(name.startswith("backbone.") for name in kept)
     forks.run("eval", tmp_path / "head", "--out", tmp_path / "e", "--workers", 0)
     assert matrix(tmp_path / "e/eval.json") == matrix(tmp_path / "all")
 
@@ -250,7 +262,8 @@ def test_it_stops_where_validation_gains_nothing(forks, tmp_path):
 
 
 def test_final_keeps_the_last_weights(forks, tmp_path):
-    forks.run("train_seg", "--root", tiny_set(), *TINY, "--steps", 3, "--final", "--out", tmp_path / "a")
+    forks.run("train_seg", "--root", tiny_set(), *TINY, "--steps", 3, "--final",
+              "--out", tmp_path / "a")
     assert not logged(tmp_path / "a", "val_miou")
     assert read(tmp_path / "a/protocol.json")["selection"] == "last step"
     assert equal(load_weights(tmp_path / "a")[0], load_state(tmp_path / "a/last.pt")["net"])
@@ -284,7 +297,8 @@ def test_four_bad_steps_are_survived_and_a_good_one_forgets_them(tmp_path, monke
 
 
 def test_five_in_a_row_end_the_run_and_name_the_images(forks, tmp_path):
-    text = forks.run("train_seg", "--root", tiny_set(), "--out", tmp_path / "a", *TINY, "--loss", "1e39*ce", ok=2)
+    text = forks.run("train_seg", "--root", tiny_set(), "--out", tmp_path / "a", *TINY,
+                     "--loss", "1e39*ce", ok=2)
     said = text.splitlines()[-1]
     assert said.startswith("error: 5 non-finite gradients in a row at step 5, last images ")
     assert len(re.findall(r"train/images/scene_\d+", said)) == 4 and "--lr below 0.003" in said
@@ -296,14 +310,18 @@ def test_five_in_a_row_end_the_run_and_name_the_images(forks, tmp_path):
 @pytest.mark.parametrize("flags, said", [
     (["--model", "unetformer", "--head", "unet"], "--head goes with --model vit, not unetformer"),
     (["--freeze-bn"], "--freeze-bn is gone: batches of one freeze BatchNorm by themselves"),
-    (["--loss", "ce+nonsense"], "unknown term 'nonsense'"), (["--crop", "nan"], "expected a whole number from 16"),
+    (["--loss", "ce+nonsense"], "unknown term 'nonsense'"),
+    (["--crop", "nan"], "expected a whole number from 16"),
     (["--save", "head"], "--save head needs a frozen backbone from --weights"),
     (["--unfreeze", "few"], "--unfreeze few: expected a number of blocks, or all"),
-    (["--weights", "none.pth"], "none.pth: no such file"), (["--scale", "2", "1"], "expected the lower number first"),
-    (["--split-file", "none.json"], "none.json"), (["--val-frac", "0.5"], "a data set that has a val"),
+    (["--weights", "none.pth"], "none.pth: no such file"),
+    (["--scale", "2", "1"], "expected the lower number first"),
+    (["--split-file", "none.json"], "none.json"),
+    (["--val-frac", "0.5"], "a data set that has a val"),
     (["--out", ""], "--out is empty")])
 def test_what_is_typed_wrong_is_one_line_and_nothing_is_written(forks, tmp_path, flags, said):
-    text = forks.run("train_seg", "--root", tiny_set(), *FOLDER, "--out", tmp_path / "x", *flags, ok=2)
+    text = forks.run("train_seg", "--root", tiny_set(), *FOLDER, "--out", tmp_path / "x", *flags,
+                     ok=2)
     last = text.splitlines()[-1]
     assert last.startswith("error: ") and said in last and "Traceback" not in text
     assert not (tmp_path / "x").exists()
@@ -311,7 +329,8 @@ def test_what_is_typed_wrong_is_one_line_and_nothing_is_written(forks, tmp_path,
 
 def test_too_few_or_many_bands_stop_before_anything_is_written(forks, tmp_path):
     root = shutil.copytree(tiny_set(), tmp_path / "set")
-    text = forks.run("train_seg", "--root", root, *TINY, "--bands", "4,2,1", "--out", tmp_path / "x", ok=2)
+    text = forks.run("train_seg", "--root", root, *TINY, "--bands", "4,2,1",
+                     "--out", tmp_path / "x", ok=2)
     assert "scene_000" in text.splitlines()[-1] and not (tmp_path / "x").exists()
 
 
