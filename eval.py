@@ -41,7 +41,7 @@ def parse_args(argv=None):
     p.add_argument("--summary", nargs="+", metavar="RUN", help="one Markdown table of these runs")
     p.add_argument("--split", help="(the one that training reported)")
     p.add_argument("--root", help="data folder (as in training)")
-    p.add_argument("--variant", help="form of a public set that has several: irrg,eroded")
+    p.add_argument("--variant", help="form of a public set that has several: rgb,eroded")
     p.add_argument("--split-file", help="JSON {split: [names]}, such as a run's split.json")
     p.add_argument("--masks", help="score the masks NAME.png in this folder, not the model")
     p.add_argument("--mask-ids", choices=["train", "raw"],

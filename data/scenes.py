@@ -148,8 +148,8 @@ def read_splits(path: str | Path, scenes: dict[str, str]) -> dict[str, list[str]
                 raise BadInput(f"{path}: {name!r} is no image here; names look like "
                                f"{next(iter(scenes))!r}")
             if name in home:
-                raise BadInput(f"{path}: {name!r} is in {home[name]!r} and in {split!r}; leave it "
-                               "in one place")
+                raise BadInput(f"{path}: {name!r} is in {home[name]!r} and {split!r}; leave it in "
+                               "one place")
             home[name] = split
     return splits
 

@@ -190,7 +190,7 @@ class Residual(nn.Module):
         self.skip = nn.Sequential()
         if inside != outside or stride != 1:
             self.skip = nn.Sequential(
-                nn.AvgPool2d(stride),
+                nn.AvgPool2d(stride, ceil_mode=True),
                 nn.Conv2d(inside, outside, 1, bias=False),
                 nn.BatchNorm2d(outside),
             )

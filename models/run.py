@@ -91,8 +91,8 @@ class Parser(argparse.ArgumentParser):
         known = self._option_string_actions
         for word in sys.argv[1:] if args is None else args:
             flag = word.split("=")[0]
-            if flag in REMOVED and flag not in known and "--resume" in known:
-                self.error(f"{flag} is not here: {REMOVED[flag]}; leave it out")
+            if flag in REMOVED and flag not in known:
+                self.error(f"{flag} is gone: {REMOVED[flag]}; leave it out")
         found, rest = super().parse_known_args(args, namespace)
         for name, value in vars(found).items():
             if value == "":
@@ -190,7 +190,7 @@ def one_line_errors():
     except (BadInput, BadWeights, OSError) as e:
         lines = (str(e) or repr(e)).splitlines()
         # An error in a DataLoader worker arrives behind its traceback: show the last line.
-        if any(line.startswith("Traceback") for line in lines):
+        if any("Traceback" in line for line in lines):
             lines = [lines[-1].split("BadInput: ")[-1]]
         print(f"error: {' '.join(lines)}", file=sys.stderr)
         sys.exit(2)
@@ -333,14 +333,19 @@ def keep_signals_from_worker(worker_id: int) -> None:
 
 # ---- the run folder
 
+# What a run has written before its first last.pt.
+FIRST = {".lock", "split.json", "protocol.json", "points.csv", "map.json", "replicated.txt",
+         "difficulty.json", "log.jsonl", "curves.png", "bars.png"}
+
+
 def is_free(folder: Path) -> bool:
     """Nothing there, or what a run left that was ended before its first last.pt."""
     if not folder.exists():
         return True
     if not folder.is_dir() or any((folder / n).exists() for n in ("last.pt", "results.json")):
         return False
-    left = {f.name for f in folder.iterdir()} - {".lock"}
-    return not left or "protocol.json" in left
+    left = {file.name for file in folder.iterdir() if file.suffix != ".tmp"}
+    return left <= FIRST
 
 
 def numbered(default: str) -> Path:
@@ -427,6 +432,14 @@ def lock(out: Path, going_on: bool) -> bool:
     for old in out.glob("*.tmp"):  # of a killed run
         old.unlink()
     return True
+
+
+def again(out: Path) -> str:
+    """The command that goes on with the run in this folder, with as many processes."""
+    start = "python"
+    if dist.is_initialized():
+        start = f"torchrun --standalone --nproc_per_node={dist.get_world_size()}"
+    return f"{start} {Path(sys.argv[0]).name} --resume {shlex.quote(str(out))}"
 
 
 def check_same(out: Path, last: dict, same: dict) -> None:

@@ -462,6 +462,8 @@ def norm_of(file: Path, cfg: dict, sd: dict, digest: str) -> str | None:
     if digest[:8] in SHA_NORM:
         return SHA_NORM[digest[:8]]
     # A best.safetensors says what it was trained with.
+    if (file / "best.safetensors").is_file():
+        file = file / "best.safetensors"
     if file.suffix == ".safetensors" and file.is_file():
         with safe_open(file, "pt") as f:
             run = (f.metadata() or {}).get("nanors")

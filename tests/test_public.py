@@ -14,7 +14,7 @@ from data.io import Labels, read_image
 from data.public import SETS, describe
 
 TINY = ["--steps", 2, "--eval-every", 2, "--batch-size", 2, "--warmup", 1, "--arch", "nano16", "--workers", 0,
-        "--focus", 0, "--overlap", 0]
+        "--focus", 0]
 POTSDAM = {"train": "2_10 2_11 2_12 3_10 3_11 3_12 4_10 4_11 4_12 5_10 5_11 5_12 6_7 6_8 6_9 6_10 6_11 6_12 7_7 7_8 "
                     "7_9 7_10 7_11 7_12".split(),
            "test": "2_13 2_14 3_13 3_14 4_13 4_14 4_15 5_13 5_14 5_15 6_13 6_14 6_15 7_13".split()}
@@ -332,4 +332,4 @@ def test_bands_are_stored_with_the_weights(forks, tmp_path):
     text = forks.run("train_seg", *flags, "--out", tmp_path / "none", ok=2)
     assert "4 bands (RGBX); expected 3: say which with --bands" in text and text.count("error") == 1
     assert "expected three numbers" in forks.run("train_seg", *flags, "--bands", "1,2", ok=2)
-    assert "lower value first" in forks.run("train_seg", *flags, "--input-range", 9, 1, ok=2)
+    assert "lower number first" in forks.run("train_seg", *flags, "--input-range", 9, 1, ok=2)

@@ -238,7 +238,15 @@ def test_ctrl_c_is_quiet_and_faults_of_the_code_are_not(capsys):
 
 # ---- signals
 
-def test_the_first_signal_is_noted_and_the_second_ends():
+@pytest.fixture
+def interrupts():
+    """Ctrl-C as in a terminal: in a shell's background job it would be ignored."""
+    before = signal.signal(signal.SIGINT, signal.default_int_handler)
+    yield
+    signal.signal(signal.SIGINT, before)
+
+
+def test_the_first_signal_is_noted_and_the_second_ends(interrupts):
     before = signal.getsignal(signal.SIGINT), signal.getsignal(signal.SIGTERM)
     stop = run.Stop()
     assert not stop.signal
@@ -260,7 +268,7 @@ def test_the_exit_code_is_that_of_the_signal(number, code):
     assert e.value.code == code
 
 
-def test_signals_are_given_back():
+def test_signals_are_given_back(interrupts):
     stop = run.Stop()
     stop.release()
     with pytest.raises(KeyboardInterrupt):

@@ -290,8 +290,8 @@ def test_what_is_wrong_with_sampling(forks, tmp_path, difficulty):
     (["--lookahead", 4, "--steps", 8, "--eval-every", 6],
      "the run ends at step 8 and is validated every 6"),
     (["--restarts", 40, 2, "--steps", 30], "--restarts 40 2 with --steps 30: no cycle would end"),
-    (["--cycle", 4, 2], "--cycle is gone: type --restarts STEPS MULT"),
-    (["--mixup", 0.5], "--mixup is gone: train_seg.py mixes images"),
+    (["--cycle", 4, 2], "--cycle is gone: train_kd.py has --restarts STEPS MULT"),
+    (["--mixup", 0.5], "--mixup is gone: train_seg.py and train_cls.py mix images"),
     (["--teacher-weights", "a"], "--teacher-weights is gone"),
     (["--model", "unetformer"], "--arch goes with --model vit, not unetformer")])
 def test_flags_that_do_not_go_together(forks, tmp_path, flags, said):
