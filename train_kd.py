@@ -19,7 +19,6 @@ import time
 from contextlib import nullcontext
 from functools import partial
 from math import cos, isfinite, pi
-from pathlib import Path
 from types import SimpleNamespace
 
 # Read when torch loads: threads that spin while they wait cost sixfold on a shared CPU.
@@ -32,7 +31,7 @@ from torch.utils.data import DataLoader
 from data import augment, classmap, metrics, plots, public, samplers
 from data.common import IGNORE, BadInput, even_sample, json_lines, minutes, write
 from data.crops import random_crop
-from data.datasets import NORMS, read_list, renormalise
+from data.datasets import NORMS, renormalise
 from data.samplers import StepSampler
 from data.source import Source, rare_classes
 from models import checkpoint, nets, run
@@ -310,22 +309,14 @@ def main(args):
     # ---- sampling
     plain = d.part("train", norm)
     plain.read(0)  # Images that need --bands or --input-range stop a run that has written nothing.
-    items = image_weights = listed = difficulty = per_image = None
-    share = samplers.share_of(args.replicate)  # 0.05 for 5%, None for a file
-    if args.sampler == "class-balanced" or share:
-        per_image = d.count_as_read("train")  # (N, K) pixels
-    if args.replicate and share and not args.resume:
-        rich = samplers.rich(per_image, rare_classes(per_image), share)
-        listed = [plain.names[i] for i in rich]
-    elif args.replicate:
-        file = out / "replicated.txt" if args.resume else args.replicate
-        listed = read_list(Path(file), plain.names)
-    if listed is not None:
+    items = image_weights = listed = difficulty = None
+    if args.replicate:
+        listed = d.names_to_repeat(args.replicate, args.resume)
         items = samplers.replicated(plain.names, listed)
         say(f"        {len(listed)} entries repeat training images: {len(items)} instead of "
             f"{len(plain)} (--replicate)")
     if args.sampler == "class-balanced":
-        image_weights = samplers.balanced_weights(per_image)
+        image_weights = samplers.balanced_weights(d.count_as_read("train"))
     if args.sampler == "weighted":
         if not (args.resume or args.difficulty):
             raise BadInput("--sampler weighted without --difficulty; make the file with python "

@@ -13,8 +13,10 @@ from . import demo, public
 from .cache import Cache
 from .common import BadInput, progress
 from .datasets import (
-    SegDataset, check_sizes, class_counts, count_ids, find_pairs, load_splits, read_description)
+    SegDataset, check_sizes, class_counts, count_ids, find_pairs, load_splits, read_description,
+    read_list)
 from .io import Labels
+from .samplers import rich, share_of
 
 
 class Source:
@@ -118,6 +120,19 @@ class Source:
             raise BadInput(f"{self.root}: no labelled pixel in the training masks; correct "
                            '"ignore" in dataset.json')
         return counts
+
+    def names_to_repeat(self, wanted: str, resume: str | None = None) -> list[str]:
+        """--replicate: training names, one for each further time, from a file; or "5%", full of a rare class.
+
+        resume: a run folder, whose replicated.txt counts.
+        """
+        names = self.splits["train"]
+        share = share_of(wanted)
+        if resume or share is None:
+            file = Path(resume) / "replicated.txt" if resume else Path(wanted)
+            return read_list(file, names)
+        counts = self.count_as_read("train")
+        return [names[i] for i in rich(counts, rare_classes(counts), share)]
 
     def count_as_read(self, split: str) -> np.ndarray:
         """(N, K) pixels per image as training reads it: tiles one by one, transparent pixels left out."""
