@@ -7,8 +7,9 @@
     python train_kd.py --resume runs/demo-kd                   go on after a kill
 
 The loss is alpha T^2 KL(teacher, student) + (1 - alpha) hard: the KL summed over classes and averaged
-over valid pixels, hard = --loss. This is train_seg.py with a teacher, sampling of images, Lookahead
-and warm restarts, each under a banner of its own; --alpha 0 gives train_seg.py's weights bit for bit.
+over valid pixels and the classes that the teacher knows, hard = --loss. This is train_seg.py with a
+teacher and sampling of images, under banners of their own, Lookahead and warm restarts; --alpha 0
+gives train_seg.py's weights bit for bit.
 What the KD report got wrong and this does: classes meet by name, not by position; the KL is not
 averaged over classes and has its T^2; difficulty is scored on whole images without augmentation, by
 name; repeated images are entries of a list, not files; slow weights are in last.pt.
@@ -44,7 +45,7 @@ from models.run import COUNT, RATE, SHARE, WHOLE, between
 from models.vit import PRESETS
 from models.weights import sha256
 
-LEAST = 0.05  # share of a measured map below which a class is a few stray pixels
+LEAST = 0.05  # a measured share below this is dropped as stray pixels
 AUX = 0.4  # weight of an auxiliary head's cross-entropy, as UNetFormer was published
 BETAS = 0.9, 0.999  # of AdamW
 CLIP = 1.0  # limit of the gradient's norm
@@ -194,7 +195,7 @@ def map_classes(args, d, teacher, theirs, amp):
         shares = classmap.read_map(f"{args.resume}/map.json", names, d.names)
         return shares, classmap.table(names, d.names, **{"map in use": shares})
 
-    # What the teacher says where a training mask says what: the map, or a check of the given one.
+    # Rows teacher, columns masks: pixels of some training images. It is the map, or a check of it.
     some = even_sample(d.splits["train"], CHECKED)
     seen = d.part("train", theirs["norm"], names=some)
     window = dict(crop=theirs["crop"], overlap=theirs["overlap"], batch=args.batch_size, amp=amp)
@@ -485,16 +486,16 @@ def main(args):
         if isfinite(grad_norm):
             s.bad = 0
             opt.step()
-            if ema:
-                ema.update(step)
         else:
             s.bad += 1
             if s.bad == 5:
                 raise BadInput(f"5 non-finite gradients in a row at step {step + 1}, last images "
                                f"{', '.join(names)}; look at them, then start a new run with --lr "
                                f"below {args.lr}")
-        if look:
+        if look:  # also behind a skipped step, so that meetings stay where they are
             look.update(step)
+        if ema and s.bad == 0:
+            ema.update(step)
         s.step += 1
         s.seconds = time.time() - began
 
