@@ -12,7 +12,6 @@ import numpy as np
 import torch
 import torch.nn.functional as F
 from numpy.random import Generator
-from PIL import Image
 
 from .common import IGNORE
 
@@ -49,12 +48,24 @@ def crop(image: np.ndarray, mask: np.ndarray, size: int, scale: float,
     x = np.zeros((size, size, 3), np.uint8)
     x[:out_h, :out_w] = pixels[0].permute(1, 2, 0)
 
-    # Nearest-neighbour resizing invents no classes.
-    ids = Image.fromarray(mask[rows, columns])
-    ids = ids.resize((out_w, out_h), Image.NEAREST)
+    # The nearest pixels of the mask: resizing it would invent classes.
     y = np.full((size, size), IGNORE, np.uint8)
-    y[:out_h, :out_w] = ids
+    part = mask[rows, columns]
+    y[:out_h, :out_w] = part[nearest(out_h, h)][:, nearest(out_w, w)]
     return x, y
+
+
+def nearest(n: int, source: int) -> np.ndarray:
+    """The `source` pixels under the middles of n pixels of the same extent, (n,) int.
+
+    Where a middle lies between two, as at half the size, it is the lower and the upper one in turn:
+    always the upper one would move the mask off its image.
+    """
+    i = np.arange(n)
+    # The middle of pixel i lies at (2 i + 1) * source / (2 n).
+    index, rest = np.divmod((2 * i + 1) * source, 2 * n)
+    between = rest == 0
+    return index - (between & (i % 2 == 0))
 
 
 def crop_window(H: int, W: int, size: int, scale: float, centre: tuple[float, float]) -> tuple:
@@ -125,16 +136,17 @@ def random_place(H: int, W: int, size: int, scales: tuple[float, float], rng: Ge
         chosen = pixel() if pixel else None
         if chosen is not None:
             return scale, around(chosen, span, rng)
-    # An ordinary crop: every window inside the image is alike likely.
     y = random_middle(span, H, rng)
     x = random_middle(span, W, rng)
     return scale, (y, x)
 
 
 def random_middle(span: float, n: int, rng: Generator) -> float:
-    """Middle of a window of `span` pixels that lies inside 0..n, where it fits."""
-    half = min(span, n) / 2
-    return rng.uniform(half, n - half)
+    """Middle of a window of `span` pixels inside 0..n: all windows alike likely, those at the rims too."""
+    _, length = fit_span(0, span, n)
+    # Whole starts: a rounded uniform number would draw the first and the last half as often.
+    start = rng.integers(n - length + 1)
+    return start + length / 2
 
 
 def around(pixel: np.ndarray, span: float, rng: Generator) -> np.ndarray:

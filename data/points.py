@@ -24,6 +24,7 @@ import torch
 from numpy.random import Generator
 
 from .common import IGNORE, BadInput, write
+from .crops import nearest
 from .datasets import SegDataset, normalise
 from .io import Labels, by_stem, open_image, pixels, read_valid
 
@@ -447,10 +448,12 @@ def mark(mask: np.ndarray, points: np.ndarray, part: Box, size: tuple[int, int])
     v = (points[:, 1] - top + 0.5) * (out_h / h)
     column = np.minimum(u.astype(int), out_w - 1)
     row = np.minimum(v.astype(int), out_h - 1)
-    # The nearest last: of equal indices numpy keeps the last.
+    # Of equal indices numpy keeps the last: first the far ones, then those that a resized mask has.
     du = u - column - 0.5
     dv = v - row - 0.5
-    order = np.argsort(-(du ** 2 + dv ** 2), kind="stable")
+    kept_column = nearest(out_w, w)[column] == points[:, 0] - left
+    kept_row = nearest(out_h, h)[row] == points[:, 1] - top
+    order = np.lexsort((-(du ** 2 + dv ** 2), kept_column & kept_row))
     mask[row[order], column[order]] = points[order, 2]
 
 

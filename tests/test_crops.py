@@ -5,7 +5,7 @@ import numpy as np
 import pytest
 
 from data.common import IGNORE
-from data.crops import crop, random_crop
+from data.crops import crop, crop_window, random_crop, random_place
 
 
 @pytest.mark.parametrize("side, scales", [(1, (1, 2)), (3, (0.5, 2))])  # 3 pixels survive nearest at half the size
@@ -41,6 +41,47 @@ def test_image_and_mask_are_cut_and_scaled_alike(axis):
         x, y = random_crop(ramp[..., None].repeat(3, 2), ramp, 48, (0.5, 2), np.random.default_rng(seed))
         off.append(x[..., 0].astype(float) - y)
     assert np.abs(off).max() <= 1 and abs(np.mean(off)) < 0.05
+
+
+@pytest.mark.parametrize("axis", [0, 1])
+@pytest.mark.parametrize("scale", [1 / 4, 1 / 3, 1 / 2, 2 / 3, 1, 3 / 2, 2])
+def test_at_round_scales_the_mask_lies_on_its_image(scale, axis):
+    """There middles of the crop's pixels fall between two of the mask's: taking always one side would move it."""
+    # Of 60 pixels, four apart in value, so that rounding the filtered image to bytes moves nothing.
+    ramp = 4 * np.indices((60, 60))[axis].astype(np.uint8)
+    x, y = crop(ramp[..., None].repeat(3, 2), ramp, round(60 * scale), scale, (30, 30))
+    inner = slice(3, -3)  # the image is filtered at the rims
+    off = (x[inner, inner, 0].astype(float) - y[inner, inner]) / 4
+    assert abs(off.mean()) < 0.06 and np.abs(off).max() <= 0.5
+
+
+def test_at_half_the_size_squares_and_their_labels_have_one_middle():
+    """Squares at every place: on average the label's middle is the image's, to a hundredth of a pixel."""
+    off = []
+    for top in range(30, 62):
+        mask = np.zeros((96, 96), np.uint8)
+        mask[top:top + 12, 96 - top - 12:96 - top] = 1
+        x, y = crop(np.repeat(mask[..., None] * 240, 3, 2), mask, 48, 0.5, (48, 48))
+        weight = x[..., 0].astype(float)
+        for axis in (0, 1):
+            grid = np.indices(y.shape)[axis]
+            off.append((grid * weight).sum() / weight.sum() - grid[y == 1].mean())
+    assert abs(np.mean(off)) < 0.01 and np.abs(off).max() <= 0.5
+
+
+@pytest.mark.parametrize("n", [20, 21, 33])
+def test_every_window_is_drawn_alike_often_also_at_the_rims(n):
+    """16 pixels of n: n - 15 starts, each within four standard deviations of its share."""
+    rng, draws = np.random.default_rng(0), 20000
+    starts = []
+    for _ in range(draws):
+        scale, centre = random_place(n, 2 * n, 16, (1, 1), rng)
+        starts.append(crop_window(n, 2 * n, 16, scale, centre)[0][:2])
+    for axis, number in enumerate((n - 15, 2 * n - 15)):
+        count = np.bincount(np.array(starts)[:, axis], minlength=number)
+        assert len(count) == number
+        spread = np.sqrt(draws / number * (1 - 1 / number))
+        assert np.abs(count - draws / number).max() < 4 * spread
 
 
 def test_crops_of_mapped_tiles_read_no_more_than_they_need(tmp_path):
