@@ -35,7 +35,7 @@ from data.crops import random_crop
 from data.datasets import NORMS, renormalise
 from data.samplers import StepSampler
 from data.source import Source, rare_classes
-from models import checkpoint, nets, run
+from models import checkpoint, nets, recipes, run
 from models.heads import HEADS
 from models.infer import evaluate, examples
 from models.lookahead import Lookahead, cycle_ends, warm_restarts
@@ -86,10 +86,9 @@ def parse_args(argv=None):
     data.add_argument("--split-file", help="JSON {split: [names]}, such as a run's split.json")
     data.add_argument("--val-frac", type=SHARE, help="part of train that chooses weights, if no val")
     data.add_argument("--final", action="store_true", help="do not validate; keep the last weights")
-    data.add_argument("--crop", type=between(16, 2**15, int),
-                      help="side in pixels (128 from scratch, else 512, patch 14: 518)")
-    data.add_argument("--scale", type=between(0.05, 20), nargs=2, default=[0.75, 1.5],
-                      help="range of random scales")
+    data.add_argument("--crop", type=between(16, 2**15, int), help="side in pixels (recipe)")
+    data.add_argument("--scale", type=between(0.05, 20), nargs=2,
+                      help="range of random scales (recipe)")
     data.add_argument("--color", type=SHARE, default=0.2, help="strength of colour changes")
     data.add_argument("--focus", type=SHARE, default=0.3,
                       help="share of crops laid around a pixel of a rare class")
@@ -104,22 +103,23 @@ def parse_args(argv=None):
     model.add_argument("--arch", default="nano8", choices=sorted(PRESETS),
                        help="backbone without --weights")
     model.add_argument("--head", default="fpn", choices=sorted(HEADS), help="decoder of a vit")
+    model.add_argument("--dropout", type=between(0, 0.9),
+                       help="of the channels that the head reads (recipe)")
     model.add_argument("--unfreeze", help="last K blocks, or all (0 with --weights, else all)")
     model.add_argument("--norm", default="auto", choices=["auto", *NORMS],
                        help="mean and std of pixels; auto: as the weights were trained")
 
-    opt = p.add_argument_group("optimiser")
-    opt.add_argument("--steps", type=COUNT, default=720, help="optimiser steps")
-    opt.add_argument("--batch-size", type=COUNT, default=8, help="per process and micro-batch")
+    opt = p.add_argument_group("optimiser", "(recipe): from scratch, frozen or tuned; the run prints it")
+    opt.add_argument("--quick", action="store_true", help="720 steps, a trial; the demo's default")
+    opt.add_argument("--steps", type=COUNT, help="optimiser steps (recipe)")
+    opt.add_argument("--batch-size", type=COUNT, help="per process and micro-batch (recipe)")
     opt.add_argument("--accum", type=COUNT, default=1, help="micro-batches per step")
-    opt.add_argument("--lr", type=between(1e-9, 10),
-                     help="learning rate of the head (3e-3 for a ViT from scratch, else 1e-3)")
-    opt.add_argument("--backbone-lr", type=RATE,
-                     help="(--lr from scratch; with --weights 2e-5, of a CNN 1e-4)")
-    opt.add_argument("--layer-decay", type=RATE, default=1.0,
-                     help="factor on the rate per block below the last")
-    opt.add_argument("--weight-decay", type=RATE, default=0.05, help="of AdamW")
-    opt.add_argument("--warmup", type=WHOLE, default=50, help="steps of rising rate")
+    opt.add_argument("--lr", type=between(1e-9, 10), help="learning rate of the head (recipe)")
+    opt.add_argument("--backbone-lr", type=RATE, help="of the backbone (recipe)")
+    opt.add_argument("--layer-decay", type=RATE,
+                     help="factor on the rate per block below the last (recipe)")
+    opt.add_argument("--weight-decay", type=RATE, help="of AdamW (recipe)")
+    opt.add_argument("--warmup", type=WHOLE, help="steps of rising rate (recipe)")
     opt.add_argument("--schedule", default="cosine", choices=["cosine", "poly"], help="of the rate")
     opt.add_argument("--restarts", type=COUNT, nargs=2, metavar=("STEPS", "MULT"),
                      help="warm restarts: steps of the first cycle, factor of each next one")
@@ -130,8 +130,8 @@ def parse_args(argv=None):
     opt.add_argument("--class-weights", choices=["none", "inverse", "sqrt", "median", "effective"],
                      help="for ce and focal (none; sqrt for the demo)")
     opt.add_argument("--label-smoothing", type=between(0, 0.9), default=0.0, help="of ce")
-    opt.add_argument("--ema", type=between(0, 0.99999), default=0.0,
-                     help="decay of averaged weights, which are kept; 0 = off")
+    opt.add_argument("--ema", type=between(0, 0.99999),
+                     help="decay of averaged weights, which are kept; 0 = off (recipe)")
     opt.add_argument("--amp", default="auto", choices=["auto", "bf16", "off"],
                      help="auto: bf16 where it is fast")
 
@@ -139,18 +139,14 @@ def parse_args(argv=None):
     r.add_argument("--out", help="run folder (runs/<dataset>-kd, numbered when taken)")
     r.add_argument("--resume", metavar="RUN", help="go on with a run, with its flags")
     r.add_argument("--seed", type=WHOLE, default=0, help="of weights, crops and order")
-    r.add_argument("--eval-every", type=COUNT, default=360,
-                   help="steps between validations, where last.pt is written")
+    r.add_argument("--eval-every", type=COUNT,
+                   help="steps between validations, where last.pt is written (recipe)")
     r.add_argument("--log-every", type=COUNT, default=50, help="steps between log lines")
 
     args = run.parse(p, argv, MOVABLE)
     run.check_rising(p, args, "scale", "input_range")
-    run.only_with(p, args, "model", "vit", "arch", "head", "unfreeze", "layer_decay")
-    if args.restarts:  # end where a cycle ends, at the lowest rate
-        args.steps = cycle_ends(*args.restarts, args.steps)[-1]
-    if args.lookahead and (args.steps % args.lookahead or args.eval_every % args.lookahead):
-        p.error(f"--lookahead {args.lookahead}: the run ends at step {args.steps} and is validated "
-                f"every {args.eval_every}; both must be multiples, where fast and slow weights meet")
+    run.only_with(p, args, "model", "vit", "arch", "head", "unfreeze",
+                  "layer_decay", "dropout")
     return args
 
 
@@ -261,21 +257,29 @@ def main(args):
     net, spec, info = nets.make(args.model, K, args.weights, args.arch, args.head)
     norm = nets.choose_norm(args.norm, info)
 
-    # Defaults that depend on the network. From scratch all of it learns at one rate.
-    if args.crop is None and scratch:
-        args.crop = 128
-    elif args.crop is None:  # whole patches
-        args.crop = 518 if vit and spec["backbone"]["patch"] == 14 else 512
-    if args.lr is None:
-        args.lr = 3e-3 if scratch and vit else 1e-3
-    if args.backbone_lr is None and scratch:
-        args.backbone_lr = args.lr
-    elif args.backbone_lr is None:
-        args.backbone_lr = 2e-5 if vit else 1e-4
     if args.unfreeze is None:
         args.unfreeze = "all" if scratch or not vit else "0"
-
     frozen = nets.unfreeze(net, args.unfreeze)
+
+    # What was not typed is the recipe's: models/recipes.py has one for training from scratch, one
+    # for a frozen backbone and one for a tuned one.
+    recipe = recipes.name_of(args.weights, frozen)
+    typed = {flag: getattr(args, flag) for flag in recipes.FLAGS}
+    pixels = d.pixels("train")
+    crops = args.accum * world  # of a step, times the batch size
+    chosen = recipes.fill(recipe, typed, pixels, net.backbone.patch if vit else None, crops,
+                          quick=args.quick or d.kind == "demo")
+    for flag, value in chosen.items():
+        setattr(args, flag, value)
+    if vit:
+        net.dropout.p = args.dropout
+    if args.restarts:  # end where a cycle ends, at the lowest rate
+        args.steps = cycle_ends(*args.restarts, args.steps)[-1]
+    every = args.lookahead
+    if every and (args.steps % every or args.eval_every % every):
+        raise BadInput(f"--lookahead {every}: the run ends at step {args.steps} and is validated "
+                       f"every {args.eval_every}; --steps and --eval-every must be multiples of it, "
+                       "where fast and slow weights meet")
     net = run.synchronise_norms(net, device).to(device).train()
     amp = args.amp == "bf16"
     if args.amp == "auto":  # on a CPU only under a frozen backbone
@@ -283,6 +287,7 @@ def main(args):
     say(f"model   {nets.name_of(spec)}, {info['line']}")
     say(f"        {nets.size_line(net)}, normalisation {norm}, "
         f"{'bf16' if amp else 'fp32'} on {device}")
+    say(recipes.text(recipe, vars(args), pixels, crops))
     if not scratch and info["norm"] not in (None, norm):
         say(f"        WARNING --norm {norm}, but these weights were trained with {info['norm']}")
     bn_frozen = nets.freeze_bn(net) if args.batch_size == 1 else False
@@ -420,11 +425,10 @@ def main(args):
     batches = iter(DataLoader(train, batch_sampler=draws, num_workers=args.workers,
                               pin_memory=device.type == "cuda",
                               worker_init_fn=run.keep_signals_from_worker))
-    crops = micro_steps * args.batch_size * world
-    say(f"loop    {args.steps} steps, {crops / len(train):.1f} crops per image")
     if image_weights is not None:
-        times = crops * draws.share
-        say(f"        {crops} crops drawn with replacement, an image {times.min():.1f} to "
+        drawn = micro_steps * args.batch_size * world
+        times = drawn * draws.share
+        say(f"        {drawn} crops drawn with replacement, an image {times.min():.1f} to "
             f"{times.max():.1f} times (--sampler {args.sampler})")
     stop = run.Stop()
     began = time.time() - s.seconds
@@ -477,7 +481,8 @@ def main(args):
         # step; one with a non-finite gradient is skipped, five in a row end the run
         grad_norm = torch.nn.utils.clip_grad_norm_(params, CLIP)  # equal on all ranks
         last_step = step + 1 == args.steps
-        log = (step + 1) % args.log_every == 0 or last_step
+        # Step 20 says early how long it will take.
+        log = (step + 1) % args.log_every == 0 or step + 1 == 20 or last_step
         if log:
             run.over_ranks(totals)
         # The one place of a step that waits for the GPU.

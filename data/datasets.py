@@ -468,15 +468,21 @@ def in_threads(work: Callable, items: list, what: str) -> list:
         return list(progress(pool.map(work, items), what, len(items)))
 
 
-def check_sizes(pairs: dict) -> None:
-    """Reads the headers of all images and masks: a bad one stops a run before its first step."""
-    def compare(pair):
-        image, mask = pair
-        W, H = open_image(image, deep=True).size
-        check_size(mask, open_image(mask).size[::-1], (H, W))
+def check_sizes(pairs: dict) -> dict[Path, tuple[int, int]]:
+    """Reads the headers of all images and masks -> {image: (H, W)}.
 
-    files = dict.fromkeys(pair[:2] for pair in pairs.values() if pair[1])
-    in_threads(compare, list(files), "sizes")
+    A bad one, or a mask of another size than its image, stops a run before its first step.
+    """
+    def size_of(pair):
+        image, mask = pair
+        size = open_image(image, deep=True).size[::-1]
+        if mask:
+            check_size(mask, open_image(mask).size[::-1], size)
+        return size
+
+    files = list(dict.fromkeys(pair[:2] for pair in pairs.values()))
+    sizes = in_threads(size_of, files, "sizes")
+    return {image: size for (image, _), size in zip(files, sizes)}
 
 
 def check_size(mask: Path, found: tuple[int, int], expected: tuple[int, int]) -> None:

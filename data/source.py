@@ -68,7 +68,8 @@ class Source:
         self.splits = load_splits(self.root, self.description, self.pairs, split_file, val_frac,
                                   need=need, final=final)
         if "train" in need:
-            check_sizes({n: self.pairs[n] for names in self.splits.values() for n in names})
+            used = {n: self.pairs[n] for names in self.splits.values() for n in names}
+            self.sizes = check_sizes(used)  # {image file: (H, W)}
         # The split that chooses the weights, and the one that is reported: the same one only where
         # there is no other with labels.
         self.picks = "select" if self.splits.get("select") else "val"
@@ -98,6 +99,14 @@ class Source:
     def files(self, split: str) -> dict[str, tuple]:
         """{name: (image, mask)} of a split, with a box as third entry where names are tiles."""
         return {name: self.pairs[name] for name in self.splits[split]}
+
+    def pixels(self, split: str) -> int:
+        """Of all images of a split that training opened, or of their boxes."""
+        total = 0
+        for image, _, *box in self.files(split).values():
+            h, w = box[0][2:] if box else self.sizes[image]
+            total += h * w
+        return total
 
     def part(self, split: str, norm: str, augment=None, seed: int = 0,
              names: list[str] | None = None) -> SegDataset:

@@ -17,7 +17,7 @@ from data.datasets import NORMS
 from . import deeplab, efficientnet_unet, unetformer
 from .checkpoint import load_weights
 from .classify import ChannelMeans, Classifier, Knn, cnn
-from .heads import HEADS, Segmenter
+from .heads import EARLIER, HEADS, VERSION, Segmenter
 from .vit import PRESETS, ViT, arch_name, spread_taps
 from .weights import BadWeights, checked_sha256, fill, load_vit, locate, read
 
@@ -47,7 +47,9 @@ def build(spec: dict) -> nn.Module:
     if name != "vit":
         return NETS[name][0](spec["classes"], **spec["options"])
     vit = ViT(**spec["backbone"])
-    head = HEADS[spec["head"]](vit.dim, len(spec["taps"]), spec["classes"])
+    version = spec.get("version", 1)  # older files do not say
+    heads = HEADS if version == VERSION else EARLIER[version]
+    head = heads[spec["head"]](vit.dim, len(spec["taps"]), spec["classes"], vit.patch)
     return Segmenter(vit, head, spec["taps"], spec["feat_norm"])
 
 
@@ -79,8 +81,8 @@ def make(model: str, classes: int, weights: str = "none", arch: str = "nano8",
         return net, spec, SCRATCH if scratch else load(net, weights)
     backbone, state, info = (PRESETS[arch], None, SCRATCH) if scratch else load_vit(weights)
     taps = spread_taps(backbone["depth"])
-    spec = dict(name="vit", backbone=backbone, head=head, taps=taps, feat_norm=True,
-                classes=classes)
+    spec = dict(name="vit", backbone=backbone, head=head, version=VERSION, taps=taps,
+                feat_norm=True, classes=classes)
     net = build(spec)
     if state is not None:
         fill(net.backbone, state, info)

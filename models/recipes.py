@@ -1,0 +1,94 @@
+"""What a training run does where its flags do not say: one recipe for each situation.
+
+    typed = dict(steps=None, crop=None, lr=3e-4, ...)           None: not typed
+    chosen = fill("frozen", typed, pixels=2_600_000_000, patch=16)
+    chosen["steps"], chosen["lr"], ...                          40000, 3e-4, ...
+
+What published figures were reached with: DINOv3's evaluations (github.com/facebookresearch/dinov3,
+issues 95, 112, 117) for frozen backbones, EoMT and lightly-train for tuned ones.
+"""
+import math
+
+# lr: learning rate of the head. backbone_lr: of the backbone's last block. layer_decay: factor on
+# it for each block below. dropout: of the channels that a head reads. ema: decay of averaged
+# weights. scale: range of random scales.
+RECIPES = {
+    # All of a small network, from random weights and at one rate.
+    "scratch": dict(
+        steps=4000, batch_size=8, crop=128, scale=[0.75, 1.5], lr=3e-3, backbone_lr=3e-3,
+        layer_decay=1.0, weight_decay=0.05, dropout=0.0, ema=0.0),
+    # A head on a backbone that stays as it is.
+    "frozen": dict(
+        steps=40_000, batch_size=16, crop=512, scale=[0.5, 2.0], lr=1e-3, backbone_lr=0.0,
+        layer_decay=1.0, weight_decay=0.01, dropout=0.1, ema=0.0),
+    # A head on a backbone that learns, too, at a tenth of its rate and less in lower blocks.
+    "tuned": dict(
+        steps=40_000, batch_size=16, crop=512, scale=[0.5, 2.0], lr=2e-4, backbone_lr=2e-5,
+        layer_decay=0.8, weight_decay=0.05, dropout=0.1, ema=0.999),
+}
+
+# What differs for CNNs.
+CNN = {
+    "scratch": dict(lr=1e-3, backbone_lr=1e-3),
+    "tuned": dict(lr=1e-3, backbone_lr=1e-4, layer_decay=1.0, dropout=0.0),
+}
+
+# The demo's, and --quick: minutes on a CPU, to see that all fits together.
+QUICK = dict(steps=720, batch_size=8)
+
+# As many pixels as the training images have are one pass over them. More passes than this add
+# little, so thirty images get no 40,000 steps.
+PASSES = 500
+
+FLAGS = (*RECIPES["scratch"], "warmup", "eval_every")
+
+
+def name_of(weights: str, frozen: bool) -> str:
+    """--weights, and whether the backbone stays as it is -> "scratch", "frozen" or "tuned"."""
+    if weights == "none":
+        return "scratch"
+    return "frozen" if frozen else "tuned"
+
+
+def fill(recipe: str, typed: dict, pixels: int, patch: int | None, crops: int = 1,
+         quick: bool = False) -> dict:
+    """A value for each of FLAGS: as typed, else the recipe's. typed: {flag: value, or None if not typed}.
+
+    pixels: of all training images. patch: of a ViT, None for a CNN. crops: times the batch size
+    that a step takes, over processes and micro-batches.
+    """
+    chosen = RECIPES[recipe].copy()
+    if patch is None:
+        chosen |= CNN[recipe]
+    else:  # whole patches
+        chosen["crop"] = math.ceil(chosen["crop"] / patch) * patch
+    if quick:
+        chosen |= QUICK
+    chosen |= {flag: value for flag, value in typed.items() if value is not None}
+    if recipe == "scratch" and typed["backbone_lr"] is None:
+        chosen["backbone_lr"] = chosen["lr"]
+
+    if typed["steps"] is None:
+        most = round(PASSES / passes(1, chosen, pixels, crops))
+        chosen["steps"] = min(chosen["steps"], max(QUICK["steps"], most))
+    if typed["warmup"] is None:
+        chosen["warmup"] = max(50, chosen["steps"] // 25)
+    if typed["eval_every"] is None:
+        chosen["eval_every"] = max(360, chosen["steps"] // 20)
+    return chosen
+
+
+def passes(steps: int, chosen: dict, pixels: int, crops: int = 1) -> float:
+    """How many times over its images, by pixels, a run of so many steps goes."""
+    return steps * crops * chosen["batch_size"] * chosen["crop"] ** 2 / pixels
+
+
+def text(recipe: str, chosen: dict, pixels: int, crops: int = 1) -> str:
+    """Two lines that say what a run will do."""
+    times = passes(chosen["steps"], chosen, pixels, crops)
+    low, high = chosen["scale"]
+    return (f"recipe  {recipe}: {chosen['steps']} steps of {crops * chosen['batch_size']} crops of "
+            f"{chosen['crop']} at scale {low:g}-{high:g}, {times:.0f} times over the images\n"
+            f"        lr {chosen['lr']:g}, backbone {chosen['backbone_lr']:g}, layer decay "
+            f"{chosen['layer_decay']:g}, weight decay {chosen['weight_decay']:g}, warm-up "
+            f"{chosen['warmup']} steps, dropout {chosen['dropout']:g}, EMA {chosen['ema']:g}")

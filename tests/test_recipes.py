@@ -1,0 +1,54 @@
+"""models/recipes.py: the published numbers, what was typed is kept, few images get few steps."""
+import pytest
+
+from models import recipes
+from models.recipes import FLAGS, fill
+
+LOVEDA = 2522 * 1024 * 1024  # pixels of its training images
+NOTHING = dict.fromkeys(FLAGS)
+
+
+def test_a_frozen_vit_on_loveda_gets_the_published_recipe():
+    """DINOv3's own: 40,000 steps of 16 crops of 512 (518 for patches of 14), 4 % warm-up, dropout .1."""
+    for patch, crop in ((16, 512), (14, 518)):
+        chosen = fill("frozen", NOTHING, LOVEDA, patch)
+        assert (chosen["steps"], chosen["batch_size"], chosen["crop"]) == (40_000, 16, crop)
+        assert (chosen["warmup"], chosen["dropout"], chosen["scale"]) == (1600, 0.1, [0.5, 2.0])
+        assert 60 < recipes.passes(40_000, chosen, LOVEDA) < 70  # 40,000 x 16 x 512² / (2522 x 1024²)
+
+
+def test_a_tuned_backbone_learns_slower_than_its_head():
+    chosen = fill("tuned", NOTHING, LOVEDA, 16)
+    assert 10 <= chosen["lr"] / chosen["backbone_lr"] <= 40 and chosen["layer_decay"] == 0.8 and chosen["ema"] > 0
+
+
+@pytest.mark.parametrize("name", ["frozen", "tuned"])
+def test_thirty_images_get_no_forty_thousand_steps(name):
+    few = fill(name, NOTHING, 30 * 1000 * 1000, 16)
+    assert few["steps"] == round(500 * 30e6 / (16 * 512 ** 2)) and few["warmup"] == few["steps"] // 25
+    assert fill(name, NOTHING, 30 * 1000 * 1000, 16, crops=4)["steps"] == round(500 * 30e6 / (64 * 512 ** 2))
+    assert fill(name, NOTHING, 256 * 256, 16)["steps"] == 720  # one small image: as in --quick
+
+
+@pytest.mark.parametrize("name", recipes.RECIPES)
+@pytest.mark.parametrize("patch", [None, 8, 14])
+def test_what_was_typed_is_kept(name, patch):
+    if patch is None and name == "frozen":
+        return  # CNNs are never frozen
+    typed = dict(steps=7, batch_size=3, crop=50, scale=[1.0, 1.0], lr=0.5, backbone_lr=0.25, layer_decay=0.5,
+                 weight_decay=0.0, dropout=0.0, ema=0.0, warmup=0, eval_every=2)
+    assert typed.keys() == set(FLAGS) and fill(name, typed, LOVEDA, patch, quick=True) == typed
+    for flag, value in typed.items():
+        assert fill(name, NOTHING | {flag: value}, LOVEDA, patch)[flag] == value
+
+
+def test_from_scratch_all_learns_at_one_rate_and_quick_is_short():
+    assert fill("scratch", NOTHING | dict(lr=0.1), LOVEDA, 8)["backbone_lr"] == 0.1
+    quick = fill("frozen", NOTHING, LOVEDA, 16, quick=True)
+    assert (quick["steps"], quick["warmup"], quick["eval_every"], quick["lr"]) == (720, 50, 360, 1e-3)
+    assert fill("tuned", NOTHING, LOVEDA, None)["backbone_lr"] == 1e-4  # a CNN's
+
+
+def test_the_situation():
+    assert [recipes.name_of("none", False), recipes.name_of("f.pth", True), recipes.name_of("f.pth", False)] == [
+        "scratch", "frozen", "tuned"]
