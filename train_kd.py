@@ -264,10 +264,9 @@ def main(args):
     # What was not typed is the recipe's: models/recipes.py has one for training from scratch, one
     # for a frozen backbone and one for a tuned one.
     recipe = recipes.name_of(args.weights, frozen)
-    typed = {flag: getattr(args, flag) for flag in recipes.FLAGS}
     pixels = d.pixels("train")
     crops = args.accum * world  # of a step, times the batch size
-    chosen = recipes.fill(recipe, typed, pixels, net.backbone.patch if vit else None, crops,
+    chosen = recipes.fill(recipe, vars(args), pixels, net.backbone.patch if vit else None, crops,
                           quick=args.quick or d.kind == "demo")
     for flag, value in chosen.items():
         setattr(args, flag, value)

@@ -3,6 +3,7 @@
 vit heads deeplab unetformer efficientnet_unet classify     networks, each file by itself
 weights     files of others: DINO in every layout, recognised and loaded strictly
 nets        --model, --weights, --head -> network; a run -> network; groups for the optimiser
+recipes     what a run does where its flags do not say: from scratch, frozen, tuned
 losses      cross-entropy, focal, Dice, Lovasz, boundary, KL; exact over ranks and micro-batches
 lookahead   slow weights, warm restarts
 infer       sliding windows over images of any size; the confusion matrix of a split

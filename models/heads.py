@@ -63,7 +63,7 @@ class Linear(nn.Module):
 
 
 class TokenFpn(nn.Module):
-    """The fpn head before it saw the image, (B, K, 4h, 4w): for runs that were trained with it.
+    """Fpn without the image, from tokens alone, (B, K, 4h, 4w): what the image adds is the difference.
 
     Taps fused at the token grid, then finer by sub-pixel shuffle.
     """
@@ -204,11 +204,10 @@ class UperNet(nn.Module):
 
 # What --head may name: made with (dim, taps, classes, patch), from maps (B, C, h, w) of so many
 # taps and the padded image to logits (B, K, s h, s w), which Segmenter resizes to the image.
-HEADS = {"linear": Linear, "fpn": Fpn, "unet": Unet, "upernet": UperNet}
+HEADS = {"linear": Linear, "tokens": TokenFpn, "fpn": Fpn, "unet": Unet, "upernet": UperNet}
 
-# The version of these heads that a spec names, and the heads of specs from before it.
+# Of what the names mean, for files: in version 1 fpn was what is tokens now.
 VERSION = 2
-EARLIER = {1: HEADS | {"fpn": TokenFpn}}
 
 
 class Segmenter(nn.Module):

@@ -17,7 +17,7 @@ from data.datasets import NORMS
 from . import deeplab, efficientnet_unet, unetformer
 from .checkpoint import load_weights
 from .classify import ChannelMeans, Classifier, Knn, cnn
-from .heads import EARLIER, HEADS, VERSION, Segmenter
+from .heads import HEADS, VERSION, Segmenter
 from .vit import PRESETS, ViT, arch_name, spread_taps
 from .weights import BadWeights, checked_sha256, fill, load_vit, locate, read
 
@@ -47,9 +47,10 @@ def build(spec: dict) -> nn.Module:
     if name != "vit":
         return NETS[name][0](spec["classes"], **spec["options"])
     vit = ViT(**spec["backbone"])
-    version = spec.get("version", 1)  # older files do not say
-    heads = HEADS if version == VERSION else EARLIER[version]
-    head = heads[spec["head"]](vit.dim, len(spec["taps"]), spec["classes"], vit.patch)
+    name = spec["head"]
+    if name == "fpn" and "version" not in spec:
+        name = "tokens"  # what was called so before it saw the image
+    head = HEADS[name](vit.dim, len(spec["taps"]), spec["classes"], vit.patch)
     return Segmenter(vit, head, spec["taps"], spec["feat_norm"])
 
 

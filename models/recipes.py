@@ -64,7 +64,7 @@ def fill(recipe: str, typed: dict, pixels: int, patch: int | None, crops: int = 
         chosen["crop"] = math.ceil(chosen["crop"] / patch) * patch
     if quick:
         chosen |= QUICK
-    chosen |= {flag: value for flag, value in typed.items() if value is not None}
+    chosen |= {flag: typed[flag] for flag in FLAGS if typed[flag] is not None}
     if recipe == "scratch" and typed["backbone_lr"] is None:
         chosen["backbone_lr"] = chosen["lr"]
 

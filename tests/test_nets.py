@@ -118,6 +118,20 @@ def test_an_old_run_may_read_blocks_of_its_own():
     assert moves(net, lambda: net.backbone.blocks[2].attn.proj.weight.mul_(2))
 
 
+def test_the_fpn_head_of_runs_before_it_saw_the_image(tmp_path):
+    """Such a spec has no version; its tensors are those of the head that is called tokens now."""
+    old = dict(name="vit", backbone=TINY, head="fpn", taps=[0, 1, 2, 3], feat_norm=True, classes=3)
+    torch.manual_seed(0)
+    now = nets.build(old | dict(head="tokens", version=2)).eval()
+    again, _ = nets.load_run(save_run(tmp_path, now, old))
+    x = torch.randn(1, 3, 28, 42)
+    with torch.no_grad():
+        assert torch.equal(again(x), now(x))
+    shapes = {name: list(t.shape) for name, t in again.head.state_dict().items()}
+    assert shapes["fuse.0.weight"] == [128, 4 * 64, 1, 1] and shapes["rise.0.weight"] == [512, 128, 1, 1]
+    assert shapes["rise.5.weight"] == [3, 32, 1, 1] and len(shapes) == 18
+
+
 def test_old_specs_load_from_files(tmp_path):
     old = dict(name="vit", backbone=TINY, head="linear", taps=[1, 3], feat_norm=False, classes=3)
     net = nets.build(old)
