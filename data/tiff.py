@@ -114,7 +114,7 @@ class File:
     def __init__(self, path: str | Path):
         self.path = path
         try:
-            self.handle = open(path, "rb", buffering=0)
+            self.handle = open(path, "rb")
             self.size = os.fstat(self.handle.fileno()).st_size
         except FileNotFoundError:
             raise BadInput(f"{path}: no such file") from None
@@ -133,17 +133,14 @@ class File:
 
     def take(self, offset: int, count: int, what: str) -> bytes:
         """Bytes of the file; `what` they are is named where the file ends before them."""
-        if offset + count > self.size:
+        data = b""
+        if offset + count <= self.size:
+            self.handle.seek(offset)
+            data = self.handle.read(count)
+        if len(data) < count:
             raise self.damaged(f"{what} should lie at bytes {offset} to {offset + count} "
                                f"of a file of {self.size}")
-        try:
-            self.handle.seek(offset)
-            taken = self.handle.read(count)
-        except OSError as e:
-            raise BadInput(f"{self.path}: cannot be read ({e.strerror})") from None
-        if len(taken) < count:
-            raise self.damaged(f"{what} ends after {len(taken)} of {count} bytes")
-        return taken
+        return data
 
     def first_directory(self) -> int:
         """Where the first directory lies; sets the byte order, and whether it is a BigTIFF."""
@@ -353,10 +350,13 @@ class Page:
         """read(), with the numbers that the file holds."""
         top, left, height, width = window
         size = height * width * len(bands) * self.dtype.itemsize
-        if size > LARGEST_WINDOW:
-            raise BadInput(f"{self.path}: {height} x {width} pixels of {len(bands)} bands are "
-                           f"{size >> 30} GiB, more than {LARGEST_WINDOW >> 30}; cut it up")
-        out = np.empty((height, width, len(bands)), self.dtype)
+        try:
+            if size > LARGEST_WINDOW:
+                raise MemoryError
+            out = np.empty((height, width, len(bands)), self.dtype)
+        except MemoryError:
+            raise BadInput(f"{self.path}: {height} x {width} pixels of {len(bands)} bands take "
+                           f"{size / 2**30:.1f} GiB at once, too much; cut the image up") from None
         with File(self.path) as file:
             for row, ys, to_ys in spans(top, height, self.block[0]):
                 for column, xs, to_xs in spans(left, width, self.block[1]):
@@ -543,7 +543,7 @@ class Tiff:
                     self.mask_page = self.mask_page or Page(file, d)
             self.palette = read_palette(main, self.page)
             self.alpha = 4 if self.page.inks else alpha_band(main, self.page)
-            self.nodata = read_nodata(main, self.page)
+            self.nodata = read_nodata(main)
             self.position = read_georef(main)
         self.shape = self.page.height, self.page.width, self.page.bands
         self.dtype = self.page.dtype
@@ -551,7 +551,7 @@ class Tiff:
         self.compression = self.page.packing
         self.photometric = PHOTOMETRICS.get(self.page.photometric, "unknown")
         if self.nodata is not None:
-            self.page.fill = in_range(self.nodata, self.dtype)
+            self.page.fill = nearest(self.nodata, self.dtype)
 
     def read(self, window: Window | None = None, bands: list[int] | None = None) -> np.ndarray:
         """(h, w, len(bands)) of dtype; without window the whole image, without bands all."""
@@ -631,10 +631,10 @@ class Tiff:
 
 def read_palette(directory: Directory, page: Page) -> np.ndarray | None:
     """(n, 3) uint8 colours of the values of a palette image."""
-    if page.photometric != PALETTE:
-        return None
     colours = directory.values(Tag.ColorMap).astype(np.int64)
-    if not colours.size or colours.size % 3:
+    if page.photometric != PALETTE or not colours.size:
+        return None
+    if colours.size % 3:
         raise directory.file.damaged(f"a palette of {colours.size} numbers")
     # The standard says 16 bits; some programs wrote 8.
     scale = 257 if colours.max() > 255 else 1
@@ -645,27 +645,24 @@ def alpha_band(directory: Directory, page: Page) -> int | None:
     """The number, from 1, of the first band that ExtraSamples calls alpha."""
     extra = directory.values(Tag.ExtraSamples).tolist()
     for band, meaning in enumerate(extra, page.bands - len(extra) + 1):
-        if meaning in ALPHA:
+        if meaning in ALPHA and band > 0:
             return band
     return None
 
 
-def read_nodata(directory: Directory, page: Page) -> int | float | None:
+def read_nodata(directory: Directory) -> int | float | None:
     """The value that GDAL's tag declares to be no data."""
     text = directory.text(Tag.GDALNoData)
     if not text:
         return None
-    whole = page.dtype.kind in "ui"
-    try:
-        if whole:
-            with contextlib.suppress(ValueError):
-                return int(text)  # 64 bits are more than a float holds.
+    with contextlib.suppress(ValueError):
         value = float(text)
-    except ValueError:
-        path = shlex.quote(str(page.path))
-        raise BadInput(f"{page.path}: the nodata tag is {text[:40]!r}, expected a number; set it: "
-                       f"gdal_edit.py -a_nodata NUMBER {path}") from None
-    return int(value) if whole and value.is_integer() else value
+        # The numbers of 64 bits are more than a float can tell apart.
+        whole = text.lstrip("+-").isdecimal() and abs(value) <= 2**64
+        return int(text) if whole else value
+    path = directory.file.path
+    raise BadInput(f"{path}: the nodata tag is {text[:40]!r}, expected a number; set it: "
+                   f"gdal_edit.py -a_nodata NUMBER {shlex.quote(str(path))}")
 
 
 def is_nodata(values: np.ndarray, nodata: int | float) -> np.ndarray:
@@ -680,12 +677,13 @@ def is_nodata(values: np.ndarray, nodata: int | float) -> np.ndarray:
         return (values == nodata) | (np.abs(values - nodata) < near)
 
 
-def in_range(value: int | float, dtype: np.dtype) -> int | float:
-    """The value, or the nearest that the type holds."""
+def nearest(value: int | float, dtype: np.dtype) -> int | float:
+    """The number of a type that is nearest to a value; 0 for NaN where the type has none."""
     if dtype.kind == "f":
-        return value
+        with np.errstate(over="ignore"):
+            return dtype.type(value)
     info = np.iinfo(dtype)
-    return 0 if np.isnan(value) else int(min(max(value, info.min), info.max))
+    return 0 if value != value else round(min(max(value, info.min), info.max))
 
 
 def mask_file(path: str | Path) -> Tiff | None:
