@@ -1,0 +1,772 @@
+"""Read TIFFs and GeoTIFFs with GDAL's values: any window of any bands, without decoding the rest.
+
+    tiff = Tiff("scene.tif")  # reads the header: tiff.shape (10980, 10980, 4), tiff.dtype uint16
+    pixels = tiff.read(window=(0, 512, 256, 256), bands=[4, 1, 2])  # (256, 256, 3) uint16
+    pixels, valid = tiff.read_valid((0, 512, 256, 256), [4, 1, 2])  # (256, 256) bool, or None
+
+A window is (top, left, height, width) in pixels; bands count from 1. A file is opened for each call
+and closed after it, so threads and worker processes share nothing.
+"""
+import contextlib
+import io
+import os
+import shlex
+import struct
+import zlib
+from collections.abc import Iterator
+from enum import IntEnum
+from pathlib import Path
+from typing import NamedTuple
+
+import numpy as np
+from PIL import Image, features
+from PIL.TiffImagePlugin import COMPRESSION_INFO, TiffImageFile
+from PIL.WebPImagePlugin import WebPImageFile
+
+from .common import BadInput
+
+# A damaged header may ask for any size. What is larger than this is refused.
+LARGEST_BLOCK = 2**30  # bytes of one strip or tile, unpacked
+LARGEST_WINDOW = 2**33  # bytes that one call returns
+LARGEST_RATIO = 50_000  # of unpacked to packed bytes; ZSTD comes nearest with 32,768
+MOST_PAGES = 2**16
+
+Window = tuple[int, int, int, int]  # top, left, height, width
+
+
+# ---- numbers of the format
+
+class Tag(IntEnum):
+    """The tags that this module knows, as the specifications of TIFF and GeoTIFF call them."""
+    NewSubfileType = 254
+    ImageWidth = 256
+    ImageLength = 257
+    BitsPerSample = 258
+    Compression = 259
+    PhotometricInterpretation = 262
+    FillOrder = 266
+    StripOffsets = 273
+    SamplesPerPixel = 277
+    RowsPerStrip = 278
+    StripByteCounts = 279
+    PlanarConfiguration = 284
+    Predictor = 317
+    ColorMap = 320
+    TileWidth = 322
+    TileLength = 323
+    TileOffsets = 324
+    TileByteCounts = 325
+    ExtraSamples = 338
+    SampleFormat = 339
+    JPEGTables = 347
+    YCbCrSubSampling = 530
+    ModelPixelScale = 33550
+    ModelTiepoint = 33922
+    ModelTransformation = 34264
+    GeoKeyDirectory = 34735
+    GeoDoubleParams = 34736
+    GeoAsciiParams = 34737
+    GDALNoData = 42113
+
+
+# Types of values -> NumPy's. The rationals (5 and 10) are in none of the tags above.
+TYPES = {1: "u1", 2: "S1", 3: "u2", 4: "u4", 6: "i1", 7: "V1", 8: "i2", 9: "i4", 11: "f4",
+         12: "f8", 13: "u4", 16: "u8", 17: "i8", 18: "u8"}
+
+OVERVIEW, MASK = 1, 4  # bits of NewSubfileType
+PLANAR = 2  # PlanarConfiguration: the bands one after the other
+LOWEST_BIT_FIRST = 2  # FillOrder
+ALPHA = (1, 2)  # ExtraSamples: colours are multiplied by it, or not
+
+NONE, LZW, JPEG, DEFLATE, OLD_DEFLATE, WEBP = 1, 5, 7, 8, 32946, 50001  # Compression
+READ = {NONE: "none", LZW: "LZW", JPEG: "JPEG", DEFLATE: "deflate", OLD_DEFLATE: "deflate",
+        32773: "PackBits", 34925: "LZMA", 50000: "ZSTD", WEBP: "WebP"}
+READ_BY_GDAL = {2: "CCITT RLE", 3: "CCITT fax 3", 4: "CCITT fax 4", 6: "old-style JPEG",
+                34676: "SGI Log", 34677: "SGI Log 24", 34887: "LERC"}
+READ_BY_OTHERS = {33003: "JPEG 2000", 33004: "JPEG 2000", 33005: "JPEG 2000", 34712: "JPEG 2000",
+                  34892: "lossy JPEG", 34933: "PNG", 34934: "JPEG XR", 50002: "JPEG XL"}
+COMPRESSIONS = READ | READ_BY_GDAL | READ_BY_OTHERS
+PICTURES = (JPEG, WEBP)  # unpack to pixels, the others to bytes
+
+HORIZONTAL, FLOATING_POINT = 2, 3  # Predictor
+WITH_PREDICTOR = (LZW, DEFLATE, OLD_DEFLATE, 34925, 50000)  # with others libtiff ignores the tag
+
+BLACK_IS_ZERO, RGB, PALETTE, CMYK, YCBCR, CIELAB = 1, 2, 3, 5, 6, 8  # PhotometricInterpretation
+PHOTOMETRICS = {0: "MinIsWhite", 1: "BlackIsZero", 2: "RGB", 3: "palette", 4: "mask", 5: "CMYK",
+                6: "YCbCr", 8: "CIELab", 9: "ICCLab", 10: "ITULab", 32803: "CFA"}
+
+KINDS = {1: "uint", 2: "int", 3: "float", 4: "uint", 5: "complex int", 6: "complex"}  # SampleFormat
+WHOLE = (8, 16, 32, 64)  # bits of NumPy's types
+BITS = {"uint": (*range(1, 33), 64), "int": WHOLE, "float": (16, 32, 64)}
+
+RASTER_TYPE, GEOGRAPHIC, PROJECTED = 1025, 2048, 3072  # GeoKeys
+CENTRES = 2  # RASTER_TYPE: coordinates are those of the centres of pixels
+USER_DEFINED = 32767  # a coordinate system without an EPSG code
+
+TURNED = bytes(int(f"{byte:08b}"[::-1], 2) for byte in range(256))  # each byte's bits in reverse
+
+
+# ---- directories
+
+class File:
+    """A TIFF opened for one call: its size, its byte order, and any of its bytes."""
+
+    def __init__(self, path: str | Path):
+        self.path = path
+        try:
+            self.handle = open(path, "rb")
+            self.size = os.fstat(self.handle.fileno()).st_size
+        except FileNotFoundError:
+            raise BadInput(f"{path}: no such file") from None
+        except OSError as e:
+            raise BadInput(f"{path}: cannot be opened ({e.strerror})") from None
+
+    def __enter__(self):
+        return self
+
+    def __exit__(self, *error):
+        self.handle.close()
+
+    def damaged(self, what: str) -> BadInput:
+        """The error to raise where the file contradicts itself."""
+        return BadInput(f"{self.path}: damaged TIFF: {what}; copy the file again or take it out")
+
+    def take(self, offset: int, count: int, what: str) -> bytes:
+        """Bytes of the file; `what` they are is named where the file ends before them."""
+        data = b""
+        if offset + count <= self.size:
+            self.handle.seek(offset)
+            data = self.handle.read(count)
+        if len(data) < count:
+            raise self.damaged(f"{what} should lie at bytes {offset} to {offset + count} "
+                               f"of a file of {self.size}")
+        return data
+
+    def first_directory(self) -> int:
+        """Where the first directory lies; sets the byte order, and whether it is a BigTIFF."""
+        start = self.take(0, min(16, self.size), "the header").ljust(16, b"\0")
+        self.order = ">" if start[:2] == b"MM" else "<"
+        version = struct.unpack_from(self.order + "H", start, 2)[0]
+        if start[:2] not in (b"II", b"MM") or version not in (42, 43):
+            raise BadInput(f"{self.path}: not a TIFF; it begins with {start[:4]}")
+        self.big = version == 43
+        if self.big:
+            return struct.unpack_from(self.order + "Q", start, 8)[0]
+        return struct.unpack_from(self.order + "I", start, 4)[0]
+
+
+class Directory:
+    """The tags of one page; their values are read when they are asked for."""
+
+    def __init__(self, file: File, offset: int):
+        self.file = file
+        # How many entries, the entries, the offset of the next directory. An entry is a tag, a
+        # type, how many values, and a word: the values, or their offset where they do not fit.
+        number, head, word = ("Q", "HHQ", "Q") if file.big else ("H", "HHI", "I")
+        number, head, self.word = (struct.Struct(file.order + c) for c in (number, head, word))
+        entries = number.unpack(file.take(offset, number.size, "a directory"))[0]
+        offset += number.size
+        step = head.size + self.word.size
+        data = file.take(offset, entries * step + self.word.size, "a directory")
+        self.next = self.word.unpack_from(data, entries * step)[0]
+        self.entries = {}  # {tag: (type, how many values, where the word lies)}
+        for start in range(0, entries * step, step):
+            tag, kind, count = head.unpack_from(data, start)
+            self.entries[tag] = kind, count, offset + start + head.size
+        self.kind = self.number(Tag.NewSubfileType, 0) & (OVERVIEW | MASK)
+        self.size = self.number(Tag.ImageLength), self.number(Tag.ImageWidth)
+
+    def __contains__(self, tag: Tag) -> bool:
+        return tag in self.entries
+
+    def values(self, tag: Tag, kinds: str = "ui") -> np.ndarray:
+        """All values of a tag, none where it is absent; `kinds` are NumPy's that it may have."""
+        if tag not in self.entries:
+            return np.zeros(0, np.int64)
+        kind, count, place = self.entries[tag]
+        dtype = np.dtype(self.file.order + TYPES.get(kind, "V1"))
+        if dtype.kind not in kinds:
+            raise self.file.damaged(f"{tag.name} has values of type {kind}")
+        size = count * dtype.itemsize
+        if size > self.word.size:
+            place = self.word.unpack(self.file.take(place, self.word.size, tag.name))[0]
+        return np.frombuffer(self.file.take(place, size, tag.name), dtype)
+
+    def number(self, tag: Tag, default: int | None = None) -> int:
+        """The first value of a tag; without a default it must be there."""
+        values = self.values(tag)
+        if values.size:
+            return int(values[0])
+        if default is None:
+            raise self.file.damaged(f"{tag.name} is missing")
+        return default
+
+    def text(self, tag: Tag) -> str:
+        """The value of an ASCII tag, empty where it is absent."""
+        return self.values(tag, "S").tobytes().partition(b"\0")[0].decode("latin-1").strip()
+
+
+def read_directories(file: File) -> tuple[list[Directory], str | None]:
+    """All directories of a file, and what is wrong with the one that ends the list too early.
+
+    Only the first one has to be whole. The others are overviews, mostly.
+    """
+    offset = file.first_directory()
+    directories, seen = [Directory(file, offset)], {offset}
+    while directories[-1].next and len(directories) < MOST_PAGES:
+        offset = directories[-1].next
+        try:
+            if offset in seen:
+                raise file.damaged("its directories lead round in a circle")
+            seen.add(offset)
+            directories.append(Directory(file, offset))
+        except BadInput as e:
+            return directories, str(e)
+    return directories, None
+
+
+# ---- pixels
+
+class Page:
+    """How the pixels of one directory are stored, and windows of them."""
+
+    def __init__(self, file: File, directory: Directory):
+        number = directory.number
+        self.path, self.order = file.path, file.order
+        self.height, self.width = directory.size
+        self.bands = number(Tag.SamplesPerPixel, 1)
+        self.planar = number(Tag.PlanarConfiguration, 1) == PLANAR and self.bands > 1
+        self.photometric = number(Tag.PhotometricInterpretation, BLACK_IS_ZERO)
+        self.compression = number(Tag.Compression, NONE)
+        self.packing = COMPRESSIONS.get(self.compression, "unknown")
+        self.predictor = number(Tag.Predictor, 1) if self.compression in WITH_PREDICTOR else 1
+        self.turned = number(Tag.FillOrder, 1) == LOWEST_BIT_FIRST
+        self.bits = number(Tag.BitsPerSample, 1)
+        self.kind = KINDS.get(number(Tag.SampleFormat, 1), "unknown format ")
+        self.fill = 0  # the value of sparse blocks, which take no room in the file
+        self.refuse_unreadable(directory)
+
+        whole = min(bits for bits in WHOLE if bits >= self.bits)
+        self.stored = np.dtype(f"{self.kind}{whole}")
+        # As GDAL reports it: before version 3.11 it has no half floats.
+        self.dtype = np.dtype(np.float32) if self.stored == np.float16 else self.stored
+        # GDAL turns these colours into red, green, blue and an alpha of 255.
+        self.inks = self.photometric == CMYK and self.bits == 8 and self.bands == 4
+
+        rows = number(Tag.RowsPerStrip, self.height)
+        self.block, self.block_name = (min(rows, self.height), self.width), "strip"
+        if Tag.TileWidth in directory:
+            self.block = number(Tag.TileLength), number(Tag.TileWidth)
+            self.block_name = "tile"
+        sizes = self.height, self.width, self.bands, *self.block
+        if min(sizes) < 1:
+            raise file.damaged(f"height, width, bands and size of a {self.block_name} are {sizes}")
+        self.samples = 1 if self.planar else self.bands  # of one pixel in one block
+        self.row_bytes = -(-self.block[1] * self.samples * self.bits // 8)
+        self.find_blocks(file, directory)
+        self.jpeg_fields = {}
+        for tag in (Tag.JPEGTables, Tag.YCbCrSubSampling):
+            if tag in directory and self.compression == JPEG:
+                self.jpeg_fields[tag] = directory.values(tag, "uV")
+
+    def refuse_unreadable(self, directory: Directory) -> None:
+        """Refuse by name what is not read, each with a way to convert it."""
+        bits, name, path = self.bits, self.packing, shlex.quote(str(self.path))
+        translate = f"gdal_translate -co COMPRESS=DEFLATE {path} NEW.tif"
+        for tag in (Tag.BitsPerSample, Tag.SampleFormat):
+            values = directory.values(tag)[:self.bands].tolist()
+            if len(set(values)) > 1:
+                self.refuse(f"bands that differ ({tag.name} {values})",
+                            "save it with bands of one kind in the program that wrote it")
+        if self.kind.startswith("complex"):
+            amplitude = shlex.quote(f"DERIVED_SUBDATASET:AMPLITUDE:{self.path}")
+            self.refuse("complex numbers", f"gdal_translate {amplitude} NEW.tif")
+        if bits not in BITS.get(self.kind, ()):
+            self.refuse(f"{self.kind}{bits}", translate.replace(" -co", " -co NBITS=32 -co"))
+
+        # Colours that GDAL converts; those of other photometrics it hands out as they are stored.
+        if self.photometric == YCBCR and (self.compression != JPEG or self.planar):
+            self.refuse("YCbCr that is not JPEG", translate)
+        if self.photometric == CIELAB and bits == 8:
+            self.refuse("CIELab", translate.replace(" -co", " -b 1 -b 2 -b 3 -co"))
+        if self.photometric == CMYK and bits == 8 and self.bands > 4:
+            self.refuse("CMYK with more bands", translate)
+
+        if self.compression in READ_BY_GDAL:
+            self.refuse(name, translate)
+        if self.compression not in READ:
+            code = f"import tifffile as t; t.imwrite('NEW.tif', t.imread({str(self.path)!r}))"
+            self.refuse(name, f"pip install tifffile imagecodecs; python -c {shlex.quote(code)}")
+        if self.compression in PICTURES:
+            bands = 1 if self.planar else self.bands
+            possible = (1, 2, 3, 4) if self.compression == JPEG else (3, 4)
+            if (self.kind, bits) != ("uint", 8) or bands not in possible:
+                self.refuse(f"{name} of {bits} bits and {bands} bands", translate)
+        predictable = {HORIZONTAL: bits in WHOLE, FLOATING_POINT: self.kind == "float"}
+        if self.predictor != 1 and not predictable.get(self.predictor):
+            self.refuse(f"predictor {self.predictor} of {self.kind}{bits}",
+                        "save it without a predictor in the program that wrote it")
+
+    def refuse(self, what: str, advice: str) -> None:
+        """Raise the error for a file that is in order, but that this module does not read."""
+        photometric = PHOTOMETRICS.get(self.photometric, "unknown")
+        raise BadInput(f"{self.path}: {self.kind}{self.bits}, {self.bands} bands, "
+                       f"compression {self.compression} ({self.packing}), "
+                       f"photometric {self.photometric} ({photometric}): "
+                       f"{what} cannot be read here; convert it: {advice}")
+
+    def find_blocks(self, file: File, directory: Directory) -> None:
+        """Where the strips or tiles lie: row by row, and band by band if planar."""
+        self.grid = -(-self.height // self.block[0]), -(-self.width // self.block[1])
+        needed = self.grid[0] * self.grid[1] * (self.bands if self.planar else 1)
+        offsets, counts = Tag.StripOffsets, Tag.StripByteCounts
+        if Tag.TileOffsets in directory:
+            offsets, counts = Tag.TileOffsets, Tag.TileByteCounts
+        self.offsets = directory.values(offsets)[:needed]
+        self.counts = directory.values(counts)[:needed]
+        if counts not in directory:
+            # A block ends where another begins, at the latest. Decoders stop by themselves.
+            ends = np.unique([*self.offsets.tolist(), file.size])
+            following = np.searchsorted(ends, self.offsets, "right")
+            self.counts = ends[np.minimum(following, len(ends) - 1)] - self.offsets
+        listed = min(len(self.offsets), len(self.counts))
+        if listed < needed:
+            raise file.damaged(f"{listed} of {needed} {self.block_name}s are listed")
+        size = self.block[0] * self.row_bytes
+        if size > LARGEST_BLOCK and self.compression != NONE:
+            self.refuse(f"a {self.block_name} of {size >> 20} MiB", "gdal_translate -co TILED=YES "
+                        f"-co COMPRESS=DEFLATE {shlex.quote(str(self.path))} NEW.tif")
+
+    def read(self, window: Window, bands: list[int]) -> np.ndarray:
+        """(height, width, len(bands)), from the strips or tiles that the window touches."""
+        if self.inks:
+            inks = self.read_stored(window, [1, 2, 3, 4]).astype(np.uint16)
+            colours = (255 - inks[..., :3]) * (255 - inks[..., 3:]) // 255
+            pixels = np.insert(colours.astype(np.uint8), 3, 255, axis=-1)
+            return pixels[..., [b - 1 for b in bands]]
+        return self.read_stored(window, bands)
+
+    def read_stored(self, window: Window, bands: list[int]) -> np.ndarray:
+        """read(), with the numbers that the file holds."""
+        top, left, height, width = window
+        size = height * width * len(bands) * self.dtype.itemsize
+        try:
+            if size > LARGEST_WINDOW:
+                raise MemoryError
+            out = np.empty((height, width, len(bands)), self.dtype)
+        except MemoryError:
+            raise BadInput(f"{self.path}: {height} x {width} pixels of {len(bands)} bands take "
+                           f"{size / 2**30:.1f} GiB at once, too much; cut the image up") from None
+        with File(self.path) as file:
+            for row, ys, to_ys in spans(top, height, self.block[0]):
+                for column, xs, to_xs in spans(left, width, self.block[1]):
+                    if not self.planar:
+                        block = self.decode(file, 0, row, column, ys)
+                    for i, band in enumerate(bands):
+                        if self.planar:
+                            block = self.decode(file, band - 1, row, column, ys)
+                        out[to_ys, to_xs, i] = block[:, xs, 0 if self.planar else band - 1]
+        return out
+
+    def decode(self, file: File, plane: int, row: int, column: int, ys: slice) -> np.ndarray:
+        """Rows `ys` of one strip or tile: (rows, columns, samples)."""
+        index = (plane * self.grid[0] + row) * self.grid[1] + column
+        offset, count = int(self.offsets[index]), int(self.counts[index])
+        shape = ys.stop - ys.start, self.block[1], self.samples
+        if not offset or not count:
+            return np.full(shape, self.fill, self.dtype)
+        name = f"{self.block_name} {index + 1} of {len(self.offsets)}"
+        if self.compression == NONE:
+            # Only the rows that are wanted: the whole image may be one strip.
+            start = offset + ys.start * self.row_bytes
+            data = file.take(start, shape[0] * self.row_bytes, name)
+            if self.turned:
+                data = data.translate(TURNED)
+            return self.to_numbers(data, shape)
+
+        # Unpacking stops behind the last row that is wanted, except that of pictures.
+        rows = ys.stop
+        if self.compression in PICTURES:
+            rows = self.block[0]
+            if self.block_name == "strip":
+                rows = min(rows, self.height - row * rows)  # The last one ends with the image.
+        packed = file.take(offset, count, name)
+        try:
+            data = self.unpack(packed, rows)
+        except Exception as e:  # Pillow raises many kinds.
+            if not has_codec(self.compression):
+                self.refuse(f"{self.packing}, which this Pillow was built without,",
+                            "pip install --upgrade pillow, or with GDAL")
+            raise file.damaged(f"{name} cannot be unpacked ({self.packing}: {e})") from None
+        if len(data) < rows * self.row_bytes:
+            raise file.damaged(f"{name} unpacks to {len(data)} of {rows * self.row_bytes} bytes")
+        return self.to_numbers(data[ys.start * self.row_bytes:ys.stop * self.row_bytes], shape)
+
+    def unpack(self, data: bytes, rows: int) -> bytes:
+        """The first rows of a strip or tile."""
+        size = rows * self.row_bytes
+        if self.compression == JPEG:
+            photometric = BLACK_IS_ZERO if self.samples < 3 else RGB
+            if self.photometric == YCBCR:
+                photometric = YCBCR  # which libtiff turns into RGB
+            return libtiff(data, self.compression, (rows, self.block[1], self.samples),
+                           photometric, self.jpeg_fields)
+        if self.compression == WEBP:
+            image = WebPImageFile(io.BytesIO(data))
+            if image.size != (self.block[1], rows):
+                raise ValueError(f"a picture of {image.height} x {image.width} pixels")
+            return image.convert("RGB" if self.samples == 3 else "RGBA").tobytes()
+        if self.turned:
+            data = data.translate(TURNED)
+        if self.compression in (DEFLATE, OLD_DEFLATE):
+            return zlib.decompressobj().decompress(data, size)
+        if size > LARGEST_RATIO * len(data):
+            return b""
+        return libtiff(data, self.compression, (rows, self.row_bytes, 1))
+
+    def to_numbers(self, data: bytes, shape: tuple[int, int, int]) -> np.ndarray:
+        """Bytes of whole rows -> (rows, columns, samples) of the machine, the predictor undone."""
+        rows, columns, samples = shape
+        if self.bits not in WHOLE:
+            lines = np.frombuffer(data, np.uint8).reshape(rows, -1)
+            digits = np.unpackbits(lines, axis=1, count=columns * samples * self.bits)
+            numbers = np.zeros(shape, self.stored)
+            for digit in np.moveaxis(digits.reshape(*shape, self.bits), -1, 0):
+                numbers = numbers << 1 | digit
+            return numbers
+        size = self.stored.itemsize
+        if self.predictor == FLOATING_POINT:
+            # Differences of bytes. The bytes of a row lie in planes, the highest ones first.
+            planes = running_sum(np.frombuffer(data, np.uint8).reshape(rows, -1, samples))
+            planes = planes.reshape(rows, size, -1).swapaxes(1, 2)
+            return np.ascontiguousarray(planes).view(f">f{size}").reshape(shape).astype(self.stored)
+        numbers = np.frombuffer(data, self.stored.newbyteorder(self.order)).reshape(shape)
+        numbers = numbers.astype(self.stored, copy=False)
+        if self.predictor == HORIZONTAL:
+            # Differences modulo 2^bits, also those of floats.
+            numbers = running_sum(numbers.view(f"u{size}")).view(self.stored)
+        return numbers
+
+
+def spans(start: int, length: int, size: int) -> Iterator[tuple[int, slice, slice]]:
+    """Blocks along one axis that a window touches: (number, part of the block, of the window)."""
+    for block in range(start // size, -(-(start + length) // size)):
+        origin = block * size
+        first, last = max(start, origin), min(start + length, origin + size)
+        yield block, slice(first - origin, last - origin), slice(first - start, last - start)
+
+
+def running_sum(a: np.ndarray) -> np.ndarray:
+    """Sums along axis 1, modulo 2^bits: three times as fast as NumPy's cumsum for bytes."""
+    a = a.copy()
+    reach = 1  # Each number is the sum of so many.
+    while reach < a.shape[1]:
+        a[:, reach:] += a[:, :-reach]
+        reach *= 2
+    return a
+
+
+def libtiff(data: bytes, compression: int, shape: tuple[int, int, int],
+            photometric: int = BLACK_IS_ZERO, more: dict | None = None) -> bytes:
+    """(height, width, bands) bytes, unpacked by Pillow's libtiff as the strip of a TIFF in memory."""
+    height, width, bands = shape
+    fields = {
+        Tag.ImageWidth: np.uint32([width]),
+        Tag.ImageLength: np.uint32([height]),
+        Tag.BitsPerSample: np.uint16([8] * bands),
+        Tag.Compression: np.uint16([compression]),
+        Tag.PhotometricInterpretation: np.uint16([photometric]),
+        Tag.StripOffsets: np.uint32([8]),
+        Tag.SamplesPerPixel: np.uint16([bands]),
+        Tag.RowsPerStrip: np.uint32([height]),
+        Tag.StripByteCounts: np.uint32([len(data)])}
+    if bands in (2, 4):
+        fields[Tag.ExtraSamples] = np.uint16([ALPHA[1]])  # Pillow would drop other fourth bands.
+    fields |= more or {}
+    end = 8 + len(data) + len(data) % 2
+    file = struct.pack("<2sHI", b"II", 42, end) + data.ljust(end - 8, b"\0")
+    return TiffImageFile(io.BytesIO(file + directory_bytes(fields, end))).tobytes()
+
+
+def directory_bytes(fields: dict[Tag, np.ndarray], offset: int) -> bytes:
+    """A directory for the offset `offset` of a little-endian TIFF, with no directory behind it."""
+    numbers = {TYPES[number]: number for number in sorted(TYPES, reverse=True)}
+    entries = [struct.pack("<H", len(fields))]
+    values = b""  # those that do not fit into the 4 bytes of an entry
+    end = offset + 2 + 12 * len(fields) + 4
+    for tag in sorted(fields):
+        array = fields[tag].astype(fields[tag].dtype.newbyteorder("<"))
+        word = array.tobytes()
+        if len(word) > 4:
+            values, word = values + word, struct.pack("<I", end + len(values))
+            values += b"\0" * (len(values) % 2)
+        entries.append(struct.pack("<HHI4s", tag, numbers[array.dtype.str[1:]], array.size, word))
+    return b"".join(entries) + bytes(4) + values
+
+
+def has_codec(compression: int) -> bool:
+    """Whether Pillow was built with it: some lack ZSTD, LZMA or WebP."""
+    if compression == WEBP:
+        return features.check("webp")
+    try:
+        name = COMPRESSION_INFO[compression]
+        Image.new("L", (16, 16)).save(io.BytesIO(), "TIFF", compression=name)
+    except Exception:
+        return False
+    return True
+
+
+# ---- files
+
+class Tiff:
+    """The first full page of a TIFF, and what its other pages and the files beside it say of it.
+
+    shape: (H, W, bands). dtype: of what read() returns; 1 to 7 bits are uint8, as in GDAL. nodata:
+    number or None. alpha: number of the alpha band, or None. palette: (n, 3) uint8 or None.
+    photometric, compression: names, such as "RGB" and "JPEG". pages: how many full ones. overviews:
+    [(H, W)]. block: (h, w) of the strips or tiles, which are unpacked one by one. damage: None, or
+    what is wrong with the other pages.
+    """
+
+    def __init__(self, path: str | Path):
+        self.path = path
+        with File(path) as file:
+            directories, self.damage = read_directories(file)
+            full = [d for d in directories if not d.kind]
+            main = (full or directories)[0]
+            self.page = Page(file, main)
+            self.pages = max(len(full), 1)
+            self.overviews = [d.size for d in directories if d.kind == OVERVIEW]
+            self.mask_page = None
+            for d in directories:
+                if d.kind == MASK and d.size == main.size and d is not main:
+                    self.mask_page = self.mask_page or Page(file, d)
+            self.palette = read_palette(main, self.page)
+            self.alpha = 4 if self.page.inks else alpha_band(main, self.page)
+            self.nodata = read_nodata(main)
+            self.position = read_georef(main)
+        self.shape = self.page.height, self.page.width, self.page.bands
+        self.dtype = self.page.dtype
+        self.block = self.page.block
+        self.compression = self.page.packing
+        self.photometric = PHOTOMETRICS.get(self.page.photometric, "unknown")
+        if self.nodata is not None:
+            self.page.fill = nearest(self.nodata, self.dtype)
+
+    def read(self, window: Window | None = None, bands: list[int] | None = None) -> np.ndarray:
+        """(h, w, len(bands)) of dtype; without window the whole image, without bands all."""
+        return self.page.read(self.inside(window), self.existing(bands))
+
+    def read_valid(self, window: Window | None = None, bands: list[int] | None = None
+                   ) -> tuple[np.ndarray, np.ndarray | None]:
+        """read() of `bands` or of all but alpha, and (h, w) bool: which pixels are data, or None.
+
+        None: the file cannot say. As in GDAL's dataset mask, a pixel is valid where the mask page is
+        not 0; without one, where the file NAME.msk is not 0; without that, where one of the bands is
+        not the nodata value and alpha is not 0. Beyond GDAL: nodata and alpha count both, an alpha
+        band that `bands` names is data, and a NaN or infinity in any of the bands is not valid.
+        """
+        window = self.inside(window)
+        bands = bands or [b for b in self.existing() if b != self.alpha] or [1]
+        seen = self.mask(window)
+        veiled = seen is None and self.alpha is not None and self.alpha not in bands
+        # One pass over the strips or tiles serves the pixels and alpha.
+        pixels = self.read(window, [*bands, self.alpha] if veiled else bands)
+        values = pixels[..., :len(bands)]
+
+        rules = []
+        if seen is not None:
+            rules.append(seen)
+        elif self.nodata is not None:
+            rules.append(~is_nodata(values, self.nodata).all(-1))
+        if veiled:
+            rules.append(pixels[..., -1] > 0)
+        if self.dtype.kind == "f":
+            rules.append(np.isfinite(values).all(-1))
+        return values, np.logical_and.reduce(rules) if rules else None
+
+    def valid(self, window: Window | None = None, bands: list[int] | None = None):
+        """The second of what read_valid() returns; decodes no pixels where none are asked."""
+        if self.nodata is None and self.alpha is None and self.dtype.kind != "f":
+            return self.mask(self.inside(window))
+        return self.read_valid(window, bands)[1]
+
+    def mask(self, window: Window) -> np.ndarray | None:
+        """(h, w) bool by the mask page or the .msk file, True = data; None without either."""
+        if self.mask_page is not None:
+            return self.mask_page.read(window, [1])[..., 0] != 0
+        beside = mask_file(self.path)
+        if beside is None:
+            return None
+        if beside.shape[:2] != self.shape[:2]:
+            raise BadInput(f"{beside.path}: {beside.shape[0]} x {beside.shape[1]} pixels, but its "
+                           f"image has {self.shape[0]} x {self.shape[1]}; take the mask away")
+        return (beside.read(window) != 0).any(-1)
+
+    def inside(self, window: Window | None) -> Window:
+        """The window, if it lies in the image; the whole image for None."""
+        height, width = self.shape[:2]
+        top, left, rows, columns = map(int, window or (0, 0, height, width))
+        if min(top, left, rows, columns) < 0 or top + rows > height or left + columns > width:
+            raise BadInput(f"{self.path}: {height} x {width} pixels; the window (top, left, height, "
+                           f"width) {(top, left, rows, columns)} does not lie inside")
+        return top, left, rows, columns
+
+    def existing(self, bands: list[int] | None = None) -> list[int]:
+        """The bands, if the file has them; all for None."""
+        n = self.shape[2]
+        if bands is None:
+            return [*range(1, n + 1)]
+        if not set(bands) <= {*range(1, n + 1)}:
+            raise BadInput(f"{self.path}: {n} bands, and the bands {[*bands]} are asked for; "
+                           f"expected numbers from 1 to {n}")
+        return [*bands]
+
+    @property
+    def georef(self) -> "Georef | None":
+        """Where the image lies, by its tags; by a world file beside it where they do not say."""
+        transform = self.position.transform or read_world_file(self.path)
+        return self.position._replace(transform=transform) if transform else None
+
+
+def read_palette(directory: Directory, page: Page) -> np.ndarray | None:
+    """(n, 3) uint8 colours of the values of a palette image."""
+    colours = directory.values(Tag.ColorMap).astype(np.int64)
+    if page.photometric != PALETTE or not colours.size:
+        return None
+    if colours.size % 3:
+        raise directory.file.damaged(f"a palette of {colours.size} numbers")
+    # The standard says 16 bits; some programs wrote 8.
+    scale = 257 if colours.max() > 255 else 1
+    return (colours.reshape(3, -1).T // scale).astype(np.uint8)
+
+
+def alpha_band(directory: Directory, page: Page) -> int | None:
+    """The number, from 1, of the first band that ExtraSamples calls alpha."""
+    extra = directory.values(Tag.ExtraSamples).tolist()
+    for band, meaning in enumerate(extra, page.bands - len(extra) + 1):
+        if meaning in ALPHA and band > 0:
+            return band
+    return None
+
+
+def read_nodata(directory: Directory) -> int | float | None:
+    """The value that GDAL's tag declares to be no data."""
+    text = directory.text(Tag.GDALNoData)
+    if not text:
+        return None
+    with contextlib.suppress(ValueError):
+        value = float(text)
+        # The numbers of 64 bits are more than a float can tell apart.
+        whole = text.lstrip("+-").isdecimal() and abs(value) <= 2**64
+        return int(text) if whole else value
+    path = directory.file.path
+    raise BadInput(f"{path}: the nodata tag is {text[:40]!r}, expected a number; set it: "
+                   f"gdal_edit.py -a_nodata NUMBER {shlex.quote(str(path))}")
+
+
+def is_nodata(values: np.ndarray, nodata: int | float) -> np.ndarray:
+    """Which values are nodata; floats with GDAL's tolerance, since the tag is decimal text."""
+    if values.dtype.kind != "f":
+        return values == nodata
+    if np.isnan(nodata):
+        return np.isnan(values)
+    with np.errstate(over="ignore", invalid="ignore"):
+        nodata = values.dtype.type(nodata)
+        near = 2 * np.finfo(values.dtype).eps * np.abs(values + nodata)
+        return (values == nodata) | (np.abs(values - nodata) < near)
+
+
+def nearest(value: int | float, dtype: np.dtype) -> int | float:
+    """The number of a type that is nearest to a value; 0 for NaN where the type has none."""
+    if dtype.kind == "f":
+        with np.errstate(over="ignore"):
+            return dtype.type(value)
+    info = np.iinfo(dtype)
+    return 0 if value != value else round(min(max(value, info.min), info.max))
+
+
+def mask_file(path: str | Path) -> Tiff | None:
+    """The mask that GDAL keeps beside an image of any format: a.png.msk is a TIFF."""
+    beside = Path(f"{path}.msk")
+    return Tiff(beside) if beside.is_file() else None
+
+
+# ---- georeference
+
+class Georef(NamedTuple):
+    """Where an image lies.
+
+    transform: a..f of x = a * column + b * row + c and y = d * column + e * row + f, for the corners
+    of pixels, also where the file gives centres. epsg: code of the coordinate system, or None. keys:
+    the GeoKeys as the file holds them, {tag: values}.
+    """
+    transform: tuple[float, ...] | None
+    epsg: int | None
+    keys: dict[Tag, tuple | str]
+
+
+def read_georef(directory: Directory) -> Georef:
+    """What the tags say; the transform is None where they do not."""
+    keys = {}
+    for tag in (Tag.GeoKeyDirectory, Tag.GeoDoubleParams):
+        if tag in directory:
+            keys[tag] = tuple(directory.values(tag, "uf").tolist())
+    if Tag.GeoAsciiParams in directory:
+        keys[Tag.GeoAsciiParams] = directory.text(Tag.GeoAsciiParams)
+
+    # Four numbers as a head, then four for each key: key, tag of its value or 0, count, value.
+    numbers = keys.get(Tag.GeoKeyDirectory, ())
+    codes = {}
+    for i in range(4, len(numbers) - 3, 4):
+        key, tag, _, value = numbers[i:i + 4]
+        if tag == 0:
+            codes[key] = value
+    epsg = codes.get(PROJECTED) or codes.get(GEOGRAPHIC)
+    if epsg == USER_DEFINED:
+        epsg = None
+
+    scale = directory.values(Tag.ModelPixelScale, "f").tolist()
+    tie = directory.values(Tag.ModelTiepoint, "f").tolist()
+    matrix = directory.values(Tag.ModelTransformation, "f").tolist()
+    transform = None
+    if len(scale) > 1 and len(tie) > 5 and all(scale[:2]):
+        # The point (tie[0], tie[1]) of the image lies at (tie[3], tie[4]). GDAL takes rows to go
+        # south whatever the sign of the scale.
+        a, e = scale[0], -abs(scale[1])
+        transform = a, 0.0, tie[3] - tie[0] * a, 0.0, e, tie[4] - tie[1] * e
+    elif len(matrix) == 16:
+        transform = matrix[0], matrix[1], matrix[3], matrix[4], matrix[5], matrix[7]
+    if transform and codes.get(RASTER_TYPE) == CENTRES:
+        transform = from_centre(*transform)
+    return Georef(transform, epsg, keys)
+
+
+def from_centre(a: float, b: float, c: float, d: float, e: float, f: float) -> tuple[float, ...]:
+    """A transform whose c and f are the first pixel's centre -> the same by its corner."""
+    return a, b, c - (a + b) / 2, d, e, f - (d + e) / 2
+
+
+def read_world_file(path: str | Path) -> tuple[float, ...] | None:
+    """The transform, as in Georef, of the world file beside an image of any format, or None.
+
+    For a.tif these are a.tfw, a.tifw and a.wld, in small or capital letters.
+    """
+    path = Path(path)
+    suffix = path.suffix[1:] or "x"
+    for name in (suffix[0] + suffix[-1] + "w", suffix + "w", "wld"):
+        for beside in (path.with_suffix(f".{name.lower()}"), path.with_suffix(f".{name.upper()}")):
+            if beside.is_file():
+                return parse_world_file(beside)
+    return None
+
+
+def parse_world_file(path: Path) -> tuple[float, ...]:
+    """Six lines with a number each: a, d, b, e, and the centre of the first pixel."""
+    words = path.read_text("latin-1").replace(",", ".").split()
+    try:
+        a, d, b, e, c, f = map(float, words[:6])
+    except ValueError:
+        raise BadInput(f"{path}: a world file with {' '.join(words)[:60]!r}, expected six numbers, "
+                       "one a line; repair it or take it away") from None
+    return from_centre(a, b, c, d, e, f)
