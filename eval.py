@@ -13,6 +13,7 @@ import json
 import os
 import sys
 from pathlib import Path
+from shlex import quote
 
 # Read when torch loads: threads that spin while they wait cost sixfold on a shared CPU.
 os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
@@ -21,7 +22,7 @@ import torch
 import torch.distributed as dist
 
 from data import metrics, plots, public, samplers
-from data.common import IGNORE, BadInput, progress, write
+from data.common import IGNORE, BadInput, progress, read_json, write
 from data.io import Labels
 from data.source import Source
 from models import nets, run
@@ -73,8 +74,7 @@ def parse_args(argv=None):
 
 def read_run(folder):
     # -> what tells the experiment from others, results, protocol
-    result, protocol = [json.loads((folder / f"{name}.json").read_text())
-                        for name in ("results", "protocol")]
+    result, protocol = [read_json(folder / f"{name}.json") for name in ("results", "protocol")]
     if "accuracy" in result:  # of train_cls.py: the same words for the same numbers
         result |= dict(oa=result["accuracy"], mf1=result["macro_f1"], iou=result["table"])
         protocol |= dict(report={}, variant=None)
@@ -85,7 +85,7 @@ def read_run(folder):
 
 
 def mean_and_sd(results, key):
-    if key not in results[0]:
+    if not all(isinstance(r.get(key), (int, float)) for r in results):
         return ""
     values = torch.tensor([r[key] for r in results], dtype=torch.float64)
     spread = f" +/- {values.std():.4f}" if len(results) > 1 else ""
@@ -98,11 +98,12 @@ def summary(folders):
     for folder in map(Path, folders):
         if not (folder / "protocol.json").exists():  # such as runs/data
             continue
+        if not (folder / "results.json").exists():
+            left_out.append(f"{folder}: not finished; go on with --resume {quote(str(folder))}")
+            continue
         try:
             same, result, protocol = read_run(folder)
-        except FileNotFoundError:
-            left_out.append(f"{folder}: not finished; go on with --resume {folder}")
-        except (ValueError, LookupError, TypeError) as e:
+        except (ValueError, LookupError, TypeError, AttributeError) as e:
             left_out.append(f"{folder}: its results cannot be read ({e!r})")
         else:
             groups.setdefault(same, []).append((folder.name, result, protocol))
@@ -119,8 +120,8 @@ def summary(folders):
                    for key in protocol["report"]]
         scores = [mean_and_sd(results, key) for key in ("miou", "mf1", "oa", "majority_miou")]
         cells = [", ".join(names), protocol["dataset"], first["split"],
-                 f"{first['classes_in_mean']} of {len(first['iou'])}",
-                 ", ".join(str(r["seed"]) for r in results), *scores, ", ".join(further)]
+                 f"{first.get('classes_in_mean')} of {len(first['iou'])}",
+                 ", ".join(str(r.get("seed")) for r in results), *scores, ", ".join(further)]
         lines.append("| " + " | ".join(cells) + " |")
     return "\n".join([*lines, *left_out])
 

@@ -13,7 +13,6 @@ writes OUT/predictions.csv (file, class, probability, next classes) and montage.
 import csv
 import glob
 import io
-import json
 import os
 import sys
 import time
@@ -29,7 +28,7 @@ import torch.distributed as dist
 from PIL import Image
 
 from data import plots
-from data.common import IGNORE, BadInput, minutes, progress, write
+from data.common import IGNORE, BadInput, minutes, progress, read_json, write
 from data.datasets import NORMS
 from data.io import SUFFIXES, Labels, id_image, is_hidden, read_image, read_valid
 from data.scenes import prepare, square
@@ -120,8 +119,8 @@ def check_outputs(out, images, values):
                            "name another --out")
         return
     try:
-        same = json.loads(listing.read_text()) == values
-    except ValueError:
+        same = read_json(listing, list) == values
+    except BadInput:
         same = False
     if not same:
         raise BadInput(f"{listing}: of other classes or --label-out than this run's; name another "

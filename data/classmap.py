@@ -9,12 +9,11 @@ Each teacher class goes to one student class, in shares of sum 1 to several, or 
 the teacher calls so teaches nothing). "teacher" and "student" may list the classes in the order of
 the outputs; then both lists are compared with those that the two models bring along.
 """
-import json
 from pathlib import Path
 
 import numpy as np
 
-from .common import BadInput
+from .common import BadInput, read_json
 
 # Shares in the text of table(): it leaves out those below SHOWN and takes one above WHOLE for 1.
 SHOWN = 0.05
@@ -26,13 +25,8 @@ def read_map(path: str | Path, teacher: list[str], student: list[str]) -> np.nda
 
     The names stand in the order of the models' outputs.
     """
-    try:
-        found = json.loads(Path(path).read_text(), object_pairs_hook=unique)
-    except FileNotFoundError:
-        raise BadInput(f"{path}: no such file; data/classmap.py begins with an example") from None
-    except ValueError as e:
-        raise BadInput(f"{path}: not valid JSON ({e})") from None
-    if not isinstance(found, dict) or not isinstance(found.get("map"), dict):
+    found = read_json(path)
+    if not isinstance(found.get("map"), dict):
         raise BadInput(f'{path}: no "map" in it; data/classmap.py begins with an example')
     # Names in another order would send every class to a wrong one.
     for side, names in (("teacher", teacher), ("student", student)):
@@ -41,14 +35,6 @@ def read_map(path: str | Path, teacher: list[str], student: list[str]) -> np.nda
             raise BadInput(f'{path}: "{side}" lists {listed}, the {side} has {names}; '
                            "the order of its outputs counts")
     return matrix(found["map"], teacher, student, path)
-
-
-def unique(pairs: list[tuple]) -> dict:
-    """A JSON object whose names are all different: json keeps the last of two and says nothing."""
-    found = dict(pairs)
-    if len(found) < len(pairs):
-        raise ValueError(f"a name stands twice in {[name for name, _ in pairs]}")
-    return found
 
 
 def matrix(rows: dict, teacher: list[str], student: list[str],

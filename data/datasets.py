@@ -27,10 +27,10 @@ those of the second two, and so on. Further keys, none of them needed:
                    {"5_without_clutter": ["clutter"]}
     "warning"      what is known to be wrong with the data, said before every training
 """
-import json
 import math
 import os
 import re
+import reprlib
 from collections import Counter
 from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
@@ -41,7 +41,7 @@ from shlex import quote
 import numpy as np
 import torch
 
-from .common import IGNORE, BadInput, even_sample, progress
+from .common import IGNORE, BadInput, even_sample, progress, read_json
 from .io import SUFFIXES, Labels, by_stem, is_hidden, open_image, read_valid
 
 # Mean and standard deviation of red, green and blue that the weights were trained with.
@@ -77,10 +77,7 @@ def read_description(root: str | Path) -> dict:
     path = Path(root) / "dataset.json"
     if not path.exists():
         raise BadInput(f"{path}: no such file; draft it with: {check_command(root)}")
-    try:
-        d = json.loads(path.read_text("utf-8-sig"))  # as Windows editors write it, too
-    except (ValueError, OSError) as e:
-        raise BadInput(f"{path}: not valid JSON ({e})") from None
+    d = read_json(path)
     check_needed_keys(d, path)
     # A set without a name is called like its folder, and its runs go to runs/<name>.
     d = {"name": Path(root).resolve().name, "ignore": [], **d}
@@ -100,7 +97,7 @@ def check_needed_keys(d: dict, path: Path) -> None:
     """Images, masks, classes with names and splits are there and of the right kind."""
     kinds = {"images": (str, list), "masks": (str, list), "classes": list, "splits": dict}
     for key, kind in kinds.items():
-        if not isinstance(d, dict) or not d.get(key) or not isinstance(d[key], kind):
+        if not d.get(key) or not isinstance(d[key], kind):
             raise BadInput(f'{path}: "{key}" is missing, empty or malformed; {EXAMPLE}')
     for c in d["classes"]:
         if not isinstance(c, dict) or not isinstance(c.get("name"), str):
@@ -111,6 +108,7 @@ def check_optional_keys(d: dict, names: list[str], path: Path) -> None:
     """The keys that stand for themselves; `names`: of the classes."""
     rules = {
         "name": (is_folder_name, "the name of a folder"),
+        "instances": (lambda v: v and isinstance(v, (str, list)), "a pattern as of masks"),
         "unlabelled": (lambda v: set(v) <= set(d["splits"]), "a list of splits"),
         "tiles": (lambda v: type(v) is int and v > 0, "a whole number of pixels"),
         "variant": (lambda v: isinstance(v, str), "text"),
@@ -127,7 +125,7 @@ def check_optional_keys(d: dict, names: list[str], path: Path) -> None:
         except TypeError:  # a number where a list should be, or the like
             good = False
         if not good:
-            raise BadInput(f'{path}: "{key}" is {d[key]!r}; expected {expected}')
+            raise BadInput(f'{path}: "{key}" is {reprlib.repr(d[key])}; expected {expected}')
 
 
 def is_folder_name(value) -> bool:
@@ -138,10 +136,18 @@ def is_folder_name(value) -> bool:
 def is_regex(value) -> bool:
     """Text that re can compile."""
     try:
-        re.compile(value)
-    except re.error:
+        compile_regex(value, "")
+    except BadInput:
         return False
     return isinstance(value, str)
+
+
+def compile_regex(regex: str, where: str) -> re.Pattern:
+    """`where` it stands begins the BadInput."""
+    try:
+        return re.compile(regex)
+    except (re.error, OverflowError, RecursionError) as e:
+        raise BadInput(f"{where} {regex!r} is no regular expression: {e}") from None
 
 
 def are_bands(value) -> bool:
@@ -293,8 +299,8 @@ def split_names(root: str | Path, description: dict, names: list[str]) -> dict[s
         if isinstance(rules, str):
             rules = [rules]
         if not isinstance(rules, list) or not all(isinstance(rule, str) for rule in rules):
-            raise BadInput(f"split {split!r} is {rules!r}; expected patterns or a .txt file; "
-                           "for a share, --val-frac")
+            raise BadInput(f"split {split!r} is {reprlib.repr(rules)}; expected patterns or a "
+                           ".txt file; for a share, --val-frac")
         chosen = set()
         for rule in rules:
             if rule.endswith(".txt"):
@@ -334,13 +340,14 @@ def read_list(path: Path, names: list[str]) -> list[str]:
 
 
 def check_disjoint(splits: dict[str, list[str]]) -> dict[str, list[str]]:
-    """The splits, unless a name is in two of them."""
+    """The splits, unless a name is in two of them, or twice in one."""
     home = {}
     for split, names in splits.items():
         for n in names:
-            if home.setdefault(n, split) != split:
+            if n in home:
                 raise BadInput(f"{n!r} is in the splits {home[n]!r} and {split!r}; "
-                               "leave it in one of them")
+                               "leave it in one place")
+            home[n] = split
     return splits
 
 
@@ -348,11 +355,7 @@ def scenes_of(names: list[str], scene: str | None) -> dict[str, str]:
     """{name: its scene}: the regex's first group, or its match; without a regex the name itself."""
     if not scene:
         return {n: n for n in names}
-    try:
-        regex = re.compile(scene)
-    except re.error as e:
-        raise BadInput(f'"scene" in dataset.json is {scene!r}, '
-                       f"which is no regular expression: {e}") from None
+    regex = compile_regex(scene, '"scene" in dataset.json')
     scenes = {}
     for n in names:
         found = regex.search(n)
@@ -427,10 +430,11 @@ def load_splits(root: str | Path, description: dict, pairs: dict[str, tuple],
 
 def read_split_file(path: str | Path, root: str | Path, names: list[str]) -> dict[str, list[str]]:
     """{split: names} of a JSON file, all of them images of root."""
+    splits = read_json(path, dict[str, list[str]], "{split: [names]}")
     try:
-        splits = check_disjoint(json.loads(Path(path).read_text()))
-    except (OSError, ValueError, AttributeError, TypeError) as e:
-        raise BadInput(f"{path}: {e}; expected JSON {{split: [names]}}") from None
+        check_disjoint(splits)
+    except BadInput as e:
+        raise BadInput(f"{path}: {e}") from None
     known = set(names)
     for listed in splits.values():
         for n in listed:

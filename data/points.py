@@ -15,6 +15,7 @@ import hashlib
 import io
 import json
 import os
+import reprlib
 from concurrent.futures import ThreadPoolExecutor
 from functools import lru_cache
 from pathlib import Path
@@ -23,7 +24,7 @@ import numpy as np
 import torch
 from numpy.random import Generator
 
-from .common import IGNORE, BadInput, write
+from .common import IGNORE, BadInput, read_json, read_text, write
 from .datasets import SegDataset, normalise
 from .io import Labels, by_stem, open_image, pixels, read_valid
 
@@ -111,32 +112,24 @@ def pixel_of(x, y, size: tuple[int, int], name: str, where: str) -> tuple[int, i
 def as_number(value, where: str) -> float:
     try:
         return float(value)
-    except (TypeError, ValueError):
-        raise BadInput(f"{where}: {value!r} is no number; expected x and y in pixels") from None
+    except (TypeError, ValueError, OverflowError):
+        raise BadInput(f"{where}: {reprlib.repr(value)} is no number; "
+                       "expected x and y in pixels") from None
 
 
 def read_rows(path: Path) -> list[tuple]:
     """Rows (what errors call it, image, x, y, class) of a file of points, x and y as they stand."""
-    try:
-        # Excel begins its CSV with a byte order mark.
-        text = path.read_bytes().decode("utf-8-sig")
-    except OSError as e:
-        raise BadInput(f"{path}: {e.strerror}; expected a .csv or "
-                       f".geojson of points, or one of {', '.join(PATTERNS)}") from None
-    except UnicodeDecodeError:
-        raise BadInput(f"{path}: not UTF-8 text; expected a .csv or "
-                       f".geojson of points, or one of {', '.join(PATTERNS)}") from None
+    if not path.is_file():
+        raise BadInput(f"{path}: no such file; expected a .csv or .geojson of points, or one of "
+                       f"{', '.join(PATTERNS)}")
     if path.suffix.lower() in GEOJSON:
-        return read_features(path, text)
-    return read_table(path, text)
+        return read_features(path)
+    return read_table(path)
 
 
-def read_features(path: Path, text: str) -> list[tuple]:
+def read_features(path: Path) -> list[tuple]:
     """The rows of a GeoJSON."""
-    try:
-        features = json.loads(text)["features"]
-    except (ValueError, LookupError, TypeError):
-        features = None
+    features = read_json(path).get("features")
     if not isinstance(features, list):
         raise BadInput(f"{path}: no GeoJSON FeatureCollection; expected Point features")
     rows = []
@@ -158,8 +151,9 @@ def read_features(path: Path, text: str) -> list[tuple]:
     return rows
 
 
-def read_table(path: Path, text: str) -> list[tuple]:
+def read_table(path: Path) -> list[tuple]:
     """The rows of a CSV, whose delimiter is what its header has most of."""
+    text = read_text(path)
     # Spreadsheets write commas, semicolons or tabs, by language.
     header = text.split("\n", 1)[0]
     delimiter = max(",;\t", key=header.count)

@@ -9,7 +9,6 @@ EuroSAT's 2750/ is found below any parent. A scene's name is its path below the 
 """
 import hashlib
 import os
-import re
 from collections import Counter, defaultdict
 from concurrent.futures import ThreadPoolExecutor
 from functools import partial
@@ -23,7 +22,7 @@ from torch import Tensor
 
 from .cache import Cache
 from .common import BadInput, read_json
-from .datasets import uncached
+from .datasets import compile_regex, uncached
 from .io import SUFFIXES, is_hidden, open_image, read_image
 
 # How folders may call the three splits.
@@ -98,10 +97,7 @@ def groups_of(names: list[str], regex: str | None) -> dict[str, str]:
     """{name: its group}: the regex's first group, or its match; without a regex every name is its own."""
     if not regex:
         return {name: name for name in names}
-    try:
-        pattern = re.compile(regex)
-    except re.error as e:
-        raise BadInput(f"--group-regex {regex!r} is no regular expression: {e}") from None
+    pattern = compile_regex(regex, "--group-regex")
     groups = {}
     for name in names:
         match = pattern.search(name)
@@ -138,9 +134,7 @@ def draw_splits(scenes: dict[str, str], groups: dict[str, str], shares: dict[str
 
 def read_splits(path: str | Path, scenes: dict[str, str]) -> dict[str, list[str]]:
     """{split: names} of a JSON file, with names of scenes, each in one split only."""
-    splits = read_json(path)
-    if not isinstance(splits, dict) or not all(isinstance(names, list) for names in splits.values()):
-        raise BadInput(f"{path}: expected JSON {{split: [names]}}")
+    splits = read_json(path, dict[str, list[str]], "{split: [names]}")
     home = {}
     for split, names in splits.items():
         for name in names:

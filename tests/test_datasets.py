@@ -136,8 +136,9 @@ GOOD = {"images": "images/*.png", "masks": "masks/*.png", "classes": BY_ID, "spl
 
 @pytest.mark.parametrize("key, good, bad", [
     ("bands", [[4, 1, 2], [1, 1, 1]], [[0, 1, 2], [1, 2], [1, 2, 3, 4], [1, 2, 2.5], [True, 1, 2], "123", 3, None]),
-    ("input_range", [[0, 3000], [-1.5, 2]], [[3, 1], [1, 1], [1], [0, float("inf")], [float("nan"), 1], ["0", "1"], 5]),
-    ("scene", [r"(.*)_\d+$", "a"], ["(", "*a", 3, ["a"], None]),
+    ("input_range", [[0, 3000], [-1.5, 2]], [[3, 1], [1, 1], [1], [0, float("inf")], ["0", "1"], 5]),
+    ("scene", [r"(.*)_\d+$", "a"], ["(", "*a", "a{99999999999}", 3, ["a"], None]),
+    ("instances", ["i/*.png", ["i/*.png"]], [5, "", None, {}]),
     ("select", [0.2], [0.0, 1.0, 1, "0.2", None]), ("tiles", [512], [0, 2.5, "512"]),
     ("unlabelled", [["test"], []], [["val"], "test", 3]), ("name", ["a b"], ["", "a/b", 3]),
     ("report", [{"without a": ["a"]}], [{"without d": ["d"]}, ["a"], {"x": "a"}, {"x": [["a"]]}])])
@@ -146,9 +147,26 @@ def test_every_key_of_the_description_is_checked(tmp_path, key, good, bad):
         write(tmp_path / "dataset.json", GOOD | {key: value})
         assert read_description(tmp_path)[key] == value
     for value in bad:
-        write(tmp_path / "dataset.json", GOOD | {key: value})
+        text = json.dumps(GOOD | {key: value}).replace("Infinity", "1e999")  # valid JSON, read as infinity
+        (tmp_path / "dataset.json").write_text(text)
         said = refusal(read_description, tmp_path)
         assert said.startswith(f'{tmp_path}/dataset.json: "{key}" is {value!r}; expected ')
+
+
+@pytest.mark.parametrize("key, value", [
+    ("report", '{"a": ' * 900 + "1" + "}" * 900), ("bands", '"' + "1" * 10**6 + '"'), ("name", '"a", "name": "b"'),
+    ("select", "NaN"), ("images", "null"), ("classes", "[null]"), ("classes", '[{"name": "a"}]'), ("splits", "[[[]]]")])
+def test_what_no_description_can_hold_is_one_short_line(tmp_path, key, value):
+    rest = json.dumps({k: v for k, v in GOOD.items() if k != key})[1:]
+    (tmp_path / "dataset.json").write_text(f'{{"{key}": {value}, {rest}')
+    said = refusal(read_description, tmp_path)
+    assert said.startswith(f"{tmp_path}/dataset.json: ") and len(said) < 400
+
+
+def test_a_split_that_is_no_list_of_patterns_is_one_short_line(tmp_path):
+    for rules in (None, 0.8, [["a"]], ["a", 1], {"a": "b"}, [["a" * 10**6]]):
+        said = refusal(split_names, tmp_path, {"splits": {"train": rules}}, NAMES)
+        assert said.startswith("split 'train' is ") and "expected patterns" in said and len(said) < 200
 
 
 @pytest.mark.parametrize("here", [True, False])

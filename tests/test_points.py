@@ -163,12 +163,16 @@ def test_a_row_that_cannot_be_used_is_named(files, tmp_path, row, said):
 @pytest.mark.parametrize("name, text, said", [
     ("p.csv", "image,x,class\na,1,road", "no column 'y'"), ("p.csv", "", "no column 'image' in an empty file"),
     ("p.csv", "image,x,y,class\n", "no points"), ("p.geojson", "{}", "no GeoJSON FeatureCollection"),
-    ("p.geojson", '{"features": null}', "no GeoJSON FeatureCollection"),
+    ("p.geojson", '{"features": null}', "no GeoJSON FeatureCollection"), ("p.geojson", "[1]", r"holds \[1\]; expected JSON"),
+    ("p.geojson", '{"features": [{"properties": {"image": "a", "class": "road"}, "geometry": {'
+     '"type": "Point", "coordinates": [NaN, 2]}}]}', "NaN is no number"), ("p.geojson", "[" * 10**5, "not valid JSON"),
+    ("p.geojson", '{"features": [{"properties": {"image": "a", "class": "road"}, "geometry": {'
+     '"type": "Point", "coordinates": [1' + "0" * 400 + ', 2]}}]}', "feature 1: 10+[.]{3}0+ is no number"),
     ("p.csv", 'image,x,y,class\n"a,2,2,roof\n' + "a,2,2,roof\n" * 20_000, "line 2.*is a quote left open"),
     ("p.csv", "image,x,y,class\ra,11,480,roof\r", "line 2: .*outside"),  # line ends of old spreadsheets
     ("p.geojson", json.dumps({"features": [{"properties": {"image": "a", "class": "road"}, "geometry": {
         "type": "Point", "coordinates": "12"}}]}), "feature 1: expected a Point"),
-    ("p.geojson", '{"features": [{"properties": {}}]}', "feature 1: expected a Point"), ("q.csv", None, "No such file"),
+    ("p.geojson", '{"features": [{"properties": {}}]}', "feature 1: expected a Point"), ("q.csv", None, "no such file; expected a .csv or"),
     ("p.geojson", json.dumps({"features": [{"properties": {"image": "a", "class": "road"}, "geometry": {
         "type": "Point", "coordinates": [11.5, 480.2]}}]}), "feature 1: .*outside")])
 def test_a_file_that_is_none_says_so(files, tmp_path, name, text, said):
