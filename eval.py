@@ -22,7 +22,8 @@ import torch
 import torch.distributed as dist
 
 from data import metrics, plots, public, samplers
-from data.common import IGNORE, BadInput, progress, read_json, write
+from data.common import IGNORE, BadInput, nfc, progress, read_json, write
+from data.files import image_name, walk
 from data.io import Labels
 from data.source import Source
 from models import nets, run
@@ -129,20 +130,33 @@ def summary(folders):
 # ---- --masks
 
 def find_masks(folder, names):
-    # -> {image name: mask}; predict.py names them below the folder that it was given
-    found = {}
-    for name in names:
-        parts = name.split("/")
-        places = [folder / f"{'/'.join(parts[i:])}.png" for i in range(len(parts))]
-        there = [file for file in places if file.exists()]
-        if not there:
-            raise BadInput(f"{places[0]}: no such mask, nor {places[-1]}; expected one for every "
-                           "image of the split")
-        found[name] = there[0]
-    if len(set(found.values())) < len(found):
+    # -> {image name: mask}; predict.py names them below the folder that it was given, so all names
+    # lack the same number of leading folders
+    if not folder.is_dir():
+        raise BadInput(f"{folder}: no such folder; expected a mask NAME.png in it for every image")
+    there = {}
+    for file in walk(folder):
+        if file.suffix.lower() == ".png":
+            there[nfc(image_name(file.relative_to(folder)))] = file
+    depth = max(name.count("/") for name in names)
+    for cut in range(depth + 1):
+        wanted = {name: without_folders(name, cut) for name in names}
+        missing = [name for name in names if wanted[name] not in there]
+        if not missing:
+            break
+    if missing:
+        raise BadInput(f"{folder}/{missing[0]}.png: no such mask, nor {wanted[missing[0]]}.png; "
+                       "expected one for every image of the split")
+    if len(set(wanted.values())) < len(wanted):
         raise BadInput(f"{folder}: images of one name in several folders, and only one mask for "
-                       f"them; name the masks like {next(iter(found))}.png")
-    return found
+                       f"them; name the masks like {names[0]}.png")
+    return {name: there[key] for name, key in wanted.items()}
+
+
+def without_folders(name, cut):
+    # "a/b/c" without so many of its leading folders
+    parts = name.split("/")
+    return nfc("/".join(parts[min(cut, len(parts) - 1):]))
 
 
 def mask_matrices(files, table, data, k):
@@ -170,8 +184,8 @@ def open_data(args, meta, folder):
     d = Source(meta["source"] if official else "folder", args.root or meta["root"],
                args.variant or meta["variant"], split_file, bands=meta["reading"]["bands"],
                input_range=meta["reading"]["input_range"], cache=args.cache, need=())
-    here = {c["name"]: c for c in d.labels.classes}
-    names = [c["name"] for c in meta["classes"]]
+    here = {nfc(c["name"]): c for c in d.labels.classes}
+    names = [nfc(c["name"]) for c in meta["classes"]]
     if set(here) != set(names):
         raise BadInput(f"{d.root}: the classes {', '.join(here)}; the model knows "
                        f"{', '.join(names)}")

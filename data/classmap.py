@@ -13,7 +13,7 @@ from pathlib import Path
 
 import numpy as np
 
-from .common import BadInput, read_json
+from .common import BadInput, nfc, read_json
 
 # Shares in the text of table(): it leaves out those below SHOWN and takes one above WHOLE for 1.
 SHOWN = 0.05
@@ -43,6 +43,9 @@ def matrix(rows: dict, teacher: list[str], student: list[str],
 
     Rows sum to 1, or are all 0. `where` begins the errors.
     """
+    rows = {nfc(name): goes_to for name, goes_to in rows.items()}
+    teacher = [nfc(name) for name in teacher]
+    student = [nfc(name) for name in student]
     # Every teacher class must be named: one that was forgotten would teach nothing, silently.
     strange = [name for name in rows if name not in teacher]
     absent = [name for name in teacher if name not in rows]
@@ -60,10 +63,10 @@ def matrix(rows: dict, teacher: list[str], student: list[str],
             raise BadInput(f"{where}: {name!r} goes to {goes_to!r}; "
                            "expected a name, {name: share} or null")
         for to, share in shares.items():
-            if to not in student:
+            if nfc(to) not in student:
                 raise BadInput(f"{where}: {name!r} goes to {to!r}, which the student does not "
                                f"have; it has {', '.join(student)}")
-            out[teacher.index(name), student.index(to)] = share
+            out[teacher.index(name), student.index(nfc(to))] = share
         # Shares typed as 0.33, 0.33, 0.34 sum to 1 but for rounding.
         total = sum(shares.values())
         if shares and abs(total - 1) > 1e-6:
@@ -89,7 +92,8 @@ def as_shares(goes_to) -> dict[str, float] | None:
 
 def same_names(teacher: list[str], student: list[str]) -> np.ndarray:
     """The map of equal class names; one that only the teacher has is a BadInput."""
-    rows = {name: name for name in teacher if name in student}
+    there = {nfc(name) for name in student}
+    rows = {name: name for name in teacher if nfc(name) in there}
     return matrix(rows, teacher, student, "equal class names (no --map FILE)")
 
 

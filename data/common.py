@@ -13,6 +13,7 @@ import os
 import reprlib
 import sys
 import time
+import unicodedata
 from collections import Counter
 from collections.abc import Callable, Iterable, Iterator
 from pathlib import Path
@@ -60,8 +61,13 @@ def write(path: str | Path, content: Image.Image | dict | list | str | bytes, **
     elif not isinstance(content, (str, bytes)):
         content = json.dumps(content, indent=1) + "\n"
     if isinstance(content, str):
-        content = content.encode()
+        content = as_bytes(content)
     replace(path, lambda name: Path(name).write_bytes(content))
+
+
+def as_bytes(text: str) -> bytes:
+    """UTF-8; names of files that are not UTF-8 become their own bytes again."""
+    return text.encode("utf-8", "surrogateescape")
 
 
 def read_text(path: str | Path, errors: str = "strict") -> str:
@@ -95,7 +101,7 @@ def read_json(path: str | Path, shape: type = dict, expected: str = "{...}"):
     try:
         found = json.loads(text, object_pairs_hook=unique, parse_constant=no_number)
         # What cannot be written again would end a run later: half a character, a thousand brackets.
-        json.dumps(found, ensure_ascii=False).encode("utf-8", "surrogateescape")
+        as_bytes(json.dumps(found, ensure_ascii=False))
     except (ValueError, RecursionError) as e:
         raise BadInput(f"{path}: not valid JSON ({e})") from None
     if not fits(found, shape):
@@ -126,6 +132,11 @@ def fits(value, shape: type) -> bool:
         return True
     parts = value.values() if kind is dict else value
     return all(fits(part, get_args(shape)[-1]) for part in parts)
+
+
+def nfc(text: str) -> str:
+    """The text with accents composed: macOS writes e and an accent, others one letter for both."""
+    return unicodedata.normalize("NFC", text)
 
 
 def json_lines(rows: list[dict]) -> str:
