@@ -13,6 +13,7 @@ import json
 import os
 import sys
 from pathlib import Path
+from shlex import quote
 
 # Read when torch loads: threads that spin while they wait cost sixfold on a shared CPU.
 os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
@@ -21,7 +22,8 @@ import torch
 import torch.distributed as dist
 
 from data import metrics, plots, public, samplers
-from data.common import IGNORE, BadInput, progress, write
+from data.common import IGNORE, BadInput, nfc, progress, read_json, write
+from data.files import image_name, walk
 from data.io import Labels
 from data.source import Source
 from models import nets, run
@@ -73,8 +75,7 @@ def parse_args(argv=None):
 
 def read_run(folder):
     # -> what tells the experiment from others, results, protocol
-    result, protocol = [json.loads((folder / f"{name}.json").read_text())
-                        for name in ("results", "protocol")]
+    result, protocol = [read_json(folder / f"{name}.json") for name in ("results", "protocol")]
     if "accuracy" in result:  # of train_cls.py: the same words for the same numbers
         result |= dict(oa=result["accuracy"], mf1=result["macro_f1"], iou=result["table"])
         protocol |= dict(report={}, variant=None)
@@ -85,7 +86,7 @@ def read_run(folder):
 
 
 def mean_and_sd(results, key):
-    if key not in results[0]:
+    if not all(isinstance(r.get(key), (int, float)) for r in results):
         return ""
     values = torch.tensor([r[key] for r in results], dtype=torch.float64)
     spread = f" +/- {values.std():.4f}" if len(results) > 1 else ""
@@ -98,11 +99,12 @@ def summary(folders):
     for folder in map(Path, folders):
         if not (folder / "protocol.json").exists():  # such as runs/data
             continue
+        if not (folder / "results.json").exists():
+            left_out.append(f"{folder}: not finished; go on with --resume {quote(str(folder))}")
+            continue
         try:
             same, result, protocol = read_run(folder)
-        except FileNotFoundError:
-            left_out.append(f"{folder}: not finished; go on with --resume {folder}")
-        except (ValueError, LookupError, TypeError) as e:
+        except (ValueError, LookupError, TypeError, AttributeError) as e:
             left_out.append(f"{folder}: its results cannot be read ({e!r})")
         else:
             groups.setdefault(same, []).append((folder.name, result, protocol))
@@ -119,8 +121,8 @@ def summary(folders):
                    for key in protocol["report"]]
         scores = [mean_and_sd(results, key) for key in ("miou", "mf1", "oa", "majority_miou")]
         cells = [", ".join(names), protocol["dataset"], first["split"],
-                 f"{first['classes_in_mean']} of {len(first['iou'])}",
-                 ", ".join(str(r["seed"]) for r in results), *scores, ", ".join(further)]
+                 f"{first.get('classes_in_mean')} of {len(first['iou'])}",
+                 ", ".join(str(r.get("seed")) for r in results), *scores, ", ".join(further)]
         lines.append("| " + " | ".join(cells) + " |")
     return "\n".join([*lines, *left_out])
 
@@ -128,20 +130,33 @@ def summary(folders):
 # ---- --masks
 
 def find_masks(folder, names):
-    # -> {image name: mask}; predict.py names them below the folder that it was given
-    found = {}
-    for name in names:
-        parts = name.split("/")
-        places = [folder / f"{'/'.join(parts[i:])}.png" for i in range(len(parts))]
-        there = [file for file in places if file.exists()]
-        if not there:
-            raise BadInput(f"{places[0]}: no such mask, nor {places[-1]}; expected one for every "
-                           "image of the split")
-        found[name] = there[0]
-    if len(set(found.values())) < len(found):
+    # -> {image name: mask}; predict.py names them below the folder that it was given, so all names
+    # lack the same number of leading folders
+    if not folder.is_dir():
+        raise BadInput(f"{folder}: no such folder; expected a mask NAME.png in it for every image")
+    there = {}
+    for file in walk(folder):
+        if file.suffix.lower() == ".png":
+            there[nfc(image_name(file.relative_to(folder)))] = file
+    depth = max(name.count("/") for name in names)
+    for cut in range(depth + 1):
+        wanted = {name: without_folders(name, cut) for name in names}
+        missing = [name for name in names if wanted[name] not in there]
+        if not missing:
+            break
+    if missing:
+        raise BadInput(f"{folder}/{missing[0]}.png: no such mask, nor {wanted[missing[0]]}.png; "
+                       "expected one for every image of the split")
+    if len(set(wanted.values())) < len(wanted):
         raise BadInput(f"{folder}: images of one name in several folders, and only one mask for "
-                       f"them; name the masks like {next(iter(found))}.png")
-    return found
+                       f"them; name the masks like {names[0]}.png")
+    return {name: there[key] for name, key in wanted.items()}
+
+
+def without_folders(name, cut):
+    # "a/b/c" without so many of its leading folders
+    parts = name.split("/")
+    return nfc("/".join(parts[min(cut, len(parts) - 1):]))
 
 
 def mask_matrices(files, table, data, k):
@@ -169,8 +184,8 @@ def open_data(args, meta, folder):
     d = Source(meta["source"] if official else "folder", args.root or meta["root"],
                args.variant or meta["variant"], split_file, bands=meta["reading"]["bands"],
                input_range=meta["reading"]["input_range"], cache=args.cache, need=())
-    here = {c["name"]: c for c in d.labels.classes}
-    names = [c["name"] for c in meta["classes"]]
+    here = {nfc(c["name"]): c for c in d.labels.classes}
+    names = [nfc(c["name"]) for c in meta["classes"]]
     if set(here) != set(names):
         raise BadInput(f"{d.root}: the classes {', '.join(here)}; the model knows "
                        f"{', '.join(names)}")

@@ -11,9 +11,7 @@ image gets no class: 255. A file that cannot be read is named and left out; exit
 writes OUT/predictions.csv (file, class, probability, next classes) and montage.png.
 """
 import csv
-import glob
 import io
-import json
 import os
 import sys
 import time
@@ -29,9 +27,10 @@ import torch.distributed as dist
 from PIL import Image
 
 from data import plots
-from data.common import IGNORE, BadInput, minutes, progress, write
+from data.common import IGNORE, BadInput, minutes, progress, read_json, write
 from data.datasets import NORMS
-from data.io import SUFFIXES, Labels, id_image, is_hidden, read_image, read_valid
+from data.files import SUFFIXES, image_name, images_in, is_image, not_used, typed
+from data.io import Labels, id_image, read_image, read_valid
 from data.scenes import prepare, square
 from models import nets, run
 from models.checkpoint import load_weights
@@ -63,22 +62,28 @@ def parse_args(argv=None):
 
 
 def find_images(inputs):
-    # -> {file: name below --out}, of folders with their sub-folders
-    found = {}
-    for text in inputs:
-        path = Path(text)
-        if path.is_dir():
-            files = [f for f in path.rglob("*") if not is_hidden(f.relative_to(path))]
-        else:
-            files = [path] if path.exists() else [Path(f) for f in glob.glob(text)]
-        files = [f for f in files if f.is_file() and (f.suffix.lower() in SUFFIXES or f == path)]
-        if not files:
-            raise BadInput(f"{text}: no image there; expected a file, folder or pattern "
-                           f"({' '.join(SUFFIXES)})")
-        for f in sorted(files):
-            name = f.relative_to(path) if path.is_dir() else Path(f.name)
-            found.setdefault(f, name.with_suffix("").as_posix())
-    return found
+    # -> {file: name below --out}, of folders with their sub-folders; other files in them
+    found, others = {}, []
+    for word in inputs:
+        paths = typed(word)
+        if not paths:
+            raise BadInput(f"{word}: no such file or folder, and nothing fits it as a pattern")
+        here = {}
+        for path in paths:
+            if path.is_dir():
+                images, more = images_in(path)
+                others += more
+                here |= {file: file.relative_to(path) for file in images}
+            elif is_image(path) or str(path) == word:
+                here[path] = Path(path.name)
+            else:
+                others.append(path)
+        if not here:
+            what = f"; {not_used(others)}" if others else ""
+            raise BadInput(f"{word}: no image there ({' '.join(SUFFIXES)}){what}")
+        for file, name in here.items():
+            found.setdefault(file, image_name(name))
+    return found, others
 
 
 def leave_out(e):
@@ -120,8 +125,8 @@ def check_outputs(out, images, values):
                            "name another --out")
         return
     try:
-        same = json.loads(listing.read_text()) == values
-    except ValueError:
+        same = read_json(listing, list) == values
+    except BadInput:
         same = False
     if not same:
         raise BadInput(f"{listing}: of other classes or --label-out than this run's; name another "
@@ -140,7 +145,7 @@ def mask_image(ids, labels, label_out):
     return id_image(labels.decode(ids), colors)
 
 
-def predict_masks(args, rank, world, device):
+def predict_masks(args, images, rank, world, device):
     # -> files left out by this rank
     say = print if rank == 0 else lambda *words, **how: None
     net, meta = nets.load_run(args.run, args.weights)
@@ -148,7 +153,6 @@ def predict_masks(args, rank, world, device):
     labels, out = Labels(meta["classes"], meta["ignore"]), Path(args.out)
     amp = use_bf16(args, meta, device)
     overlap = meta["overlap"] if args.overlap is None else args.overlap
-    images = find_images(args.inputs)
     values = []
     for i, c in enumerate(labels.classes):
         raw = c.get("id", c.get("color"))
@@ -198,7 +202,7 @@ def predict_masks(args, rank, world, device):
 
 # ---- whole images: a table
 
-def predict_table(args, rank, world, device):
+def predict_table(args, images, rank, world, device):
     # -> files left out by this rank
     net, meta = nets.load_run(args.run, args.weights, "classification")
     net.to(device)
@@ -212,7 +216,7 @@ def predict_table(args, rank, world, device):
             if file.exists() and not ours:
                 raise BadInput(f"{file}: would be overwritten, and predict.py has not written it; "
                                "name another --out")
-    files = [f for f in find_images(args.inputs) if f.resolve() != montage.resolve()]
+    files = [file for file in images if file.resolve() != montage.resolve()]
     mine = files[rank::world]
     rows, left_out, began = [], [], time.time()  # rows: file, probabilities, classes, both falling
 
@@ -275,7 +279,10 @@ def main(args):
     rank, world, device = run.start()
     task = load_weights(args.run, header_only=True)[1].get("task")
     predict = predict_table if task == "classification" else predict_masks
-    left_out = predict(args, rank, world, device)
+    images, others = find_images(args.inputs)
+    if others and rank == 0:
+        print(f"note: {not_used(others)}")
+    left_out = predict(args, images, rank, world, device)
     run.end()
     if left_out:
         sys.exit(2)

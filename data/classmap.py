@@ -9,12 +9,11 @@ Each teacher class goes to one student class, in shares of sum 1 to several, or 
 the teacher calls so teaches nothing). "teacher" and "student" may list the classes in the order of
 the outputs; then both lists are compared with those that the two models bring along.
 """
-import json
 from pathlib import Path
 
 import numpy as np
 
-from .common import BadInput
+from .common import BadInput, nfc, read_json
 
 # Shares in the text of table(): it leaves out those below SHOWN and takes one above WHOLE for 1.
 SHOWN = 0.05
@@ -26,13 +25,8 @@ def read_map(path: str | Path, teacher: list[str], student: list[str]) -> np.nda
 
     The names stand in the order of the models' outputs.
     """
-    try:
-        found = json.loads(Path(path).read_text(), object_pairs_hook=unique)
-    except FileNotFoundError:
-        raise BadInput(f"{path}: no such file; data/classmap.py begins with an example") from None
-    except ValueError as e:
-        raise BadInput(f"{path}: not valid JSON ({e})") from None
-    if not isinstance(found, dict) or not isinstance(found.get("map"), dict):
+    found = read_json(path)
+    if not isinstance(found.get("map"), dict):
         raise BadInput(f'{path}: no "map" in it; data/classmap.py begins with an example')
     # Names in another order would send every class to a wrong one.
     for side, names in (("teacher", teacher), ("student", student)):
@@ -43,20 +37,15 @@ def read_map(path: str | Path, teacher: list[str], student: list[str]) -> np.nda
     return matrix(found["map"], teacher, student, path)
 
 
-def unique(pairs: list[tuple]) -> dict:
-    """A JSON object whose names are all different: json keeps the last of two and says nothing."""
-    found = dict(pairs)
-    if len(found) < len(pairs):
-        raise ValueError(f"a name stands twice in {[name for name, _ in pairs]}")
-    return found
-
-
 def matrix(rows: dict, teacher: list[str], student: list[str],
            where: str | Path = "class map") -> np.ndarray:
     """{teacher name: student name, {student name: share} or None} -> (teacher, student) shares.
 
     Rows sum to 1, or are all 0. `where` begins the errors.
     """
+    rows = {nfc(name): goes_to for name, goes_to in rows.items()}
+    teacher = [nfc(name) for name in teacher]
+    student = [nfc(name) for name in student]
     # Every teacher class must be named: one that was forgotten would teach nothing, silently.
     strange = [name for name in rows if name not in teacher]
     absent = [name for name in teacher if name not in rows]
@@ -74,10 +63,10 @@ def matrix(rows: dict, teacher: list[str], student: list[str],
             raise BadInput(f"{where}: {name!r} goes to {goes_to!r}; "
                            "expected a name, {name: share} or null")
         for to, share in shares.items():
-            if to not in student:
+            if nfc(to) not in student:
                 raise BadInput(f"{where}: {name!r} goes to {to!r}, which the student does not "
                                f"have; it has {', '.join(student)}")
-            out[teacher.index(name), student.index(to)] = share
+            out[teacher.index(name), student.index(nfc(to))] = share
         # Shares typed as 0.33, 0.33, 0.34 sum to 1 but for rounding.
         total = sum(shares.values())
         if shares and abs(total - 1) > 1e-6:
@@ -103,7 +92,8 @@ def as_shares(goes_to) -> dict[str, float] | None:
 
 def same_names(teacher: list[str], student: list[str]) -> np.ndarray:
     """The map of equal class names; one that only the teacher has is a BadInput."""
-    rows = {name: name for name in teacher if name in student}
+    there = {nfc(name) for name in student}
+    rows = {name: name for name in teacher if nfc(name) in there}
     return matrix(rows, teacher, student, "equal class names (no --map FILE)")
 
 

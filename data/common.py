@@ -2,22 +2,29 @@
 
     raise BadInput(f"{path}: found this, expected that; type so and so")      one line, printed without a traceback
     write("runs/a/split.json", {"train": names})                              whole or not at all
+    splits = read_json(path, dict[str, list[str]], "{split: [names]}")        or one line that says what is wrong
     for x, y, name in progress(loader, "validation"): ...                     count and ETA once it takes long
 """
+import codecs
 import contextlib
 import io
 import json
 import os
+import reprlib
 import sys
 import time
+import unicodedata
+from collections import Counter
 from collections.abc import Callable, Iterable, Iterator
 from pathlib import Path
+from typing import get_args, get_origin
 
 import numpy as np
 from PIL import Image
 
 IGNORE = 255  # the one ignore index: unlabelled, void, padding
 SILENT = 10.0  # seconds before progress() says anything
+MAX_TEXT = 2**30  # bytes; an image or a weight file given for a list would fill the memory
 
 
 class BadInput(ValueError):
@@ -54,18 +61,82 @@ def write(path: str | Path, content: Image.Image | dict | list | str | bytes, **
     elif not isinstance(content, (str, bytes)):
         content = json.dumps(content, indent=1) + "\n"
     if isinstance(content, str):
-        content = content.encode()
+        content = as_bytes(content)
     replace(path, lambda name: Path(name).write_bytes(content))
 
 
-def read_json(path: str | Path):
-    """What a JSON file of the user holds, also with the byte order mark of Windows editors."""
+def as_bytes(text: str) -> bytes:
+    """UTF-8; names of files that are not UTF-8 become their own bytes again."""
+    return text.encode("utf-8", "surrogateescape")
+
+
+def read_text(path: str | Path, errors: str = "strict") -> str:
+    """A text file of the user: UTF-8 with a byte order mark or without, or UTF-16 with one, as PowerShell writes.
+
+    errors="surrogateescape" keeps bytes that are not UTF-8 as Python has them in names of files.
+    """
+    path = Path(path)
     try:
-        return json.loads(Path(path).read_text("utf-8-sig"))
+        size = path.stat().st_size
+        if size > MAX_TEXT:
+            raise BadInput(f"{path}: {size / 2**30:.1f} GiB; expected a text file")
+        data = path.read_bytes()
     except FileNotFoundError:
         raise BadInput(f"{path}: no such file") from None
-    except (OSError, ValueError, RecursionError) as e:
+    except OSError as e:
+        raise BadInput(f"{path}: cannot be read ({e.strerror})") from None
+    marked = data.startswith((codecs.BOM_UTF16_LE, codecs.BOM_UTF16_BE))
+    try:
+        return data.decode("utf-16" if marked else "utf-8-sig", errors)
+    except UnicodeDecodeError:
+        raise BadInput(f"{path}: not UTF-8 text; save it as UTF-8") from None
+
+
+def read_json(path: str | Path, shape: type = dict, expected: str = "{...}"):
+    """What a JSON file of the user holds: a value of `shape`, such as dict[str, list[str]], else BadInput.
+
+    `expected` is the shape in words. NaN and a name that stands twice in an object are no JSON.
+    """
+    text = read_text(path)
+    try:
+        found = json.loads(text, object_pairs_hook=unique, parse_constant=no_number)
+        # What cannot be written again would end a run later: half a character, a thousand brackets.
+        as_bytes(json.dumps(found, ensure_ascii=False))
+    except (ValueError, RecursionError) as e:
         raise BadInput(f"{path}: not valid JSON ({e})") from None
+    if not fits(found, shape):
+        raise BadInput(f"{path}: holds {reprlib.repr(found)}; expected JSON {expected}")
+    return found
+
+
+def unique(pairs: list[tuple]) -> dict:
+    """A JSON object whose names are all different: json keeps the last of two and says nothing."""
+    found = dict(pairs)
+    if len(found) < len(pairs):
+        name, _ = Counter(name for name, _ in pairs).most_common(1)[0]
+        raise ValueError(f"{name!r} stands twice in an object")
+    return found
+
+
+def no_number(text: str):
+    """NaN and Infinity, which json reads and JSON does not have."""
+    raise ValueError(f"{text} is no number")
+
+
+def fits(value, shape: type) -> bool:
+    """Is a JSON value of a shape such as int, dict, list[str] or dict[str, list[str]]?"""
+    kind = get_origin(shape) or shape
+    if type(value) is not kind:  # not isinstance: True is an int, too
+        return False
+    if kind is shape:
+        return True
+    parts = value.values() if kind is dict else value
+    return all(fits(part, get_args(shape)[-1]) for part in parts)
+
+
+def nfc(text: str) -> str:
+    """The text with accents composed: macOS writes e and an accent, others one letter for both."""
+    return unicodedata.normalize("NFC", text)
 
 
 def json_lines(rows: list[dict]) -> str:

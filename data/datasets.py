@@ -27,10 +27,10 @@ those of the second two, and so on. Further keys, none of them needed:
                    {"5_without_clutter": ["clutter"]}
     "warning"      what is known to be wrong with the data, said before every training
 """
-import json
 import math
 import os
 import re
+import reprlib
 from collections import Counter
 from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
@@ -41,8 +41,9 @@ from shlex import quote
 import numpy as np
 import torch
 
-from .common import IGNORE, BadInput, even_sample, progress
-from .io import SUFFIXES, Labels, by_stem, is_hidden, open_image, read_valid
+from .common import IGNORE, BadInput, even_sample, nfc, progress, read_json, read_text
+from .files import Names, is_image, match
+from .io import Labels, open_image, read_valid
 
 # Mean and standard deviation of red, green and blue that the weights were trained with.
 NORMS = {
@@ -77,10 +78,7 @@ def read_description(root: str | Path) -> dict:
     path = Path(root) / "dataset.json"
     if not path.exists():
         raise BadInput(f"{path}: no such file; draft it with: {check_command(root)}")
-    try:
-        d = json.loads(path.read_text("utf-8-sig"))  # as Windows editors write it, too
-    except (ValueError, OSError) as e:
-        raise BadInput(f"{path}: not valid JSON ({e})") from None
+    d = read_json(path)
     check_needed_keys(d, path)
     # A set without a name is called like its folder, and its runs go to runs/<name>.
     d = {"name": Path(root).resolve().name, "ignore": [], **d}
@@ -100,7 +98,7 @@ def check_needed_keys(d: dict, path: Path) -> None:
     """Images, masks, classes with names and splits are there and of the right kind."""
     kinds = {"images": (str, list), "masks": (str, list), "classes": list, "splits": dict}
     for key, kind in kinds.items():
-        if not isinstance(d, dict) or not d.get(key) or not isinstance(d[key], kind):
+        if not d.get(key) or not isinstance(d[key], kind):
             raise BadInput(f'{path}: "{key}" is missing, empty or malformed; {EXAMPLE}')
     for c in d["classes"]:
         if not isinstance(c, dict) or not isinstance(c.get("name"), str):
@@ -111,6 +109,7 @@ def check_optional_keys(d: dict, names: list[str], path: Path) -> None:
     """The keys that stand for themselves; `names`: of the classes."""
     rules = {
         "name": (is_folder_name, "the name of a folder"),
+        "instances": (lambda v: v and isinstance(v, (str, list)), "a pattern as of masks"),
         "unlabelled": (lambda v: set(v) <= set(d["splits"]), "a list of splits"),
         "tiles": (lambda v: type(v) is int and v > 0, "a whole number of pixels"),
         "variant": (lambda v: isinstance(v, str), "text"),
@@ -127,7 +126,7 @@ def check_optional_keys(d: dict, names: list[str], path: Path) -> None:
         except TypeError:  # a number where a list should be, or the like
             good = False
         if not good:
-            raise BadInput(f'{path}: "{key}" is {d[key]!r}; expected {expected}')
+            raise BadInput(f'{path}: "{key}" is {reprlib.repr(d[key])}; expected {expected}')
 
 
 def is_folder_name(value) -> bool:
@@ -138,10 +137,18 @@ def is_folder_name(value) -> bool:
 def is_regex(value) -> bool:
     """Text that re can compile."""
     try:
-        re.compile(value)
-    except re.error:
+        compile_regex(value, "")
+    except BadInput:
         return False
     return isinstance(value, str)
+
+
+def compile_regex(regex: str, where: str) -> re.Pattern:
+    """`where` it stands begins the BadInput."""
+    try:
+        return re.compile(regex)
+    except (re.error, OverflowError, RecursionError) as e:
+        raise BadInput(f"{where} {regex!r} is no regular expression: {e}") from None
 
 
 def are_bands(value) -> bool:
@@ -164,20 +171,9 @@ def are_means(value, names: list[str]) -> bool:
 
 # ---- images and masks
 
-def star_key(pattern: str, path: str) -> str | None:
-    """What the stars stand for: "T */*.png", "T 2/a.png" -> "2/a"; None where nothing fits."""
-    # Every star and bracket becomes a group of a regular expression, the rest stays text.
-    wild = {"**/": "((?:.*/)?)", "**": "(.*)", "*": "([^/]*)", "?": "([^/])"}
-    regex = ""
-    for token in re.split(r"(\*\*/|\*\*|\*|\?|\[[^]]+\])", pattern):
-        if token in wild:
-            regex += wild[token]
-        elif token.startswith("["):
-            regex += f"({token})".replace("[!", "[^")
-        else:
-            regex += re.escape(token)
-    found = re.fullmatch(regex, path)
-    return "/".join(found.groups()) if found else None
+def is_wanted(file: Path, pattern: str) -> bool:
+    """"images/*" leaves texts and world files alone; "images/*.jp2" takes what it names."""
+    return is_image(file) or pattern.endswith(file.suffix)
 
 
 def match_files(root: str | Path, patterns: str | list[str]) -> dict[tuple[int, str], Path]:
@@ -186,23 +182,25 @@ def match_files(root: str | Path, patterns: str | list[str]) -> dict[tuple[int, 
         patterns = [patterns]
     found = {}
     for i, pattern in enumerate(patterns):
-        try:
-            files = sorted(Path(root).glob(pattern))
-        except (ValueError, TypeError, NotImplementedError) as e:
-            raise BadInput(f"{root}: {pattern!r} is no pattern ({e}); "
-                           "expected 'images/*.png' or the like") from None
-        for file in files:
-            relative = file.relative_to(root)
-            # "images/*" leaves texts and world files alone; "images/*.jp2" takes what it names.
-            picture = file.suffix.lower() in SUFFIXES or pattern.endswith(file.suffix)
-            if is_hidden(relative) or not picture:
+        for file, stars in match(root, pattern):
+            if not is_wanted(file, pattern):
                 continue
-            key = i, star_key(pattern, relative.as_posix())
+            key = i, stars
             if key in found:
                 raise BadInput(f"{file} and {found[key]}: the pattern {pattern!r} cannot tell them "
                                "apart; make it more exact in dataset.json")
             found[key] = file
     return found
+
+
+def unknown_files(root: str | Path, description: dict) -> list[Path]:
+    """What the patterns fit and match_files leaves out, since no suffix says that it is an image."""
+    found = []
+    for key in ("images", "masks"):
+        patterns = description[key]
+        for pattern in [patterns] if isinstance(patterns, str) else patterns:
+            found += [file for file, _ in match(root, pattern) if not is_wanted(file, pattern)]
+    return sorted(set(found))
 
 
 def match_pairs(root: str | Path, description: dict) -> tuple[dict[str, tuple], list[Path]]:
@@ -216,7 +214,7 @@ def match_pairs(root: str | Path, description: dict) -> tuple[dict[str, tuple], 
     for key, file in match_files(root, description["images"]).items():
         if file in taken:  # "*.png" for images beside "*_mask.png" for masks: both match a mask
             continue
-        name = file.relative_to(root).with_suffix("").as_posix()
+        name = nfc(file.relative_to(root).with_suffix("").as_posix())
         if name in pairs:
             raise BadInput(f"{file} and {pairs[name][0]}: two images of one name; "
                            "rename one, or move it away")
@@ -251,7 +249,7 @@ def find_pairs(root: str | Path, description: dict, masks: bool = True) -> dict[
 def unlabelled(root: str | Path, description: dict, pairs: dict[str, tuple]) -> set[str]:
     """Names without masks that may be so, since their splits are in "unlabelled"."""
     rules = {split: description["splits"][split] for split in description.get("unlabelled", ())}
-    splits = split_names(root, description | {"splits": rules}, list(pairs))
+    splits = split_names(root, description | {"splits": rules}, pairs)
     free = set()
     for names in splits.values():
         free.update(n for n in names if pairs[n][1] is None)
@@ -286,19 +284,21 @@ def part_of(a: np.ndarray, box: tuple[int, int, int, int] | None = None) -> np.n
 
 # ---- splits
 
-def split_names(root: str | Path, description: dict, names: list[str]) -> dict[str, list[str]]:
+def split_names(root: str | Path, description: dict,
+                pairs: dict[str, tuple]) -> dict[str, list[str]]:
     """{split: names} from patterns over the names (* crosses /), or .txt files, one name a line."""
+    names = list(pairs)
     splits = {}
     for split, rules in description["splits"].items():
         if isinstance(rules, str):
             rules = [rules]
         if not isinstance(rules, list) or not all(isinstance(rule, str) for rule in rules):
-            raise BadInput(f"split {split!r} is {rules!r}; expected patterns or a .txt file; "
-                           "for a share, --val-frac")
+            raise BadInput(f"split {split!r} is {reprlib.repr(rules)}; expected patterns or a "
+                           ".txt file; for a share, --val-frac")
         chosen = set()
         for rule in rules:
             if rule.endswith(".txt"):
-                chosen.update(read_list(Path(root) / rule, names))
+                chosen.update(read_list(Path(root) / rule, pairs))
                 continue
             found = [n for n in names if fnmatch(n, rule)]
             if not found and split not in description.get("unlabelled", ()):
@@ -309,38 +309,34 @@ def split_names(root: str | Path, description: dict, names: list[str]) -> dict[s
     return check_disjoint(splits)
 
 
-def read_list(path: Path, names: list[str]) -> list[str]:
-    """The names that a text file lists: in full, with suffix, or as bare stems."""
-    if not path.exists():
-        raise BadInput(f"{path}: no such split file")
-    try:
-        text = path.read_text("utf-8-sig")
-    except UnicodeDecodeError:
-        raise BadInput(f"{path}: not UTF-8 text; save it so "
-                       "(PowerShell's > writes UTF-16)") from None
-    # Lists come with folders or without, with suffixes or without; "./a" is "a".
-    known = by_stem(names)
+def read_list(path: Path, pairs: dict[str, tuple]) -> list[str]:
+    """The names that a text file lists, an image a line as Names finds it, or an image and its mask."""
+    names = Names(pairs)
     listed = []
-    for line in text.splitlines():
-        line = re.sub(r"^\.?/", "", line.strip())
+    for line in read_text(path, "surrogateescape").splitlines():
+        line = line.strip()
         if not line:
             continue
-        name = known.get(line) or known.get(re.sub(r"\.\w+$", "", line))
+        try:
+            name = names.find_line(line)
+        except BadInput as e:
+            raise BadInput(f"{path}: {e}") from None
         if name is None:
             raise BadInput(f"{path}: {line!r} is no image here, or several; "
-                           f"names look like {names[0]!r}")
+                           f"names look like {next(iter(pairs))!r}")
         listed.append(name)
     return listed
 
 
 def check_disjoint(splits: dict[str, list[str]]) -> dict[str, list[str]]:
-    """The splits, unless a name is in two of them."""
+    """The splits, unless a name is in two of them, or twice in one."""
     home = {}
     for split, names in splits.items():
         for n in names:
-            if home.setdefault(n, split) != split:
+            if n in home:
                 raise BadInput(f"{n!r} is in the splits {home[n]!r} and {split!r}; "
-                               "leave it in one of them")
+                               "leave it in one place")
+            home[n] = split
     return splits
 
 
@@ -348,11 +344,7 @@ def scenes_of(names: list[str], scene: str | None) -> dict[str, str]:
     """{name: its scene}: the regex's first group, or its match; without a regex the name itself."""
     if not scene:
         return {n: n for n in names}
-    try:
-        regex = re.compile(scene)
-    except re.error as e:
-        raise BadInput(f'"scene" in dataset.json is {scene!r}, '
-                       f"which is no regular expression: {e}") from None
+    regex = compile_regex(scene, '"scene" in dataset.json')
     scenes = {}
     for n in names:
         found = regex.search(n)
@@ -391,11 +383,10 @@ def load_splits(root: str | Path, description: dict, pairs: dict[str, tuple],
     Splits without masks are not. val, or select where val is reported, comes by hold_out if
     `val_frac` or the description's "select" asks for it; `final` leaves train whole.
     """
-    names = list(pairs)
     if split_file:
-        splits = read_split_file(split_file, root, names)
+        splits = read_split_file(split_file, pairs)
     else:
-        splits = split_names(root, description, names)
+        splits = split_names(root, description, pairs)
     # The hidden masks of a test split are for predict.py.
     if "unlabelled" in description:
         splits = splits_with_masks(splits, description["unlabelled"], pairs, split_file)
@@ -425,19 +416,20 @@ def load_splits(root: str | Path, description: dict, pairs: dict[str, tuple],
     return splits
 
 
-def read_split_file(path: str | Path, root: str | Path, names: list[str]) -> dict[str, list[str]]:
-    """{split: names} of a JSON file, all of them images of root."""
+def read_split_file(path: str | Path, pairs: dict[str, tuple]) -> dict[str, list[str]]:
+    """{split: names} of a JSON file, all of them images of the data set, as Names finds them."""
+    names = Names(pairs)
+    splits = {}
+    for split, listed in read_json(path, dict[str, list[str]], "{split: [names]}").items():
+        splits[split] = [names.find(text) for text in listed]
+        for text, name in zip(listed, splits[split]):
+            if name is None:
+                raise BadInput(f"{path}: {text!r} is no image here, or several; "
+                               f"names look like {next(iter(pairs))!r}")
     try:
-        splits = check_disjoint(json.loads(Path(path).read_text()))
-    except (OSError, ValueError, AttributeError, TypeError) as e:
-        raise BadInput(f"{path}: {e}; expected JSON {{split: [names]}}") from None
-    known = set(names)
-    for listed in splits.values():
-        for n in listed:
-            if n not in known:
-                raise BadInput(f"{path}: {n!r} is no image of {root}; "
-                               f"names look like {names[0]!r}")
-    return splits
+        return check_disjoint(splits)
+    except BadInput as e:
+        raise BadInput(f"{path}: {e}") from None
 
 
 def splits_with_masks(splits: dict, optional: list[str], pairs: dict,

@@ -8,8 +8,6 @@ import colorsys
 import contextlib
 import re
 import sys
-from collections import Counter
-from collections.abc import Iterable
 from pathlib import Path
 
 import numpy as np
@@ -17,8 +15,6 @@ from PIL import Image, ImageFile, TiffImagePlugin
 
 from .common import IGNORE, BadInput
 
-SUFFIXES = (".png", ".jpg", ".jpeg", ".tif", ".tiff", ".bmp", ".webp")  # what counts as a picture
-SYSTEM_FILES = {"__macosx", "thumbs.db", "desktop.ini"}  # what macOS and Windows leave in folders
 UNKNOWN = 254  # marks mask values that no class and no ignore entry names; never leaves this file
 
 MAX_PIXELS = 2_000_000_000  # Pillow's own limit of 179 million refuses normal orthophotos
@@ -31,32 +27,6 @@ for order in (b"II", b"MM"):
     for photometric, extra in ((2, (0,)), (1, (0, 0, 0))):
         layout = order, photometric, (1,), 1, (8, 8, 8, 8), extra
         TiffImagePlugin.OPEN_INFO[layout] = "RGBX", "RGBX"
-
-
-# ---- names of files
-
-def is_hidden(path: str | Path) -> bool:
-    """Is a path, relative to the data set's root, or a folder on it hidden or the system's own?
-
-    "_DSC0001.JPG" is a normal name; "._a.png" (macOS) and ".ipynb_checkpoints/a.png" are not.
-    """
-    for part in Path(path).parts:
-        if part in (".", ".."):
-            continue
-        if part.startswith(".") or part.lower() in SYSTEM_FILES:
-            return True
-    return False
-
-
-def by_stem(names: Iterable[str]) -> dict[str, str]:
-    """{name: itself} and {last part of a path: name} where only one name has it.
-
-    Lists and tables call images by either.
-    """
-    stems = {n: n.rsplit("/", 1)[-1] for n in names}
-    count = Counter(stems.values())
-    known = {stem: n for n, stem in stems.items() if count[stem] == 1}
-    return known | {n: n for n in stems}
 
 
 # ---- images

@@ -7,14 +7,15 @@
 x is the column and y the row of a pixel, counted from 0 at the top left. A file of points is a CSV
 with the columns image, x, y, class, or a GeoJSON of Point features [x, y] with the properties image
 and class; pixel coordinates in both, fractions belong to the pixel they lie in. `image` is the name
-in the data set (path without suffix), with or without suffix, or the bare file name where only one
-image has it; `class` is the class's name.
+in the data set (path without suffix) or what else data/files.py's Names takes for it; `class` is
+the class's name.
 """
 import csv
 import hashlib
 import io
 import json
 import os
+import reprlib
 from concurrent.futures import ThreadPoolExecutor
 from functools import lru_cache
 from pathlib import Path
@@ -23,10 +24,11 @@ import numpy as np
 import torch
 from numpy.random import Generator
 
-from .common import IGNORE, BadInput, write
+from .common import IGNORE, BadInput, as_bytes, nfc, read_json, read_text, write
 from .crops import nearest
 from .datasets import SegDataset, normalise
-from .io import Labels, by_stem, open_image, pixels, read_valid
+from .files import Names
+from .io import Labels, open_image, pixels, read_valid
 
 Box = tuple[int, int, int, int]  # top, left, h, w
 Points = dict[str, np.ndarray]  # {image: (n, 3) int64 rows x, y, class id}
@@ -51,24 +53,24 @@ def read_points(path: str | Path, files: dict[str, tuple], names: list[str]) -> 
     files {name: (image, mask)} or {name: (image, mask, (top, left, h, w))} as data/datasets.py has
     them: a point counts from the corner of its box. `names`: the classes.
     """
-    known = by_stem(files)
+    known = Names(files)
+    number = {nfc(name): c for c, name in enumerate(names)}
     # An image's header is read once, however many points it has.
     sizes = {}
     found = {}  # {name: {(x, y): class id}}
     for row, image, x, y, label in read_rows(Path(path)):
         where = f"{path} {row}"
-        # With or without a suffix; "a.b" may be a name itself.
-        name = known.get(image) or known.get(os.path.splitext(image)[0])
+        name = known.find(image)
         if name is None:
             like = next(iter(files))
             raise BadInput(f"{where}: {image!r} is no image of the data set, or several; "
                            f"names look like {like!r}")
-        if label not in names:
+        c = number.get(nfc(label))
+        if c is None:
             raise BadInput(f"{where}: unknown class {label!r}; expected one of: {', '.join(names)}")
         if name not in sizes:
             sizes[name] = size_of(files[name])
         pixel = pixel_of(x, y, sizes[name], name, where)
-        c = names.index(label)
         # The same point twice is one; a pixel has one class.
         marked = found.setdefault(name, {})
         earlier = marked.setdefault(pixel, c)
@@ -112,32 +114,24 @@ def pixel_of(x, y, size: tuple[int, int], name: str, where: str) -> tuple[int, i
 def as_number(value, where: str) -> float:
     try:
         return float(value)
-    except (TypeError, ValueError):
-        raise BadInput(f"{where}: {value!r} is no number; expected x and y in pixels") from None
+    except (TypeError, ValueError, OverflowError):
+        raise BadInput(f"{where}: {reprlib.repr(value)} is no number; "
+                       "expected x and y in pixels") from None
 
 
 def read_rows(path: Path) -> list[tuple]:
     """Rows (what errors call it, image, x, y, class) of a file of points, x and y as they stand."""
-    try:
-        # Excel begins its CSV with a byte order mark.
-        text = path.read_bytes().decode("utf-8-sig")
-    except OSError as e:
-        raise BadInput(f"{path}: {e.strerror}; expected a .csv or "
-                       f".geojson of points, or one of {', '.join(PATTERNS)}") from None
-    except UnicodeDecodeError:
-        raise BadInput(f"{path}: not UTF-8 text; expected a .csv or "
-                       f".geojson of points, or one of {', '.join(PATTERNS)}") from None
+    if not path.is_file():
+        raise BadInput(f"{path}: no such file; expected a .csv or .geojson of points, or one of "
+                       f"{', '.join(PATTERNS)}")
     if path.suffix.lower() in GEOJSON:
-        return read_features(path, text)
-    return read_table(path, text)
+        return read_features(path)
+    return read_table(path)
 
 
-def read_features(path: Path, text: str) -> list[tuple]:
+def read_features(path: Path) -> list[tuple]:
     """The rows of a GeoJSON."""
-    try:
-        features = json.loads(text)["features"]
-    except (ValueError, LookupError, TypeError):
-        features = None
+    features = read_json(path).get("features")
     if not isinstance(features, list):
         raise BadInput(f"{path}: no GeoJSON FeatureCollection; expected Point features")
     rows = []
@@ -159,8 +153,9 @@ def read_features(path: Path, text: str) -> list[tuple]:
     return rows
 
 
-def read_table(path: Path, text: str) -> list[tuple]:
+def read_table(path: Path) -> list[tuple]:
     """The rows of a CSV, whose delimiter is what its header has most of."""
+    text = read_text(path, "surrogateescape")
     # Spreadsheets write commas, semicolons or tabs, by language.
     header = text.split("\n", 1)[0]
     delimiter = max(",;\t", key=header.count)
@@ -258,7 +253,7 @@ def draw(mask: np.ndarray, pattern: str, n: int | None, seed: int, name: str,
     if not classes:
         return np.zeros((0, 3), np.int64)
     # Python's own hash() differs from run to run.
-    digest = hashlib.sha256(name.encode()).digest()
+    digest = hashlib.sha256(as_bytes(name)).digest()
     key = int.from_bytes(digest[:8], "big")
 
     # The 5 keeps these draws apart from all others of the same seed. Each class has its own: its

@@ -9,7 +9,6 @@ EuroSAT's 2750/ is found below any parent. A scene's name is its path below the 
 """
 import hashlib
 import os
-import re
 from collections import Counter, defaultdict
 from concurrent.futures import ThreadPoolExecutor
 from functools import partial
@@ -22,9 +21,10 @@ from PIL import Image
 from torch import Tensor
 
 from .cache import Cache
-from .common import BadInput, read_json
-from .datasets import uncached
-from .io import SUFFIXES, is_hidden, open_image, read_image
+from .common import BadInput, as_bytes, nfc
+from .datasets import compile_regex, read_split_file, uncached
+from .files import folders, images_in, not_used
+from .io import open_image, read_image
 
 # How folders may call the three splits.
 SPLITS = {"train": "train", "training": "train", "val": "val", "valid": "val", "validation": "val",
@@ -33,11 +33,6 @@ LARGEST = 224  # side to which images of other than one small square size are br
 
 
 # ---- folders
-
-def folders(path: Path) -> list[Path]:
-    """Sub-folders in order, without hidden ones."""
-    return sorted(p for p in path.iterdir() if p.is_dir() and not is_hidden(p.name))
-
 
 def base_of(root: str | Path) -> Path:
     """The folder whose sub-folders are the classes, or train, val and test: root, or the place below it."""
@@ -54,9 +49,9 @@ def base_of(root: str | Path) -> Path:
     return base
 
 
-def find_scenes(root: str | Path) -> tuple[Path, dict[str, str], dict[str, list[str]], list[Path],
+def find_scenes(root: str | Path) -> tuple[Path, dict[str, str], dict[str, list[str]], list[str],
                                            list[str]]:
-    """-> base, {name: class}, {split: names} if folders give splits, files that are no images, empty classes."""
+    """-> base, {name: class}, {split: names} if folders give splits, notes on files left out, empty classes."""
     base = base_of(root)
     tops = folders(base)
     known = [top for top in tops if top.name.lower() in SPLITS]
@@ -65,31 +60,29 @@ def find_scenes(root: str | Path) -> tuple[Path, dict[str, str], dict[str, list[
         other = [top for top in tops if top not in known][0]
         raise BadInput(f"{other}: beside {known[0].name}/; move it away, or name --root the folder "
                        "of classes")
-    scenes, splits, stray, count = {}, {}, [], Counter()
-    for top in tops:
-        for folder in folders(top) if official else [top]:
-            images, others = files_in(folder, base)
-            names = [file.relative_to(base).as_posix() for file in images]
-            stray += others
-            scenes |= dict.fromkeys(names, folder.name)
-            count[folder.name] += len(names)
-            if official:
-                splits.setdefault(SPLITS[top.name.lower()], []).extend(names)
+    images, others = images_in(base)
+    level = 1 if official else 0  # of the class folders
+    scenes, splits, loose = {}, {}, []
+    for file in images:
+        place = file.relative_to(base)
+        if len(place.parts) < level + 2:
+            loose.append(file)
+            continue
+        scenes[place.as_posix()] = nfc(place.parts[level])
+        if official:
+            splits.setdefault(SPLITS[place.parts[0].lower()], []).append(place.as_posix())
     if not scenes:
         raise BadInput(f"{base}: no images in sub-folders; expected {base}/CLASS/NAME.jpg, or "
                        f"{base}/train/CLASS/...")
-    empty = [name for name, n in count.items() if n == 0]
-    return base, scenes, splits, stray, empty
-
-
-def files_in(folder: Path, base: Path) -> tuple[list[Path], list[Path]]:
-    """Images and other files at any depth, in order, without hidden ones."""
-    images, others = [], []
-    for file in sorted(folder.rglob("*")):
-        if file.is_file() and not is_hidden(file.relative_to(base)):
-            fits = file.suffix.lower() in SUFFIXES
-            (images if fits else others).append(file)
-    return images, others
+    notes = [not_used(others)] if others else []
+    if loose:
+        notes.append(f"{len(loose)} images lie in no class folder, first {loose[0]}")
+    places = tops
+    if official:
+        places = [folder for top in tops for folder in folders(top)]
+    filled = set(scenes.values())
+    empty = [folder.name for folder in places if nfc(folder.name) not in filled]
+    return base, scenes, splits, notes, empty
 
 
 # ---- splits
@@ -98,10 +91,7 @@ def groups_of(names: list[str], regex: str | None) -> dict[str, str]:
     """{name: its group}: the regex's first group, or its match; without a regex every name is its own."""
     if not regex:
         return {name: name for name in names}
-    try:
-        pattern = re.compile(regex)
-    except re.error as e:
-        raise BadInput(f"--group-regex {regex!r} is no regular expression: {e}") from None
+    pattern = compile_regex(regex, "--group-regex")
     groups = {}
     for name in names:
         match = pattern.search(name)
@@ -134,24 +124,6 @@ def draw_splits(scenes: dict[str, str], groups: dict[str, str], shares: dict[str
         for c, n in count.items():
             room[split][c] -= n / (shares[split] * total[c])
     return {split: [name for name in sorted(scenes) if home[name] == split] for split in shares}
-
-
-def read_splits(path: str | Path, scenes: dict[str, str]) -> dict[str, list[str]]:
-    """{split: names} of a JSON file, with names of scenes, each in one split only."""
-    splits = read_json(path)
-    if not isinstance(splits, dict) or not all(isinstance(names, list) for names in splits.values()):
-        raise BadInput(f"{path}: expected JSON {{split: [names]}}")
-    home = {}
-    for split, names in splits.items():
-        for name in names:
-            if name not in scenes:
-                raise BadInput(f"{path}: {name!r} is no image here; names look like "
-                               f"{next(iter(scenes))!r}")
-            if name in home:
-                raise BadInput(f"{path}: {name!r} is in {home[name]!r} and {split!r}; leave it in "
-                               "one place")
-            home[name] = split
-    return splits
 
 
 def complete_splits(scenes: dict[str, str], given: dict[str, list[str]], shares: dict[str, float],
@@ -361,10 +333,11 @@ class Scenes:
                  seed: int = 0, fixed: bool = False, skip_bad: bool = False,
                  bands: list[int] | None = None, input_range: list[float] | None = None,
                  size: int | None = None, cache: str | None = None):
-        self.base, found, given, stray, empty = find_scenes(root)
+        self.base, found, given, notes, empty = find_scenes(root)
         self.dataset = "eurosat" if self.base.name == "2750" else self.base.name
         self.reading = dict(bands=bands, input_range=input_range)
-        self.notes = [f"note: {file}: no image, ignored" for file in stray]
+        self.notes = [f"note: {line}" for line in notes]
+        classes = classes and [nfc(name) for name in classes]
         check_asked(self.base, classes, found)
         if empty and not classes:
             if not skip_bad:
@@ -395,7 +368,7 @@ class Scenes:
         self.groups = groups_of(list(scenes), scene)
         shares = dict(zip(("train", "val", "test"), fractions))
         if split_file:
-            given = read_splits(split_file, found)
+            given = read_split_file(split_file, {n: (self.base / n, None) for n in found})
         if not given and not scene:
             self.notes.append("random split without --group-regex: neighbouring scenes may stand "
                               "on both sides")
@@ -419,7 +392,7 @@ class Scenes:
 
     def about(self) -> dict:
         """What a run's files say of its data."""
-        splits = {split: hashlib.sha256("\n".join(names).encode()).hexdigest()[:16]
+        splits = {split: hashlib.sha256(as_bytes("\n".join(names))).hexdigest()[:16]
                   for split, names in self.splits.items()}
         return dict(classes=[{"name": c} for c in self.names], dataset=self.dataset,
                     root=str(self.base), chosen_on="val", reported=self.reports,

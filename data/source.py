@@ -11,10 +11,11 @@ import numpy as np
 
 from . import demo, public
 from .cache import Cache
-from .common import BadInput, progress
+from .common import BadInput, as_bytes, progress
 from .datasets import (
     SegDataset, check_sizes, class_counts, count_ids, find_pairs, load_splits, read_description,
-    read_list)
+    read_list, unknown_files)
+from .files import not_used
 from .io import Labels
 from .samplers import rich, share_of
 
@@ -80,6 +81,9 @@ class Source:
         self.warnings = []
         if "warning" in self.description:
             self.warnings.append(self.description["warning"])
+        unknown = unknown_files(self.root, self.description)
+        if unknown:
+            self.warnings.append(not_used(unknown))
         if val_frac and "scene" not in self.description:
             self.warnings.append('--val-frac without "scene" in dataset.json: neighbouring images '
                                  "may stand on both sides")
@@ -139,7 +143,7 @@ class Source:
         share = share_of(wanted)
         if resume or share is None:
             file = Path(resume) / "replicated.txt" if resume else Path(wanted)
-            return read_list(file, names)
+            return read_list(file, self.files("train"))
         counts = self.count_as_read("train")
         return [names[i] for i in rich(counts, rare_classes(counts), share)]
 
@@ -151,7 +155,7 @@ class Source:
 
     def about(self) -> dict:
         """What a run's files say of its data: enough to open it again, and to tell other splits from these."""
-        splits = {split: hashlib.sha256("\n".join(names).encode()).hexdigest()[:16]
+        splits = {split: hashlib.sha256(as_bytes("\n".join(names))).hexdigest()[:16]
                   for split, names in self.splits.items()}
         return dict(classes=self.labels.classes, ignore=self.labels.ignore, dataset=self.name,
                     root=str(self.root), source=self.kind, variant=self.description.get("variant"),

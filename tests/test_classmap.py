@@ -54,7 +54,7 @@ def test_the_rest_that_can_be_wrong_with_a_map(tmp_path):
     with pytest.raises(BadInput, match='no "map" in it'):
         read(tmp_path, maps=MAP)
     (tmp_path / "map.json").write_text('{"map": {"green": "field", "green": "forest"}}')
-    with pytest.raises(BadInput, match="a name stands twice"):
+    with pytest.raises(BadInput, match="'green' stands twice"):
         classmap.read_map(tmp_path / "map.json", TEACHER, STUDENT)
     with pytest.raises(BadInput, match="none.json: no such file"):
         classmap.read_map(tmp_path / "none.json", TEACHER, STUDENT)

@@ -14,7 +14,7 @@ from PIL import Image
 
 from data import common
 from data.common import (
-    BadInput, even_sample, json_lines, minutes, progress, read_json, replace, write)
+    BadInput, even_sample, json_lines, minutes, progress, read_json, read_text, replace, write)
 
 
 # ---- files
@@ -94,20 +94,57 @@ def test_a_folder_that_cannot_be_made_is_named(tmp_path):
         write(tmp_path / "file/a.json", {})
 
 
-def test_read_json_takes_the_byte_order_mark_of_windows(tmp_path):
-    (tmp_path / "a.json").write_bytes(b"\xef\xbb\xbf" + json.dumps({"é": 1}).encode())
-    assert read_json(tmp_path / "a.json") == {"é": 1}
+@pytest.mark.parametrize("encoding", ["utf-8", "utf-8-sig", "utf-16"])
+def test_text_of_windows_editors_is_read_by_its_byte_order_mark(tmp_path, encoding):
+    text = json.dumps({"é 水": 1}, ensure_ascii=False)
+    (tmp_path / "a.json").write_bytes(text.encode(encoding))
+    assert read_json(tmp_path / "a.json") == {"é 水": 1}
+    assert read_text(tmp_path / "a.json") == text
 
 
-@pytest.mark.parametrize("content", [b"{", b"", b"\xff\xfe", b"[" * 100_000])
-def test_what_is_no_json_is_named(tmp_path, content):
+@pytest.mark.parametrize("content, said", [
+    (b"{", "not valid JSON"), (b"", "not valid JSON"), (b"\xff\xfe", "not valid JSON"), (b"\xe9", "not UTF-8 text"),
+    (b"[" * 100_000, "not valid JSON"),
+    (b'{"a": 1, "b": 2, "a": 1}', "'a' stands twice"), (b'{"a": NaN}', "NaN is no number"),
+    (b'{"a": [-Infinity]}', "-Infinity is no number"), (b'{"a": ' + b"9" * 5000 + b"}", "not valid JSON"),
+    (b'{"half": "\\ud83d"}', "not valid JSON"), (b"null", "holds None; expected JSON {...}"),
+    (b'["a"]', r"holds \['a'\]; expected JSON"), (b'"' + b"x" * 10**6 + b'"', "holds 'x+[.]{3}x+'; expected JSON")])
+def test_what_is_no_json_or_of_another_shape_is_one_short_line(tmp_path, content, said):
     (tmp_path / "a.json").write_bytes(content)
-    with pytest.raises(BadInput, match="a.json: not valid JSON"):
+    with pytest.raises(BadInput, match=f"a.json: .*{said}") as e:
         read_json(tmp_path / "a.json")
-    with pytest.raises(BadInput, match="not valid JSON"):
-        read_json(tmp_path)  # a folder
+    assert "\n" not in str(e.value) and len(str(e.value)) < 300
+
+
+def test_what_is_no_file_is_named(tmp_path, monkeypatch):
+    with pytest.raises(BadInput, match="cannot be read .Is a directory"):
+        read_json(tmp_path)
     with pytest.raises(BadInput, match="none.json: no such file"):
         read_json(tmp_path / "none.json")
+    monkeypatch.setattr(common, "MAX_TEXT", 9)
+    (tmp_path / "a.json").write_text("0123456789")
+    with pytest.raises(BadInput, match="GiB; expected a text file"):
+        read_json(tmp_path / "a.json")
+
+
+@pytest.mark.parametrize("shape, good, bad", [
+    (dict[str, list[str]], [{}, {"a": []}, {"a": ["b", "c"], "d": []}],
+     [[], {"a": "b"}, {"a": ["b", 1]}, {"a": None}]),
+    (dict[str, int], [{"a": 1}], [{"a": 1.0}, {"a": True}, {"a": "1"}, 1]),
+    (list, [[], [1, "a"]], [{}, "a", None]), (dict, [{"a": [None]}], [[{}]])])
+def test_the_shape_of_what_a_json_file_holds(tmp_path, shape, good, bad):
+    for value in good:
+        write(tmp_path / "a.json", value)
+        assert read_json(tmp_path / "a.json", shape, "so") == value
+    for value in bad:
+        (tmp_path / "a.json").write_text(json.dumps(value))
+        with pytest.raises(BadInput, match="a.json: holds .*; expected JSON so"):
+            read_json(tmp_path / "a.json", shape, "so")
+
+
+def test_bytes_that_are_not_utf_8_stay_what_they_are_where_asked(tmp_path):
+    (tmp_path / "list.txt").write_bytes(b"t\xcd\xff\n")
+    assert os.fsencode(read_text(tmp_path / "list.txt", "surrogateescape")) == b"t\xcd\xff\n"
 
 
 def test_rows_become_one_json_object_a_line():

@@ -15,12 +15,14 @@ from folder_sets import described, plain, rng, run  # noqa: F401: two are fixtur
 from PIL import Image
 
 from data import datasets
+from data.check.complaints import Complaints
 from data.check.patterns import find_pictures
 from data.common import BadInput, write
 from data.datasets import (SegDataset, check_command, class_counts, find_pairs, hold_out, load_splits, match_files,
-                           match_pairs, read_description, split_names, star_key)
+                           match_pairs, read_description, read_list, split_names, unknown_files)
 from data.io import Labels
 from data.scenes import find_scenes
+from predict import find_images
 
 RGB = np.random.default_rng(0).integers(1, 256, (9, 7, 3), np.uint8)
 BY_ID = [{"name": "a", "id": 3}, {"name": "b", "id": 0}, {"name": "c", "id": 254}]
@@ -60,41 +62,69 @@ def test_ambiguous_pairs_are_refused(tmp_path):
     for name in ("im1/a.jpg", "im2/a.jpg", "im2/a.png"):
         (tmp_path / name).parent.mkdir(exist_ok=True)
         (tmp_path / name).touch()
-    assert "cannot tell" in refusal(find_pairs, tmp_path, dict(images="im*/**", masks="m/*.png"))
     assert "two images of one" in refusal(find_pairs, tmp_path, dict(images=["*/*.jpg", "*/*.png"], masks="m/*.png"))
     assert "no image matches" in refusal(find_pairs, tmp_path, dict(images="x/*.jpg", masks="m/*.png"))
 
 
 NAMES = ["T 1/a", "T 1/b", "T 2/a", "T 3/c.5", "T 3/d"]
+PAIRS = {name: (Path(f"/d/{name}.png"), Path(f"/d/masks/{name}_m.png")) for name in NAMES}
 
 
 def test_splits_by_pattern_and_by_list(tmp_path):
     (tmp_path / "l.txt").write_text("T 1/a\n\nb.png\n c.5 \nT 2/a.jpg\n")
-    splits = split_names(tmp_path, {"splits": {"train": ["l.txt"], "val": ["*/d", "T [3-9]/d"], "test": []}}, NAMES)
+    splits = split_names(tmp_path, {"splits": {"train": ["l.txt"], "val": ["*/d", "T [3-9]/d"], "test": []}}, PAIRS)
     assert splits == {"train": NAMES[:4], "val": ["T 3/d"], "test": []}
     for rules, said in (({"train": "T 1/*", "val": "*/a"}, "'T 1/a' is in the splits"), ({"train": "t.txt"}, "no such"),
                         ({"train": "X*"}, "nothing matches 'X*'"), ({"train": 0.8}, "--val-frac")):
-        assert said in refusal(split_names, tmp_path, {"splits": rules}, NAMES)
+        assert said in refusal(split_names, tmp_path, {"splits": rules}, PAIRS)
     (tmp_path / "l.txt").write_text("a\n")
-    assert "'a' is no image here, or several" in refusal(split_names, tmp_path, {"splits": {"train": "l.txt"}}, NAMES)
+    assert "'a' is no image here, or several" in refusal(split_names, tmp_path, {"splits": {"train": "l.txt"}}, PAIRS)
+
+
+def test_lists_and_split_files_name_images_in_any_way(tmp_path):
+    bytes_ = os.fsdecode(b"t\xcd\xff")
+    want = ["T 1/é", f"x/{bytes_}", "t0.5", "t1"]
+    pairs = {name: (tmp_path / f"{name}.png", tmp_path / f"m/{name}.png") for name in want}
+    lines = [f"{tmp_path}/T 1/e\u0301.png", f"x\\{bytes_}.png", "t0.5.jpg", "t1.png m/t1.png"]
+    (tmp_path / "l.txt").write_bytes(b"\xef\xbb\xbf" + "\r\n".join(lines).encode("utf-8", "surrogateescape"))
+    assert read_list(tmp_path / "l.txt", pairs) == want
+    write(tmp_path / "split.json", {"train": lines[:2], "val": lines[2:3]})
+    assert load_splits(tmp_path, {}, pairs, tmp_path / "split.json") == {"train": want[:2], "val": want[2:3]}
+    (tmp_path / "l.txt").write_text("t0\n")
+    assert "l.txt: 't0' is no image here, or several; names look like" in refusal(read_list, tmp_path / "l.txt", pairs)
+    (tmp_path / "l.txt").write_text("t1.png m/t0.5.png\n")
+    assert "l.txt: 't1.png m/t0.5.png': the mask of t1 is " in refusal(read_list, tmp_path / "l.txt", pairs)
+    for names in (["t1", "t1.png"], ["t1.5"]):  # one image twice, and none
+        write(tmp_path / "split.json", {"train": names, "val": ["t0.5"]})
+        assert "split.json: 't1" in refusal(load_splits, tmp_path, {}, pairs, tmp_path / "split.json")
+
+
+def test_names_with_accents_apart_or_in_one_pair_whatever_the_disk_has(tmp_path):
+    touch(tmp_path, "e\u0301té/a\u030a.png", "m/ete/\u00e5.png", "e\u0301té/b.png", "m/ete/b.png")
+    d = dict(images="\u00e9te\u0301/*.png", masks="m/ete/*.png", splits={})
+    pairs = find_pairs(tmp_path, d)
+    assert [name for name in pairs] == ["été/å", "été/b"]
+    assert pairs["été/å"] == (tmp_path / "e\u0301té/a\u030a.png", tmp_path / "m/ete/\u00e5.png")
+    touch(tmp_path, "e\u0301té/\u00e5.png")
+    assert "cannot tell them apart" in refusal(find_pairs, tmp_path, d)
 
 
 def test_split_file_and_no_silent_random_split(tmp_path):
     all_train, file = {"splits": {"train": "*"}}, tmp_path / "split.json"
-    said = refusal(load_splits, tmp_path, all_train, NAMES)
+    said = refusal(load_splits, tmp_path, all_train, PAIRS)
     assert said == (f'{tmp_path}: no val split; add it to "splits" in dataset.json, or hold out whole scenes: '
                     '"select": 0.2 and "scene": REGEX in dataset.json (or --val-frac 0.2 for one run)')
-    said = refusal(load_splits, tmp_path, {"splits": {"val": "*"}}, NAMES)
+    said = refusal(load_splits, tmp_path, {"splits": {"val": "*"}}, PAIRS)
     assert said == f'{tmp_path}: no train split; add it to "splits" in dataset.json'
-    assert "has a val" in refusal(load_splits, tmp_path, {"splits": {"train": "T 1*", "val": "T 2*"}}, NAMES, None, 0.5)
+    assert "has a val" in refusal(load_splits, tmp_path, {"splits": {"train": "T 1*", "val": "T 2*"}}, PAIRS, None, 0.5)
     for content in ('{"train": ["T 1/a"], "val": ["T 1/a"]}', '{"train": ["x"]}', '["a"]', '{"train": 1}', "{"):
         file.write_text(content)
-        assert str(file) in refusal(load_splits, tmp_path, all_train, NAMES, file)
+        assert str(file) in refusal(load_splits, tmp_path, all_train, PAIRS, file)
     file.write_text(json.dumps(splits := {"train": ["T 3/d"], "val": ["T 1/a"]}))
-    assert load_splits(tmp_path, all_train, dict.fromkeys(NAMES, ("image", "mask")), file) == splits
-    drawn = load_splits(tmp_path, all_train | {"scene": "T ."}, NAMES, None, 0.3)
+    assert load_splits(tmp_path, all_train, PAIRS, file) == splits
+    drawn = load_splits(tmp_path, all_train | {"scene": "T ."}, PAIRS, None, 0.3)
     assert sorted(drawn["train"] + drawn["val"]) == NAMES and drawn["val"]
-    assert drawn == load_splits(tmp_path, all_train | {"scene": "T .", "select": 0.3}, NAMES)
+    assert drawn == load_splits(tmp_path, all_train | {"scene": "T .", "select": 0.3}, PAIRS)
 
 
 def test_hold_out_never_cuts_a_scene():
@@ -136,8 +166,9 @@ GOOD = {"images": "images/*.png", "masks": "masks/*.png", "classes": BY_ID, "spl
 
 @pytest.mark.parametrize("key, good, bad", [
     ("bands", [[4, 1, 2], [1, 1, 1]], [[0, 1, 2], [1, 2], [1, 2, 3, 4], [1, 2, 2.5], [True, 1, 2], "123", 3, None]),
-    ("input_range", [[0, 3000], [-1.5, 2]], [[3, 1], [1, 1], [1], [0, float("inf")], [float("nan"), 1], ["0", "1"], 5]),
-    ("scene", [r"(.*)_\d+$", "a"], ["(", "*a", 3, ["a"], None]),
+    ("input_range", [[0, 3000], [-1.5, 2]], [[3, 1], [1, 1], [1], [0, float("inf")], ["0", "1"], 5]),
+    ("scene", [r"(.*)_\d+$", "a"], ["(", "*a", "a{99999999999}", 3, ["a"], None]),
+    ("instances", ["i/*.png", ["i/*.png"]], [5, "", None, {}]),
     ("select", [0.2], [0.0, 1.0, 1, "0.2", None]), ("tiles", [512], [0, 2.5, "512"]),
     ("unlabelled", [["test"], []], [["val"], "test", 3]), ("name", ["a b"], ["", "a/b", 3]),
     ("report", [{"without a": ["a"]}], [{"without d": ["d"]}, ["a"], {"x": "a"}, {"x": [["a"]]}])])
@@ -146,9 +177,26 @@ def test_every_key_of_the_description_is_checked(tmp_path, key, good, bad):
         write(tmp_path / "dataset.json", GOOD | {key: value})
         assert read_description(tmp_path)[key] == value
     for value in bad:
-        write(tmp_path / "dataset.json", GOOD | {key: value})
+        text = json.dumps(GOOD | {key: value}).replace("Infinity", "1e999")  # valid JSON, read as infinity
+        (tmp_path / "dataset.json").write_text(text)
         said = refusal(read_description, tmp_path)
         assert said.startswith(f'{tmp_path}/dataset.json: "{key}" is {value!r}; expected ')
+
+
+@pytest.mark.parametrize("key, value", [
+    ("report", '{"a": ' * 900 + "1" + "}" * 900), ("bands", '"' + "1" * 10**6 + '"'), ("name", '"a", "name": "b"'),
+    ("select", "NaN"), ("images", "null"), ("classes", "[null]"), ("classes", '[{"name": "a"}]'), ("splits", "[[[]]]")])
+def test_what_no_description_can_hold_is_one_short_line(tmp_path, key, value):
+    rest = json.dumps({k: v for k, v in GOOD.items() if k != key})[1:]
+    (tmp_path / "dataset.json").write_text(f'{{"{key}": {value}, {rest}')
+    said = refusal(read_description, tmp_path)
+    assert said.startswith(f"{tmp_path}/dataset.json: ") and len(said) < 400
+
+
+def test_a_split_that_is_no_list_of_patterns_is_one_short_line(tmp_path):
+    for rules in (None, 0.8, [["a"]], ["a", 1], {"a": "b"}, [["a" * 10**6]]):
+        said = refusal(split_names, tmp_path, {"splits": {"train": rules}}, PAIRS)
+        assert said.startswith("split 'train' is ") and "expected patterns" in said and len(said) < 200
 
 
 @pytest.mark.parametrize("here", [True, False])
@@ -173,23 +221,49 @@ def test_the_command_to_type_works_where_the_user_stands(tmp_path, monkeypatch, 
     assert code == 0 and train[:1] == ["python"] and Path(train[1]).exists() and train[-1] == str(root)
 
 
-def test_all_walkers_leave_out_the_same_files(tmp_path):
-    good = ["a/images/_DSC0001.JPG", "a/images/b.webp", "_c/images/1.tif"]
-    hidden = ["a/images/.d.png", "a/images/._b.webp", "a/.ipynb_checkpoints/b.png", "__MACOSX/images/b.png",
-              "a/images/__MACOSX/1.png", ".git/images/1.png"]
-    other = ["a/images/Thumbs.db", "a/images/desktop.ini", "a/images/b.tfw", "a/images/read.txt"]
-    for name in [*good, *hidden, *other, "masks/b.png"]:
-        (tmp_path / name).parent.mkdir(parents=True, exist_ok=True)
-        (tmp_path / name).touch()
-    want = sorted(tmp_path / name for name in good)
-    assert sorted(match_files(tmp_path, "*/images/*").values()) == want
-    assert sorted(match_files(tmp_path, ["*/*/*.tfw", "a/**/b.web*"]).values()) == [
-        tmp_path / "a/images/b.tfw", tmp_path / "a/images/b.webp"]  # a pattern takes what it names
-    assert [tmp_path / p for p in find_pictures(tmp_path)[0]] == want
-    shutil.rmtree(tmp_path / "masks")
-    base, scenes, _, stray, _ = find_scenes(tmp_path)
+SYSTEM = ["a/images/.d.png", "a/images/._b.webp", "a/.ipynb_checkpoints/b.png", "__MACOSX/images/b.png",
+          "a/images/__MACOSX/1.png", ".git/images/1.png", "@eaDir/images/b.png", "a/images/@eaDir/b.webp",
+          "$RECYCLE.BIN/images/b.png", "lost+found/images/b.png", "a/images/Thumbs.db", "a/images/desktop.ini"]
+
+
+def touch(root, *names):
+    for name in names:
+        (root / name).parent.mkdir(parents=True, exist_ok=True)
+        (root / name).touch()
+
+
+def test_all_walkers_take_and_leave_out_the_same_files(tmp_path):
+    good = ["a/images/_DSC0001.JPG", "a/images/b.webp", "_c/images/1.tif", "a/images/more/2.png",
+            "a/images/again/2.png"]
+    touch(tmp_path / "root", *good[:4], *SYSTEM, "a/images/b.tfw", "a/images/read.jp2", "masks/b.png")
+    touch(tmp_path / "pool", "2.png", "note.txt", ".d.png")
+    shutil.rmtree(tmp_path / "root/a/images/more")
+    root = tmp_path / "root"
+    for link in ("more", "again"):  # two links to one folder, and links that lead round
+        (root / "a/images" / link).symlink_to(tmp_path / "pool")
+    (root / "a/images/up").symlink_to(root)
+    (root / "a/images/self").symlink_to(root / "a/images")
+    (root / "a/images/far").symlink_to("/")
+    (tmp_path / "pool/back").symlink_to(root / "a")
+    want = sorted(root / name for name in good)
+    others = ["b.tfw", "note.txt", "note.txt", "read.jp2"]
+
+    d = dict(images="**/images/**", masks="masks/*")
+    assert sorted(match_files(root, "**/images/**").values()) == want
+    assert sorted(file.name for file in unknown_files(root, d)) == others
+    assert sorted(match_files(root, ["*/*/*.tfw", "a/**/b.web*"]).values()) == [
+        root / "a/images/b.tfw", root / "a/images/b.webp"]  # a pattern takes what it names
+    complaints = Complaints()
+    assert [root / p for p in find_pictures(root, complaints)[0]] == want
+    note = "4 files are no images by their suffix: 2 .txt, 1 .tfw, 1 .jp2; first "
+    assert complaints.lines["note", "suffix"] == [f"{note}{root}/a/images/again/note.txt"]
+    found, left = find_images([str(root / "a"), str(root / "_c")])
+    assert sorted(found) == want and sorted(file.name for file in left) == others
+    assert set(found.values()) == {"images/_DSC0001", "images/b", "images/more/2", "images/again/2", "images/1"}
+    shutil.rmtree(root / "masks")
+    base, scenes, _, notes, _ = find_scenes(root)
     assert sorted(base / n for n in scenes) == want and set(scenes.values()) == {"a", "_c"}
-    assert sorted(f.name for f in stray) == ["b.tfw", "read.txt"]
+    assert notes == [f"{note}{base}/a/images/again/note.txt"]
 
 
 # ---- masks of a whole data set
@@ -209,14 +283,6 @@ def test_class_counts_are_the_pixels_of_each_class(plain):
     save(plain / "masks/1.png", a)
     with pytest.raises(BadInput, match="masks/1.png: unknown ids 9, 8"):
         class_counts(pairs, labels)
-
-
-@pytest.mark.parametrize("pattern, path, key", [
-    ("T */*.png", "T 2/a.png", "2/a"), ("T [1-3]/*.png", "T 2/a.png", "2/a"), ("T [!1]/*.png", "T 2/a.png", "2/a"),
-    ("**/*.png", "a.png", "/a"), ("**/*.png", "x/y/a.png", "x/y//a"), ("a?.png", "ab.png", "b"),
-    ("*.png", "x/a.png", None)])
-def test_stars_stand_for_text(pattern, path, key):
-    assert star_key(pattern, path) == key
 
 
 def test_two_images_of_one_name_are_refused(plain):

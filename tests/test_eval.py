@@ -7,7 +7,8 @@ import pytest
 from PIL import Image
 from runs import OLD_SPECS, forks, ids_of, matrix, old_run, read, tiny_set, trained  # noqa: F401
 
-from data.common import write
+from data.common import BadInput, write
+from eval import find_masks
 
 QUICK = ["--workers", 0]
 
@@ -110,6 +111,26 @@ def test_masks_are_scored_like_the_model_that_made_them(run, forks, tmp_path):
     *_, (_, image, _) = scenes()
     (tmp_path / "p" / image.name).unlink()
     assert f"{image.name}: no such mask" in forks.run("eval", run, *masks, ok=2)
+
+
+def test_masks_lie_equally_deep_below_the_folder_or_are_refused(tmp_path):
+    names = ["a/x/1", "a/y/1", "b/é"]
+    for layout, want in ((["a/x/1.png", "a/y/1.PNG", "b/e\u0301.png"],) * 2,
+                         (["x/1.png", "y/1.png", "é.png", "b/é_color.png"], ["x/1.png", "y/1.png", "é.png"])):
+        folder = tmp_path / str(len(layout))
+        for name in layout:
+            write(folder / name, b"")
+        assert find_masks(folder, names) == {n: folder / m for n, m in zip(names, want)}
+    write(tmp_path / "p/1.png", b"")
+    write(tmp_path / "p/é.png", b"")
+    with pytest.raises(BadInput, match="images of one name in several folders"):
+        find_masks(tmp_path / "p", names)
+    (tmp_path / "3/b/e\u0301.png").unlink()
+    write(tmp_path / "3/é.png", b"")  # would fit if this name alone were shortened
+    with pytest.raises(BadInput, match="b/é.png: no such mask|1.png: no such mask"):
+        find_masks(tmp_path / "3", names)
+    with pytest.raises(BadInput, match="none: no such folder"):
+        find_masks(tmp_path / "none", names)
 
 
 def test_the_truth_itself_scores_one(run, forks, tmp_path):

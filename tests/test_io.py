@@ -12,7 +12,7 @@ from PIL import Image
 from data.check.images import inspect_pair
 from data.common import IGNORE, BadInput, write
 from data.datasets import SegDataset, check_sizes
-from data.io import Labels, default_color, id_image, is_hidden, read_image, read_mask, read_valid
+from data.io import Labels, default_color, id_image, read_image, read_mask, read_valid
 from data.plots import WRONG
 
 RGB = np.random.default_rng(0).integers(1, 256, (9, 7, 3), np.uint8)
@@ -239,15 +239,7 @@ def test_what_is_transparent_or_not_finite_is_ignored(tmp_path):
     assert (ids == IGNORE).sum() == 1 and ids[2, 3] == IGNORE
 
 
-# ---- names and colours
-
-@pytest.mark.parametrize("path, hidden", [
-    ("a/b.png", False), ("_DSC0001.JPG", False), ("_a/b.png", False), ("a..b/c.png", False), ("../a/b.png", False),
-    (".a.png", True), ("a/._b.png", True), (".a/b.png", True), ("a/.ipynb_checkpoints/b.png", True),
-    ("__MACOSX/a/b.png", True), ("a/Thumbs.db", True), ("a/desktop.ini", True), ("thumbs.db", True)])
-def test_hidden_and_system_files(path, hidden):
-    assert is_hidden(path) == is_hidden(Path(path)) == hidden
-
+# ---- colours
 
 def lab(color):
     """CIELAB of "#3C1098" by its definition: sRGB, D65."""

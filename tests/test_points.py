@@ -1,6 +1,7 @@
 """data/points.py and its averages; oracles: scipy.ndimage, Pillow, scikit-learn, the definitions in Python."""
 import csv
 import json
+import os
 import re
 
 import numpy as np
@@ -146,11 +147,40 @@ def test_the_columns_mean_what_they_say(files, tmp_path):
     assert feature["properties"] == {"image": "val/b", "class": "tree"}
 
 
+@pytest.mark.parametrize("written", [
+    "train/a", "a", "a.jpg", "a.JPG", "a.tif", "train\\a.jpg", "./train/a", "/train/a", "ROOT/train/a.jpg"])
+def test_an_image_is_called_by_all_that_names_it(files, tmp_path, written):
+    (tmp_path / "p.csv").write_text(f"image,x,y,class\n{written.replace('ROOT', str(tmp_path))},5,6,tree\n")
+    files.pop("train/a_3")  # one file of several tiles has no name but theirs
+    assert points.read_points(tmp_path / "p.csv", files, NAMES)["train/a"].tolist() == [[5, 6, 2]]
+
+
+def test_names_of_classes_and_images_in_another_writing_meet(files, tmp_path):
+    composed, parted = "Forêt", "Foret\u0302".replace("et\u0302", "e\u0302t")
+    assert composed != parted
+    files[f"train/{composed}"] = files["train/a"]
+    (tmp_path / "p.csv").write_text(f"image,x,y,class\n{parted},5,6,{parted}\n", "utf-8")
+    got = points.read_points(tmp_path / "p.csv", files, ["road", composed])
+    assert {name: rows.tolist() for name, rows in got.items()} == {f"train/{composed}": [[5, 6, 1]]}
+
+
+def test_names_that_are_not_utf_8_are_written_and_read_back(files, tmp_path):
+    name = "train/" + os.fsdecode(b"t\xcd\xff")
+    drawn = points.simulate({name: files["train/a"]}, LABELS, "random", 5, 0)
+    for file in ("p.csv", "p.geojson"):
+        points.write_points(tmp_path / file, drawn, NAMES)
+        got = points.read_points(tmp_path / file, {name: files["train/a"]}, NAMES)
+        assert list(got) == [name] and np.array_equal(got[name], drawn[name])
+    assert b"train/t\xcd\xff," in (tmp_path / "p.csv").read_bytes()
+
+
 @pytest.mark.parametrize("row, said", [
     ("a,80,5,road", r"line 3: x 80, y 5 is outside train/a of 80 x 60 .*from 0"),
     ("a,5,60,road", r"line 3: .*exchanged\?"), ("a,-1,5,road", "line 3: .*outside"), ("a,nan,5,road", "outside"),
     ("a,1,5,lake", "line 3: unknown class 'lake'; expected one of: road, roof, tree"),
-    ("c,1,5,road", "line 3: 'c' is no image"), ("a,one,5,road", "line 3: 'one' is no number"),
+    ("c,1,5,road", "line 3: 'c' is no image"), ("a.5,1,5,road", "line 3: 'a.5' is no image"),
+    ("x/a,1,5,road", "line 3: 'x/a' is no image"),
+    ("a,one,5,road", "line 3: 'one' is no number"),
     ("a,1,,road", "line 3: '' is no number"), ("a,1", "line 3: unknown class 'None'"),
     ("a,2,2,road", "line 3: the pixel .2, 2. of train/a is 'roof' in an earlier row and 'road' here")])
 def test_a_row_that_cannot_be_used_is_named(files, tmp_path, row, said):
@@ -164,11 +194,17 @@ def test_a_row_that_cannot_be_used_is_named(files, tmp_path, row, said):
     ("p.csv", "image,x,class\na,1,road", "no column 'y'"), ("p.csv", "", "no column 'image' in an empty file"),
     ("p.csv", "image,x,y,class\n", "no points"), ("p.geojson", "{}", "no GeoJSON FeatureCollection"),
     ("p.geojson", '{"features": null}', "no GeoJSON FeatureCollection"),
+    ("p.geojson", "[1]", r"holds \[1\]; expected JSON"),
+    ("p.geojson", '{"features": [{"properties": {"image": "a", "class": "road"}, "geometry": {'
+     '"type": "Point", "coordinates": [NaN, 2]}}]}', "NaN is no number"), ("p.geojson", "[" * 10**5, "not valid JSON"),
+    ("p.geojson", '{"features": [{"properties": {"image": "a", "class": "road"}, "geometry": {'
+     '"type": "Point", "coordinates": [1' + "0" * 400 + ', 2]}}]}', "feature 1: 10+[.]{3}0+ is no number"),
     ("p.csv", 'image,x,y,class\n"a,2,2,roof\n' + "a,2,2,roof\n" * 20_000, "line 2.*is a quote left open"),
     ("p.csv", "image,x,y,class\ra,11,480,roof\r", "line 2: .*outside"),  # line ends of old spreadsheets
     ("p.geojson", json.dumps({"features": [{"properties": {"image": "a", "class": "road"}, "geometry": {
         "type": "Point", "coordinates": "12"}}]}), "feature 1: expected a Point"),
-    ("p.geojson", '{"features": [{"properties": {}}]}', "feature 1: expected a Point"), ("q.csv", None, "No such file"),
+    ("p.geojson", '{"features": [{"properties": {}}]}', "feature 1: expected a Point"),
+    ("q.csv", None, "no such file; expected a .csv or"),
     ("p.geojson", json.dumps({"features": [{"properties": {"image": "a", "class": "road"}, "geometry": {
         "type": "Point", "coordinates": [11.5, 480.2]}}]}), "feature 1: .*outside")])
 def test_a_file_that_is_none_says_so(files, tmp_path, name, text, said):

@@ -180,7 +180,23 @@ def test_patterns_and_nothing_found(run, forks, tmp_path):
     text = forks.run("predict", run, tmp_path / "in/[ab].png", "--out", tmp_path / "p")
     assert "masks of 2 images" in text and not (tmp_path / "p/c.png").exists()
     text = forks.run("predict", run, tmp_path / "in/z*.png", "--out", tmp_path / "q", ok=2)
-    assert "no image there; expected a file, folder or pattern" in text
+    assert "z*.png: no such file or folder, and nothing fits it as a pattern" in text
+    (tmp_path / "in/a.jp2").touch()
+    text = forks.run("predict", run, tmp_path / "in/*.jp2", "--out", tmp_path / "q", ok=2)
+    assert "no image there (.png .jpg" in text and "1 files are no images by their suffix: 1 .jp2" in text
+
+
+def test_folders_are_walked_through_links_and_what_is_passed_over_is_counted(run, forks, tmp_path):
+    grey(tmp_path / "pool/1.5.png", 8, 8)
+    grey(tmp_path / "in/a[1]/x.png", 8, 8)
+    (tmp_path / "in/notes.txt").touch()
+    (tmp_path / "in/more").symlink_to(tmp_path / "pool")
+    (tmp_path / "in/round").symlink_to(tmp_path / "in")
+    text = forks.run("predict", run, tmp_path / "in", "--out", tmp_path / "p")
+    assert "masks of 2 images" in text and ids(tmp_path / "p/more/1.5.png").shape == (8, 8)
+    assert f"note: 1 files are no images by their suffix: 1 .txt; first {tmp_path}/in/notes.txt" in text
+    forks.run("predict", run, tmp_path / "in/a[1]/*.png", "--out", tmp_path / "q")
+    assert ids(tmp_path / "q/x.png").shape == (8, 8)
 
 
 @pytest.mark.parametrize("ranks", [2, 3])

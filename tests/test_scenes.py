@@ -48,10 +48,24 @@ def test_folders_may_hold_splits_and_files_that_are_no_images(tmp_path):
     (tmp_path / "train/field/notes.txt").write_text("mine")
     (tmp_path / "train/field/.DS_Store").write_text("")
     (tmp_path / "train/nothing").mkdir()
-    base, scenes, splits, stray, empty = find_scenes(tmp_path)
+    (tmp_path / "train/loose.png").write_text("")
+    base, scenes, splits, notes, empty = find_scenes(tmp_path)
     assert {split: len(names) for split, names in splits.items()} == dict(train=6, val=6, test=6)
     assert len(scenes) == 18 and base == tmp_path
-    assert [f.name for f in stray] == ["notes.txt"] and empty == ["nothing"]
+    assert notes == [f"1 files are no images by their suffix: 1 .txt; first {tmp_path}/train/field/notes.txt",
+                     f"1 images lie in no class folder, first {tmp_path}/train/loose.png"]
+    assert empty == ["nothing"]
+
+
+def test_links_that_lead_round_are_no_classes(tmp_path):
+    make_scenes(tmp_path / "real", (2, 2, 2))
+    (tmp_path / "real/loop").symlink_to(tmp_path / "real")
+    base, scenes, *_, empty = find_scenes(tmp_path / "real")
+    assert set(scenes.values()) == set(NAMES) and len(scenes) == 6 and empty == []
+    shutil.rmtree(tmp_path / "real")
+    (tmp_path / "loop").symlink_to(tmp_path)  # the only folder of its folder
+    with pytest.raises(BadInput, match="no images in sub-folders"):
+        find_scenes(tmp_path)
 
 
 def test_folders_that_are_no_classes_are_refused(tmp_path):
@@ -258,7 +272,7 @@ def test_a_split_file_counts_and_shares_do_otherwise(root, tmp_path):
     d = Scenes(root, cache="off", fractions=[0.8, 0.2, 0.0])
     assert set(d.splits) == {"train", "val"} and d.reports == "val" and len(d.splits["train"]) == 40
     for content, said in (({"train": ["field/none.png"]}, "'field/none.png' is no image here"),
-                          ({"train": whole["val"], "val": whole["val"]}, "is in 'train' and 'val'"),
+                          ({"train": whole["val"], "val": whole["val"]}, "is in the splits 'train' and 'val'"),
                           ([1], "expected JSON {split: [names]}")):
         write(tmp_path / "split.json", content)
         assert said in refusal(root, split_file=tmp_path / "split.json")
@@ -282,7 +296,7 @@ def test_bad_files_are_named_and_may_be_left_out(tmp_path):
     d = Scenes(root, cache="off", skip_bad=True)
     bad = ["field/broken.jpg", "forest/also.png", "water/water_0.png", "water/water_1.png"]
     assert sorted(d.left_out) == bad and not set(bad) & set(sum(d.splits.values(), []))
-    assert all(any(name in note for note in d.notes) for name in [*bad, "notes.txt: no image"])
+    assert all(any(name in note for note in d.notes) for name in [*bad, "notes.txt"])
 
 
 def test_an_empty_class_folder_is_named(tmp_path):

@@ -7,7 +7,8 @@ import numpy as np
 
 from ..common import BadInput, even_sample
 from ..datasets import (check_command, class_counts, hold_out, in_threads, match_pairs, scenes_of,
-                        script_command, split_names, tiles_of, unlabelled)
+                        script_command, split_names, tiles_of, unknown_files, unlabelled)
+from ..files import not_used
 from ..io import Labels
 from .complaints import Complaints, attempt
 from .ground import check_ground
@@ -32,7 +33,7 @@ def check(root: Path, description: dict, limit: int | None, source: str, flags: 
     pairs, splits = check_pairs(root, description, complaints)
     description = description | {"splits": splits}
     tiles = tiles_of(pairs, description["tiles"]) if "tiles" in description else pairs
-    homes = check_splits(root, splits, list(tiles), complaints)
+    homes = check_splits(root, splits, tiles, complaints)
     check_val(description, homes, complaints)
     if "scene" in description:
         check_scenes(description["scene"], homes, complaints)
@@ -102,6 +103,9 @@ def check_pairs(root: Path, description: dict, complaints: Complaints) -> tuple[
                                   "for predict.py only")
         pairs = {n: pair for n, pair in pairs.items() if n not in hidden}
         splits = {split: rules for split, rules in splits.items() if split not in without}
+    unknown = unknown_files(root, description)
+    if unknown:
+        complaints.note("suffix", not_used(unknown))
     if "warning" in description:
         complaints.warning("known", description["warning"])
     for image, mask in pairs.values():
@@ -116,16 +120,16 @@ def check_pairs(root: Path, description: dict, complaints: Complaints) -> tuple[
 
 # ---- splits
 
-def check_splits(root: Path, splits: dict, names: list[str],
+def check_splits(root: Path, splits: dict, pairs: dict[str, tuple],
                  complaints: Complaints) -> dict[str, list[str]]:
     """{name: its splits}, which should be one. `splits`: {split: rules}."""
-    homes = {n: [] for n in names}
+    homes = {n: [] for n in pairs}
     for split, rules in splits.items():
         chosen = set()
         faults = []
         # Rule by rule: split_names stops at the first fault.
         for rule in rules if isinstance(rules, list) else [rules]:
-            part = attempt(split_names, root, {"splits": {split: rule}}, names)
+            part = attempt(split_names, root, {"splits": {split: rule}}, pairs)
             if isinstance(part, BadInput):
                 faults.append(part)
             else:

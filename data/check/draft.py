@@ -26,7 +26,7 @@ def draft(root: Path, limit: int | None, typed: dict) -> int:
     print(*values_table(root, values), sep="\n")
     description["classes"], description["ignore"] = draft_classes(values, complaints)
     description |= typed
-    description |= draft_splits(root, list(pairs), complaints)
+    description |= draft_splits(root, pairs, complaints)
 
     # What training would stop at is said now, beside everything else.
     unpaired = attempt(find_pairs, root, description)
@@ -34,7 +34,9 @@ def draft(root: Path, limit: int | None, typed: dict) -> int:
         complaints.error("pairs", unpaired)
     compare_class_lists(root, description, complaints)
 
-    write(root / "dataset.json", as_text(description))
+    # A name of a file that is not UTF-8 becomes an escape, as JSON has it.
+    text = as_text(description).encode("utf-8", "backslashreplace")
+    write(root / "dataset.json", text)
     print(f"wrote {root / 'dataset.json'}")
     again = check_command(root)
     return complaints.show(len(pairs), again, good=f"Name the classes in it, then: {again}")
@@ -51,18 +53,18 @@ def read_values(root: Path, description: dict, pairs: dict, limit: int | None,
     return count_values(dict(zip(masks, scans)), complaints)
 
 
-def draft_splits(root: Path, names: list[str], complaints: Complaints) -> dict:
+def draft_splits(root: Path, pairs: dict[str, tuple], complaints: Complaints) -> dict:
     """{"splits": by the lists or folders on disk}, and what to hold out where val is missing."""
     # Official lists count most, then folders such as train/. Lists may be those of another
     # version, with names that are not here.
     splits = listed_splits(root)
-    chosen = attempt(split_names, root, {"splits": splits}, names)
+    chosen = attempt(split_names, root, {"splits": splits}, pairs)
     if isinstance(chosen, BadInput):
         complaints.warning("lists", f"not used for the splits: {chosen}")
         splits = {}
     if not splits:
-        splits = folder_splits(names, complaints)
-        chosen = split_names(root, {"splits": splits}, names)
+        splits = folder_splits(list(pairs), complaints)
+        chosen = split_names(root, {"splits": splits}, pairs)
     drafted = {"splits": splits}
     if "val" not in splits:
         drafted |= propose_hold_out(chosen.get("train", []), complaints)

@@ -9,7 +9,7 @@ from itertools import zip_longest
 from pathlib import Path
 
 from ..common import BadInput
-from ..io import SUFFIXES, is_hidden
+from ..files import SUFFIXES, images_in, not_used
 from .complaints import Complaints
 
 MASK = re.compile(r"masks?|(?<!un)label[a-z]*|annot[a-z]*|segm[a-z]*|ground.?truth|"
@@ -26,7 +26,7 @@ MAX_PATTERNS = 99  # more of them mean that the names follow no rule
 
 def draft_patterns(root: Path, complaints: Complaints) -> dict:
     """{"images": pattern or list of patterns, "masks": the same} as in dataset.json."""
-    images, masks = find_pictures(root)
+    images, masks = find_pictures(root, complaints)
     patterns, paired = propose(pair_up(images, masks))
     if not 0 < len(patterns) <= MAX_PATTERNS:
         some_images, some_masks = ([str(p) for p in files[:2]] for files in (images, masks))
@@ -43,16 +43,16 @@ def draft_patterns(root: Path, complaints: Complaints) -> dict:
     return {"images": [image for image, _ in patterns], "masks": [mask for _, mask in patterns]}
 
 
-def find_pictures(root: Path) -> tuple[list[Path], list[Path]]:
+def find_pictures(root: Path, complaints: Complaints) -> tuple[list[Path], list[Path]]:
     """Images and masks, relative to root, told apart by the words in their folders and names."""
-    files = []
-    for p in sorted(root.rglob("*")):
-        relative = p.relative_to(root)
-        if p.suffix.lower() in SUFFIXES and not is_hidden(relative) and p.is_file():
-            files.append(relative)
+    pictures, others = images_in(root)
+    files = [file.relative_to(root) for file in pictures]
     if not files:
-        raise BadInput(f"{root}: no {' '.join(SUFFIXES)} file in it; "
+        found = f"; {not_used(others)}" if others else ""
+        raise BadInput(f"{root}: no {' '.join(SUFFIXES)} file in it{found}; "
                        "type the folder that holds the images and masks")
+    if others:
+        complaints.note("suffix", not_used(others))
 
     # A folder that holds all pictures, such as "segmentation", tells none apart.
     shared = len(Path(os.path.commonpath([p.parent for p in files])).parts)

@@ -11,7 +11,7 @@ from pathlib import Path
 
 from ..common import BadInput
 from ..datasets import scenes_of
-from ..io import is_hidden
+from ..files import match
 from .complaints import Complaints, attempt
 from .patterns import SPLIT
 
@@ -27,11 +27,10 @@ SCENES = (r"(.*)/[^/]*$", r"(.*?)[_-]?[xyrc]?\d+[_-][xyrc]?\d+$", r"(.*?)[_-]?\d
 def listed_splits(root: Path) -> dict[str, list[str]]:
     """{split: lists} from files such as ImageSets/trn.txt; {} without."""
     lists = {"train": [], "val": [], "test": []}
-    for file in sorted(root.rglob("*.txt")):
-        relative = file.relative_to(root)
+    for file, _ in match(root, "**/*.txt"):
         found = SPLIT.fullmatch(file.stem)
-        if found and not is_hidden(relative):
-            lists[SPLITS[found[1].lower()]].append(relative.as_posix())
+        if found:
+            lists[SPLITS[found[1].lower()]].append(file.relative_to(root).as_posix())
     return {split: several for split, several in lists.items() if several}
 
 

@@ -1,0 +1,259 @@
+"""Files of the user by their names: what a folder holds, what patterns, lists and tables mean.
+
+    images, others = images_in("D")         also behind links; hidden and system files are left out
+    star_key("T */*.png", "T 2/a.png")      "2/a": what the stars stand for
+    typed("D/*/a.png")                      what a word of a command line means: files and folders
+    Names(pairs).find("T 2\\a.png")         "T 2/a": the image that a list or a table means
+"""
+import functools
+import glob
+import math
+import os
+import posixpath
+import re
+from collections import Counter
+from collections.abc import Iterator
+from pathlib import Path, PurePosixPath
+
+from .common import BadInput, nfc
+
+SUFFIXES = (".png", ".jpg", ".jpeg", ".tif", ".tiff", ".bmp", ".webp")  # what counts as a picture
+# What macOS, Windows and network disks leave in folders: @eaDir holds thumbnails, called *.jpg.
+SYSTEM_FILES = {"__macosx", "icon\r", "thumbs.db", "ehthumbs.db", "desktop.ini", "$recycle.bin",
+                "system volume information", "lost+found", "@eadir", "#recycle"}
+
+
+# ---- folders
+
+def is_hidden(name: str) -> bool:
+    """Is a file or folder of this name hidden or the system's own?
+
+    "_DSC0001.JPG" is a normal name; "._a.png" (macOS) and ".ipynb_checkpoints" are not.
+    """
+    return name.startswith(".") or name.lower() in SYSTEM_FILES
+
+
+def is_image(file: Path) -> bool:
+    """By its suffix."""
+    return file.suffix.lower() in SUFFIXES
+
+
+def image_name(file: Path) -> str:
+    """How a path names an image: with slashes, and without its suffix if that is an image's."""
+    return (file.with_suffix("") if is_image(file) else file).as_posix()
+
+
+def walk(folder: str | Path, depth: float = math.inf) -> Iterator[Path]:
+    """All files below a folder in the order of their paths, at most so many levels deep.
+
+    Links to folders are followed, but for those to a folder that they lie in.
+    """
+    return below(Path(folder), ancestors(folder), depth)
+
+
+def below(folder: Path, above: set[str], depth: float) -> Iterator[Path]:
+    """walk() of a folder; `above`: the real paths of the folders that were passed on the way."""
+    try:
+        entries = sorted(os.scandir(folder), key=lambda entry: entry.name)
+    except OSError as e:
+        raise BadInput(f"{folder}: cannot be read ({e.strerror}); make it readable, or move it "
+                       "away") from None
+    for entry in entries:
+        path = folder / entry.name
+        if is_hidden(entry.name):
+            continue
+        if not is_folder(entry):
+            yield path
+        elif depth > 1:
+            real = os.path.realpath(path)
+            if real not in above:  # else the walk would go round for ever
+                yield from below(path, above | {real}, depth - 1)
+
+
+def ancestors(folder: str | Path) -> set[str]:
+    """The real paths of a folder and of all that it lies in."""
+    real = Path(os.path.realpath(folder))
+    return {str(path) for path in (real, *real.parents)}
+
+
+def is_folder(entry: os.DirEntry) -> bool:
+    """A folder or a link to one; a link to nothing, or to itself, is a file that cannot be read."""
+    return entry.is_dir(follow_symlinks=False) or entry.is_symlink() and os.path.isdir(entry)
+
+
+def folders(folder: Path) -> list[Path]:
+    """Sub-folders in order, without hidden ones and links that lead round."""
+    above = ancestors(folder)
+    found = []
+    for entry in sorted(os.scandir(folder), key=lambda entry: entry.name):
+        if not is_hidden(entry.name) and is_folder(entry):
+            if os.path.realpath(entry) not in above:
+                found.append(folder / entry.name)
+    return found
+
+
+def images_in(folder: str | Path) -> tuple[list[Path], list[Path]]:
+    """The images below a folder, and its other files."""
+    images, others = [], []
+    for file in walk(folder):
+        (images if is_image(file) else others).append(file)
+    return images, others
+
+
+def not_used(files: list[Path]) -> str:
+    """The files that a walk passes over, in one line: how many, of which suffixes, the first."""
+    kinds = Counter(file.suffix or "without suffix" for file in files)
+    counts = ", ".join(f"{n} {kind}" for kind, n in kinds.most_common(5))
+    return f"{len(files)} files are no images by their suffix: {counts}; first {files[0]}"
+
+
+# ---- patterns
+
+def match(root: str | Path, pattern: str) -> Iterator[tuple[Path, str]]:
+    """(file, what the stars stand for) of all files in root that a pattern means.
+
+    ** stands for any number of folders. A pattern that is none is a BadInput.
+    """
+    try:
+        parts = PurePosixPath(pattern.replace("\\", "/")).parts
+        star_regex("/".join(parts))
+        if not parts or parts[0] == "/":
+            raise ValueError("absolute" if parts else "empty")
+    except (ValueError, TypeError, AttributeError, re.error) as e:
+        raise BadInput(f"{root}: {pattern!r} is no pattern ({e}); expected 'images/*.png' or the "
+                       "like") from None
+    # The walk begins behind the folders that are there by these very names.
+    base = Path(root)
+    while len(parts) > 1 and not glob.has_magic(parts[0]) and (base / parts[0]).is_dir():
+        base = base / parts[0]
+        parts = parts[1:]
+    rest = "/".join(parts)
+    depth = math.inf if "**" in rest else len(parts)
+    for file in walk(base, depth):
+        stars = star_key(rest, "/".join(file.parts[len(base.parts):]))
+        if stars is not None:
+            yield file, stars
+
+
+def star_key(pattern: str, path: str) -> str | None:
+    """What the stars stand for: "T */*.png", "T 2/a.png" -> "2/a"; None where nothing fits."""
+    found = star_regex(pattern).fullmatch(nfc(path))
+    return "/".join(found.groups()) if found else None
+
+
+@functools.lru_cache
+def star_regex(pattern: str) -> re.Pattern:
+    """Every star and bracket as a group, the rest as text; "[[]" stands for a bracket itself."""
+    wild = {"**/": "((?:.*/)?)", "**": "(.*)", "*": "([^/]*)", "?": "([^/])"}
+    regex = ""
+    for token in re.split(r"(\*\*/|\*\*|\*|\?|\[!?\]?[^]]*\])", nfc(pattern)):
+        if token in wild:
+            regex += wild[token]
+        elif token in ("[[]", "[]]", "[*]", "[?]"):
+            regex += re.escape(token[1])
+        elif token.startswith("[") and token.endswith("]"):
+            inside = re.sub(r"([][\\^&~|])", r"\\\1", token[1:-1])
+            regex += f"([{inside}])".replace("[!", "[^")
+        else:
+            regex += re.escape(token)
+    return re.compile(regex, re.DOTALL)  # names may hold line breaks
+
+
+def typed(word: str) -> list[Path]:
+    """The files and folders that a word of a command line means: itself if there, else by its stars.
+
+    Folders that are there may have brackets in their names; shells do not always fill in stars.
+    """
+    path = Path(word)
+    if os.path.lexists(path):
+        return [path]
+    base = next(parent for parent in path.parents if parent.is_dir())
+    rest = path.relative_to(base)
+    if not glob.has_magic(rest.parts[0]):
+        return []
+    if "**" in rest.parts:
+        return [file for file, _ in match(base, rest.as_posix())]
+    found = glob.glob(os.path.join(glob.escape(str(base)), str(rest)))
+    paths = sorted(map(Path, found))
+    return [p for p in paths if not any(map(is_hidden, p.relative_to(base).parts))]
+
+
+# ---- names in lists and tables
+
+class Names:
+    """The images of a data set, by all that lists, tables and split files call them.
+
+    pairs: {name: (image, mask, ...)}. An image is called by its name, or by the last part of it
+    where only one image has that, with the suffix of an image or without; by its absolute path;
+    with slashes or backslashes.
+    """
+
+    def __init__(self, pairs: dict[str, tuple]):
+        self.pairs = pairs
+        self.suffixes = {Path(image).suffix.lower() for image, *_ in pairs.values()}
+        self.suffixes |= set(SUFFIXES)
+        last = {name: name.rsplit("/", 1)[-1] for name in pairs}
+        count = Counter(last.values())
+        self.known = {nfc(part): name for name, part in last.items() if count[part] == 1}
+        self.known |= {nfc(name): name for name in pairs}
+
+    def find(self, text: str) -> str | None:
+        """The name, or None: nothing is cut off that is not the suffix of an image."""
+        if text in self.pairs:
+            return text
+        slashed = posixpath.normpath(text.replace("\\", "/"))
+        for path in (text, slashed, slashed.lstrip("/")):
+            name = self.known.get(nfc(path)) or self.known.get(nfc(self.bare(path)))
+            if name:
+                return name
+        if os.path.isabs(slashed):
+            return self.places.get(self.bare(real_place(slashed)))
+        return None
+
+    def find_line(self, line: str) -> str | None:
+        """The name in a line of a list, which may have the image's mask behind it."""
+        name = self.find(line)
+        if name:
+            return name
+        for gap in re.finditer(r"[,;\s]+", line):  # every one: names may have blanks themselves
+            name = self.find(line[:gap.start()])
+            if name is None:
+                continue
+            if not self.is_mask(line[gap.end():], name):
+                raise BadInput(f"{line!r}: the mask of {name} is {self.pairs[name][1]}; correct the "
+                               'line, or "masks" in dataset.json')
+            return name
+        return None
+
+    def bare(self, path: str) -> str:
+        """The path without the suffix of an image."""
+        rest, suffix = posixpath.splitext(path)
+        return rest if suffix.lower() in self.suffixes else path
+
+    def is_mask(self, text: str, name: str) -> bool:
+        """Is this the path of the image's mask, or its end? An image without a mask may have any."""
+        mask = self.pairs[name][1]
+        path = nfc(self.bare(posixpath.normpath(text.replace("\\", "/"))))
+        if mask is None or self.bare(real_place(path)) == self.bare(real_place(str(mask))):
+            return True
+        return nfc(self.bare(Path(mask).as_posix())).endswith("/" + path.lstrip("/"))
+
+    @functools.cached_property
+    def places(self) -> dict[str, str | None]:
+        """{real path of an image without its suffix: name}, None for one that is several tiles."""
+        found = {}
+        for name, (image, *_) in self.pairs.items():
+            place = self.bare(real_place(str(image)))
+            found[place] = None if place in found else name
+        return found
+
+
+def real_place(path: str) -> str:
+    """The path with its folder's links resolved, but not the file's own: that may lie elsewhere."""
+    folder, name = os.path.split(path)
+    return nfc(Path(real_folder(folder), name).as_posix())
+
+
+@functools.lru_cache
+def real_folder(folder: str) -> str:
+    return os.path.realpath(folder)
