@@ -43,7 +43,7 @@ import torch
 
 from .common import IGNORE, BadInput, even_sample, nfc, progress, read_json, read_text
 from .files import Names, is_image, match
-from .io import Labels, open_image, read_valid
+from .io import Labels, read_valid, size_of
 
 # Mean and standard deviation of red, green and blue that the weights were trained with.
 NORMS = {
@@ -264,7 +264,7 @@ def tiles_of(pairs: dict[str, tuple[Path, Path | None]], side: int) -> dict[str,
     """
     tiles = {}
     for name, (image, mask) in pairs.items():
-        W, H = open_image(image, deep=True).size
+        H, W = size_of(image)
         k = 0
         for top in range(0, H, side):
             for left in range(0, W, side):
@@ -465,15 +465,15 @@ def check_sizes(pairs: dict) -> dict[Path, tuple[int, int]]:
 
     A bad one, or a mask of another size than its image, stops a run before its first step.
     """
-    def size_of(pair):
+    def compare(pair):
         image, mask = pair
-        size = open_image(image, deep=True).size[::-1]
+        size = size_of(image)
         if mask:
-            check_size(mask, open_image(mask).size[::-1], size)
+            check_size(mask, size_of(mask), size)
         return size
 
     files = list(dict.fromkeys(pair[:2] for pair in pairs.values()))
-    sizes = in_threads(size_of, files, "sizes")
+    sizes = in_threads(compare, files, "sizes")
     return {image: size for (image, _), size in zip(files, sizes)}
 
 

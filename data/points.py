@@ -28,7 +28,7 @@ from .common import IGNORE, BadInput, as_bytes, nfc, read_json, read_text, write
 from .crops import nearest
 from .datasets import SegDataset, normalise
 from .files import Names
-from .io import Labels, open_image, pixels, read_valid
+from .io import Labels, read_mask, read_valid, size_of
 
 Box = tuple[int, int, int, int]  # top, left, h, w
 Points = dict[str, np.ndarray]  # {image: (n, 3) int64 rows x, y, class id}
@@ -69,7 +69,7 @@ def read_points(path: str | Path, files: dict[str, tuple], names: list[str]) -> 
         if c is None:
             raise BadInput(f"{where}: unknown class {label!r}; expected one of: {', '.join(names)}")
         if name not in sizes:
-            sizes[name] = size_of(files[name])
+            sizes[name] = size_in(files[name])
         pixel = pixel_of(x, y, sizes[name], name, where)
         # The same point twice is one; a pixel has one class.
         marked = found.setdefault(name, {})
@@ -86,14 +86,13 @@ def read_points(path: str | Path, files: dict[str, tuple], names: list[str]) -> 
     return points
 
 
-def size_of(file: tuple) -> tuple[int, int]:
+def size_in(file: tuple) -> tuple[int, int]:
     """(H, W) of an image or of the box of it that counts."""
     image, _, *box = file
     if box:
         _, _, h, w = box[0]
         return h, w
-    W, H = open_image(image, deep=True).size
-    return H, W
+    return size_of(image)
 
 
 def pixel_of(x, y, size: tuple[int, int], name: str, where: str) -> tuple[int, int]:
@@ -217,10 +216,9 @@ def simulate(files: dict[str, tuple], labels: Labels, pattern: str, n: int | Non
     def draw_from(name):
         image, mask, *box = files[name]
         ids = load(mask)
-        if open_image(image, deep=True).mode in ("RGBA", "LA"):
-            valid = read_valid(image, **reading)[1]
-            if valid is not None:
-                ids = np.where(valid, ids, IGNORE)
+        valid = read_valid(image, **reading)[1]
+        if valid is not None:
+            ids = np.where(valid, ids, IGNORE)
         numbers = None
         if name in instances:
             numbers = read_instances(instances[name])
@@ -412,10 +410,10 @@ def to_edge(parts: np.ndarray) -> np.ndarray:
 
 def read_instances(path: str | Path) -> np.ndarray:
     """(H, W) int64 instance numbers; the colours of an RGB mask become numbers, black is 0."""
-    values = pixels(open_image(path), path).astype(np.int64)
+    values = read_mask(path).astype(np.int64)
     if values.ndim == 2:
         return values
-    return values[..., :3] @ np.array([1 << 16, 1 << 8, 1])
+    return values @ np.array([1 << 16, 1 << 8, 1])
 
 
 # ---- on the way to the network

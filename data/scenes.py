@@ -24,7 +24,7 @@ from .cache import Cache
 from .common import BadInput, as_bytes, nfc
 from .datasets import compile_regex, read_split_file, uncached
 from .files import folders, images_in, not_used
-from .io import open_image, read_image
+from .io import read_image, size_of
 
 # How folders may call the three splits.
 SPLITS = {"train": "train", "training": "train", "val": "val", "valid": "val", "validation": "val",
@@ -217,7 +217,7 @@ def decode_scenes(*paths: Path, side: int | None = None, bands: list[int] | None
 
     def size(path):
         try:
-            return open_image(path, deep=input_range is not None).size
+            return size_of(path)
         except BadInput:
             return ()
 

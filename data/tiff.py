@@ -547,6 +547,9 @@ class Tiff:
             self.position = read_georef(main)
         self.shape = self.page.height, self.page.width, self.page.bands
         self.dtype = self.page.dtype
+        self.bits = self.page.bits
+        self.indexed = self.palette is not None
+        self.lossy = self.page.compression == JPEG
         self.block = self.page.block
         self.compression = self.page.packing
         self.photometric = PHOTOMETRICS.get(self.page.photometric, "unknown")

@@ -246,7 +246,7 @@ def test_what_cannot_be_drafted(tmp_path, rng, capsys):
     for i in range(2):
         put(rng, tmp_path / f"masks/{i}.jpg")
     code, out = run(capsys, tmp_path)
-    assert code == 2 and "a JPEG mask" in out and "PNG or TIFF (all 2 masks fail)" in out
+    assert code == 2 and "compressed as JPEG" in out and "(all 2 masks fail)" in out
     for i in range(2):
         (tmp_path / f"masks/{i}.jpg").rename(tmp_path / f"masks/z{i}.jpg")
     code, out = run(capsys, tmp_path)

@@ -330,6 +330,6 @@ def test_bands_are_stored_with_the_weights(forks, tmp_path):
     make(tmp_path / "d", "potsdam", "rgbir,full")
     flags = ["--dataset", "potsdam", "--root", tmp_path / "d", *TINY, "--crop", 32]
     text = forks.run("train_seg", *flags, "--out", tmp_path / "none", ok=2)
-    assert "4 bands (RGBX); expected 3: say which with --bands" in text and text.count("error") == 1
+    assert "4 bands (RGB); expected 3: say which with --bands" in text and text.count("error") == 1
     assert "expected three numbers" in forks.run("train_seg", *flags, "--bands", "1,2", ok=2)
     assert "lower number first" in forks.run("train_seg", *flags, "--input-range", 9, 1, ok=2)

@@ -4,30 +4,23 @@ from pathlib import Path
 
 import numpy as np
 
-from ..io import open_image
+from ..raster import open_raster
+from ..tiff import Tag
 from .complaints import Complaints, attempt
 
-# Tags of GeoTIFF.
-SCALE, TIE_POINT, MATRIX, SYSTEM = 33550, 33922, 34264, 34735
 SHARED = 0.01  # of the smaller image: neighbours may share an edge
 
 
 def footprint(path: Path) -> tuple | None:
-    """(coordinate system, west, south, east, north) of a GeoTIFF; None without, or if turned."""
-    image = open_image(path, deep=True)
-    w, h = image.size
-    tags = getattr(image, "tag_v2", {})
-    matrix, scale, tie = (tags.get(number) for number in (MATRIX, SCALE, TIE_POINT))
-    if scale and tie:  # pixel (tie[0], tie[1]) lies at (tie[3], tie[4])
-        dx, dy = scale[:2]
-        west = tie[3] - tie[0] * dx
-        north = tie[4] + tie[1] * dy
-    elif matrix and not matrix[1] and not matrix[4]:  # 4 x 4, row by row; no rotation
-        dx, dy = matrix[0], -matrix[5]
-        west, north = matrix[3], matrix[7]
-    else:
+    """(coordinate system, west, south, east, north) of an image; None without, or if turned."""
+    raster = open_raster(path)
+    place = raster.georef
+    if place is None or place.transform[1] or place.transform[3]:
         return None
-    return tags.get(SYSTEM), west, north - h * dy, west + w * dx, north
+    h, w = raster.shape[:2]
+    dx, _, west, _, dy, north = place.transform  # dy is negative: rows go south
+    system = place.keys.get(Tag.GeoKeyDirectory)
+    return system, west, north + h * dy, west + w * dx, north
 
 
 def check_ground(pairs: dict, homes: dict[str, list[str]], complaints: Complaints) -> None:

@@ -12,7 +12,8 @@ from PIL import Image
 
 from ..common import IGNORE, BadInput
 from ..datasets import check_size, count_ids
-from ..io import Labels, open_image, read_valid
+from ..io import Labels, read_valid, size_of
+from ..raster import open_raster
 from .complaints import Complaints, attempt
 
 
@@ -20,7 +21,7 @@ from .complaints import Complaints, attempt
 class Finding:
     """What is known of one pair."""
     errors: dict = dataclasses.field(default_factory=dict)  # {kind: line}
-    mode: str | None = None  # Pillow's, of an image that can be read
+    mode: str | None = None  # RGB, palette, ... of an image that can be read
     digest: tuple | None = None  # equal for equal pictures; None for one of a single colour
     turned: bool = False  # by its EXIF tag
     counts: np.ndarray | int = 0  # (K+1,) pixels
@@ -32,9 +33,8 @@ def inspect_pair(image: Path, mask: Path | None, labels: Labels | None, reading:
     x = valid = None
     try:
         x, valid = read_valid(image, **reading)
-        header = open_image(image, deep=True)
-        finding.mode = header.mode
-        finding.turned = is_turned(header)
+        finding.mode = open_raster(image).photometric
+        finding.turned = is_turned(image)
         if (x != x[0, 0]).any():  # the empty margins of mosaics are all alike
             finding.digest = x.shape, hashlib.blake2b(x.reshape(-1)).digest()
     except BadInput as e:
@@ -43,7 +43,7 @@ def inspect_pair(image: Path, mask: Path | None, labels: Labels | None, reading:
         return finding
 
     try:
-        size = open_image(mask).size[::-1]  # of the header: a mask may have unknown values, too
+        size = size_of(mask)  # of the header: a mask may have unknown values, too
         fault = attempt(check_size, mask, size, size if x is None else x.shape[:2])
         if fault:
             finding.errors["size"] = fault
@@ -56,9 +56,10 @@ def inspect_pair(image: Path, mask: Path | None, labels: Labels | None, reading:
     return finding
 
 
-def is_turned(header: Image.Image) -> bool:
+def is_turned(image: Path) -> bool:
     """Does EXIF ask viewers to turn the picture?"""
     try:
+        header = Image.open(image)
         tags = header.getexif() if "exif" in header.info else getattr(header, "tag_v2", {})
         return tags.get(274, 1) not in (0, 1)  # Orientation
     except Exception:  # Pillow raises many kinds on damaged EXIF of images that it reads well

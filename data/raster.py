@@ -1,0 +1,210 @@
+"""A picture file of any format as it is stored: size, bands, type, pixels, and which of them are data.
+
+    raster = open_raster("a.tif")                # the header; told by content, whatever the suffix
+    raster.shape, raster.dtype                   (H, W, bands), uint16
+    pixels = raster.read(bands=[4, 1, 2])        (H, W, 3) of dtype; bands count from 1
+    valid = raster.valid(pixels)                 (H, W) bool, or None where the file cannot say
+
+TIFFs are read by data/tiff.py, all other formats by Pillow, whole.
+"""
+import contextlib
+import sys
+from pathlib import Path
+
+import numpy as np
+from PIL import Image, ImageFile
+
+from .common import BadInput
+from .tiff import Georef, Tiff, Window, is_nodata, mask_file, read_world_file
+
+Image.MAX_IMAGE_PIXELS = None  # Pillow's limit of 179 million refuses normal orthophotos
+ImageFile.LOAD_TRUNCATED_IMAGES = False
+
+TIFF_STARTS = (b"II*\0", b"MM\0*", b"II+\0", b"MM\0+")  # + is 43, the version of BigTIFF
+LOSSY = {"JPEG", "JPEG2000", "MPO"}  # what Pillow calls them
+
+# Pillow's mode -> bands, type. Of the others the colours are read.
+MODES = {
+    "1": (1, np.uint8), "L": (1, np.uint8), "P": (1, np.uint8), "I;16": (1, np.uint16),
+    "I;16B": (1, np.uint16), "I;16L": (1, np.uint16), "I": (1, np.int32), "F": (1, np.float32),
+    "LA": (2, np.uint8), "RGB": (3, np.uint8), "RGBA": (4, np.uint8)}
+COLOURS = {"PA": "RGBA", "La": "LA", "RGBa": "RGBA", "RGBX": "RGBA"}
+
+
+def open_raster(path: str | Path) -> "Tiff | Picture":
+    """The header of a picture file."""
+    try:
+        with open(path, "rb") as file:
+            start = file.read(4)
+    except FileNotFoundError:
+        raise BadInput(f"{path}: no such file") from None
+    except OSError as e:
+        raise BadInput(f"{path}: cannot be read ({e.strerror})") from None
+    if start not in TIFF_STARTS:
+        return Picture(path)
+    tiff = Tiff(path)
+    if tiff.pages > 1:
+        raise BadInput(f"{path}: {tiff.pages} pages, of which only the first would be read; "
+                       "if they are bands, save the ones to use as bands of one page")
+    return tiff
+
+
+class Picture:
+    """A PNG, JPEG, WebP, BMP, ... with the attributes of a Tiff.
+
+    indexed: are the pixels indices of a palette? palette: its (256, 3) uint8 colours after read();
+    opacity: (256,) uint8 beside it, or None. alpha: number of the alpha band, or None. lossy: does
+    the compression change values?
+    """
+    nodata = None
+
+    def __init__(self, path: str | Path):
+        self.path = path
+        image = self.open()
+        self.deep = is_deep(image)
+        mode = COLOURS.get(image.mode, image.mode)
+        self.mode = mode if mode in MODES else "RGB"
+        bands, dtype = MODES[self.mode]
+        self.shape = image.height, image.width, bands
+        self.dtype = np.dtype(np.uint16 if self.deep else dtype)
+        self.photometric = image.mode
+        self.compression = image.format
+        self.bits = {"1": 1, "L;2": 2, "L;4": 4}.get(raw_mode(image), 8 * self.dtype.itemsize)
+        self.lossy = image.format in LOSSY or is_lossy_webp(image)
+        self.alpha = bands if self.mode in ("LA", "RGBA") else None
+        self.indexed = self.mode == "P"
+        self.palette = None  # of an indexed one once it is read: Pillow decodes to tell it
+        # Some PNGs declare one colour, or entries of their palette, to be transparent.
+        self.key = image.info.get("transparency")
+        self.opacity = None
+        if self.indexed and self.key is not None:
+            self.opacity = opacity_of(self.key)
+
+    def open(self) -> Image.Image:
+        """Pillow's image, not yet decoded."""
+        try:
+            return Image.open(self.path)
+        except Exception as e:  # Pillow raises a dozen kinds on damaged headers
+            raise BadInput(f"{self.path}: not a readable image ({str(e)[:100]}); "
+                           "expected PNG, JPEG or TIFF") from None
+
+    def read(self, window: Window | None = None, bands: list[int] | None = None) -> np.ndarray:
+        """(h, w, len(bands)) as stored; without window the whole image, without bands all."""
+        try:
+            a = deep_pixels(self) if self.deep else self.decode()
+        except Exception as e:
+            raise BadInput(f"{self.path}: damaged or truncated ({str(e)[:100]}); "
+                           "copy the file again or take it out") from None
+        if window:
+            top, left, h, w = window
+            a = a[top:top + h, left:left + w]
+        return a if bands is None else a[..., [b - 1 for b in bands]]
+
+    def decode(self) -> np.ndarray:
+        """(H, W, bands); greys of 1, 2 and 4 bits are the numbers in the file, as in GDAL."""
+        image = self.open()
+        step = {2: 85, 4: 17}.get(self.bits, 1)  # Pillow makes 0..255 of them
+        if image.mode != self.mode:
+            image = image.convert(self.mode)
+        a = np.array(image)  # a copy: torch wants to own what it is given
+        if self.indexed:
+            listed = np.asarray(image.getpalette("RGB"), np.uint8).reshape(-1, 3)
+            self.palette = np.zeros((256, 3), np.uint8)
+            self.palette[:len(listed)] = listed
+        a = a.astype(self.dtype, copy=False) // self.dtype.type(step) if step > 1 else a
+        return a.reshape(self.shape).astype(self.dtype, copy=False)
+
+    def mask(self, window: Window | None = None) -> np.ndarray | None:
+        """(h, w) bool by the file NAME.msk beside it, None without."""
+        beside = mask_file(self.path)
+        if beside is None:
+            return None
+        if beside.shape[:2] != self.shape[:2]:
+            raise BadInput(f"{beside.path}: {beside.shape[0]} x {beside.shape[1]} pixels, but its "
+                           f"image has {self.shape[0]} x {self.shape[1]}; take the mask away")
+        return (beside.read(window) != 0).any(-1)
+
+    @property
+    def georef(self) -> Georef | None:
+        """Where the image lies, by a world file beside it."""
+        transform = read_world_file(self.path)
+        return Georef(transform, None, {}) if transform else None
+
+    def transparent(self, pixels: np.ndarray) -> np.ndarray | None:
+        """(h, w, bands) of all bands -> where they are the one transparent colour, or None."""
+        if self.key is None or self.indexed or self.dtype == np.uint16:
+            return None
+        return (pixels == np.array(self.key, np.int64)).all(-1)
+
+
+def valid_pixels(raster: "Tiff | Picture", pixels: np.ndarray,
+                 window: Window | None = None) -> np.ndarray | None:
+    """Which pixels (h, w, n) are data, (h, w) bool, or None where all are. Alpha is not asked.
+
+    As GDAL has it: by the mask page; without one by the file NAME.msk; without that, a pixel is
+    nodata if all its bands are. Beyond GDAL: a transparent colour, NaN and infinity are no data.
+    """
+    rules = []
+    seen = raster.mask(window or (0, 0, *raster.shape[:2]))
+    if seen is not None:
+        rules.append(seen)
+    elif raster.nodata is not None:
+        rules.append(~is_nodata(pixels, raster.nodata).all(-1))
+    if isinstance(raster, Picture):
+        hidden = raster.transparent(pixels)
+        if hidden is not None:
+            rules.append(~hidden)
+    if pixels.dtype.kind == "f":
+        rules.append(np.isfinite(pixels).all(-1))
+    return np.logical_and.reduce(rules) if rules else None
+
+
+# ---- what Pillow does not tell
+
+def opacity_of(key: int | bytes) -> np.ndarray:
+    """(256,) uint8: a palette's transparent entry, or the opacity of the first entries."""
+    opacity = np.full(256, 255, np.uint8)
+    if isinstance(key, int):
+        opacity[key] = 0
+    else:
+        opacity[:len(key)] = list(key)
+    return opacity
+
+
+def raw_mode(image: Image.Image) -> str | None:
+    """How the pixels lie in the file, such as "L;4", if Pillow says."""
+    with contextlib.suppress(Exception):
+        args = image.tile[0][3]
+        return args if isinstance(args, str) else args[0]
+    return None
+
+
+def is_deep(image: Image.Image) -> bool:
+    """Colours of 16 bits, of which Pillow hands out the upper 8."""
+    return image.mode in ("RGB", "RGBA") and ";16" in str(image.tile[:1])
+
+
+def deep_pixels(picture: Picture) -> np.ndarray:
+    """(H, W, 3 or 4) uint16.
+
+    Pillow keeps the first byte of a value only. So the file is read twice: the second time Pillow
+    is told the other byte order, and keeps the byte that was dropped.
+    """
+    upper, lower = picture.open(), picture.open()
+    native = ";16B" if sys.byteorder == "little" else ";16L"
+    other = {";16L": ";16B", ";16B": ";16L", ";16N": native}
+    for i, (codec, box, offset, args) in enumerate(lower.tile):
+        # The arguments of the decoder: the raw mode such as "RGB;16L", alone or first of several.
+        raw = args if isinstance(args, str) else args[0]
+        raw = raw[:-4] + other[raw[-4:]]
+        args = raw if isinstance(args, str) else (raw, *args[1:])
+        lower.tile[i] = type(lower.tile[i])(codec, box, offset, args)
+    return np.array(upper).astype(np.uint16) << 8 | np.array(lower)
+
+
+def is_lossy_webp(image: Image.Image) -> bool:
+    """A WebP holds a chunk VP8L if it is lossless, VP8 if not."""
+    if image.format != "WEBP":
+        return False
+    with open(image.filename, "rb") as file:
+        return b"VP8L" not in file.read(4096)
