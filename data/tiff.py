@@ -689,7 +689,7 @@ def is_nodata(values: np.ndarray, nodata: int | float) -> np.ndarray:
     """Which values are nodata; floats with GDAL's tolerance, since the tag is decimal text."""
     if values.dtype.kind != "f":
         return values == nodata
-    if np.isnan(nodata):
+    if nodata != nodata:
         return np.isnan(values)
     with np.errstate(over="ignore", invalid="ignore"):
         nodata = values.dtype.type(nodata)

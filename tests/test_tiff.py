@@ -89,6 +89,8 @@ def grid():
     """Every dtype, compression, tiling and predictor that go together; bands and byte order by lot."""
     for dtype, compress, tiled in itertools.product(
             INTEGERS + ["float32", "float64"], ("none", "deflate", "lzw", "zstd", "packbits", "lzma"), (True, False)):
+        if compress == "lzma" and dtype not in ("uint8", "uint16", "float32"):
+            continue  # slow to write
         if compress in ("none", "packbits"):
             predictors = [1]
         else:
@@ -99,12 +101,12 @@ def grid():
                            bigtiff=RNG.choice(["YES", "NO"]))
             if predictor > 1:
                 options["predictor"] = predictor
-            if tiled and compress == "lzma":  # 80 ms a tile to write
-                options |= dict(tiled=True, blockxsize=64, blockysize=32)
+            if tiled and compress == "lzma":
+                options |= dict(tiled=True, blockxsize=64, blockysize=48)
             elif tiled:
-                options |= dict(tiled=True, blockxsize=16, blockysize=32)
+                options |= dict(tiled=True, blockxsize=32, blockysize=16)
             else:
-                options["blockysize"] = int(RNG.choice([1, 5, H])) if compress != "lzma" else H
+                options["blockysize"] = int(RNG.choice([1, 7, H])) if compress != "lzma" else H
             yield dtype, bands, options
 
 
@@ -114,9 +116,9 @@ def test_the_grid_equals_gdal(tmp_path):
         a = numbers(dtype, bands)
         path = gdal(tmp_path / "a.tif", a, **options)
         np.testing.assert_array_equal(by_gdal(path), a.transpose(1, 2, 0))
-        assert_reads(path, a.transpose(1, 2, 0))
+        assert_reads(path, a.transpose(1, 2, 0), windows=2)
         done += 1
-    assert done == 216
+    assert done == 186
 
 
 @pytest.mark.parametrize("bits", [*range(1, 8), 9, 12, 15, 20, 31])
@@ -355,7 +357,7 @@ HOLES = RNG.random((H, W)) < 0.3
 
 @pytest.mark.parametrize("dtype, nodata", [("uint8", 0), ("int16", -9999), ("uint16", 65535), ("float32", -9999),
                                            ("float32", -3.4028234663852886e+38), ("float64", 0.1), ("float32", 0.1),
-                                           ("int64", -2**53 + 1)])
+                                           ("int64", -2**53 + 1), ("float64", 2**64)])
 def test_nodata(tmp_path, dtype, nodata):
     a = numbers(dtype, 3)
     a[:, HOLES] = nodata
