@@ -6,6 +6,11 @@
 
 A window is (top, left, height, width) in pixels; bands count from 1. A file is opened for each call
 and closed after it, so threads and worker processes share nothing.
+
+Read are whole numbers of 1 to 32 and 64 bits, and floats of 16, 32 and 64; strips and tiles, bands
+together or one after the other, sparse files, both byte orders, BigTIFF; deflate, LZW, ZSTD, LZMA,
+PackBits, JPEG, WebP, and all predictors. Pillow's libtiff unpacks; NumPy does the rest. What is not
+read is refused by name, with a command that converts it.
 """
 import contextlib
 import io
@@ -25,7 +30,9 @@ from PIL.WebPImagePlugin import WebPImageFile
 
 from .common import BadInput
 
-# A damaged header may ask for any size. What is larger than this is refused.
+# A damaged header may ask for any size. What is larger than this is refused. Pillow's own limit is
+# lower than what large strips hold.
+Image.MAX_IMAGE_PIXELS = None
 LARGEST_BLOCK = 2**30  # bytes of one strip or tile, unpacked
 LARGEST_WINDOW = 2**33  # bytes that one call returns
 LARGEST_RATIO = 50_000  # of unpacked to packed bytes; ZSTD comes nearest with 32,768
@@ -78,9 +85,10 @@ PLANAR = 2  # PlanarConfiguration: the bands one after the other
 LOWEST_BIT_FIRST = 2  # FillOrder
 ALPHA = (1, 2)  # ExtraSamples: colours are multiplied by it, or not
 
-NONE, LZW, JPEG, DEFLATE, OLD_DEFLATE, WEBP = 1, 5, 7, 8, 32946, 50001  # Compression
+NONE, LZW, JPEG, DEFLATE, OLD_DEFLATE = 1, 5, 7, 8, 32946  # Compression
+PACKBITS, LZMA, ZSTD, WEBP = 32773, 34925, 50000, 50001
 READ = {NONE: "none", LZW: "LZW", JPEG: "JPEG", DEFLATE: "deflate", OLD_DEFLATE: "deflate",
-        32773: "PackBits", 34925: "LZMA", 50000: "ZSTD", WEBP: "WebP"}
+        PACKBITS: "PackBits", LZMA: "LZMA", ZSTD: "ZSTD", WEBP: "WebP"}
 READ_BY_GDAL = {2: "CCITT RLE", 3: "CCITT fax 3", 4: "CCITT fax 4", 6: "old-style JPEG",
                 34676: "SGI Log", 34677: "SGI Log 24", 34887: "LERC"}
 READ_BY_OTHERS = {33003: "JPEG 2000", 33004: "JPEG 2000", 33005: "JPEG 2000", 34712: "JPEG 2000",
@@ -89,7 +97,7 @@ COMPRESSIONS = READ | READ_BY_GDAL | READ_BY_OTHERS
 PICTURES = (JPEG, WEBP)  # unpack to pixels, the others to bytes
 
 HORIZONTAL, FLOATING_POINT = 2, 3  # Predictor
-WITH_PREDICTOR = (LZW, DEFLATE, OLD_DEFLATE, 34925, 50000)  # with others libtiff ignores the tag
+WITH_PREDICTOR = (LZW, DEFLATE, OLD_DEFLATE, LZMA, ZSTD)  # libtiff ignores it in all others
 
 BLACK_IS_ZERO, RGB, PALETTE, CMYK, YCBCR, CIELAB = 1, 2, 3, 5, 6, 8  # PhotometricInterpretation
 PHOTOMETRICS = {0: "MinIsWhite", 1: "BlackIsZero", 2: "RGB", 3: "palette", 4: "mask", 5: "CMYK",
@@ -172,7 +180,7 @@ class Directory:
         self.entries = {}  # {tag: (type, how many values, where the word lies)}
         for start in range(0, entries * step, step):
             tag, kind, count = head.unpack_from(data, start)
-            self.entries[tag] = kind, count, offset + start + head.size
+            self.entries.setdefault(tag, (kind, count, offset + start + head.size))
         self.kind = self.number(Tag.NewSubfileType, 0) & (OVERVIEW | MASK)
         self.size = self.number(Tag.ImageLength), self.number(Tag.ImageWidth)
 
@@ -253,11 +261,14 @@ class Page:
         # GDAL turns these colours into red, green, blue and an alpha of 255.
         self.inks = self.photometric == CMYK and self.bits == 8 and self.bands == 4
 
-        rows = number(Tag.RowsPerStrip, self.height)
-        self.block, self.block_name = (min(rows, self.height), self.width), "strip"
-        if Tag.TileWidth in directory:
-            self.block = number(Tag.TileLength), number(Tag.TileWidth)
+        self.tiled = Tag.TileWidth in directory
+        if self.tiled:
             self.block_name = "tile"
+            self.block = number(Tag.TileLength), number(Tag.TileWidth)
+        else:
+            self.block_name = "strip"
+            rows = number(Tag.RowsPerStrip, self.height)
+            self.block = min(rows, self.height), self.width
         sizes = self.height, self.width, self.bands, *self.block
         if min(sizes) < 1:
             raise file.damaged(f"height, width, bands and size of a {self.block_name} are {sizes}")
@@ -271,8 +282,8 @@ class Page:
 
     def refuse_unreadable(self, directory: Directory) -> None:
         """Refuse by name what is not read, each with a way to convert it."""
-        bits, name, path = self.bits, self.packing, shlex.quote(str(self.path))
-        translate = f"gdal_translate -co COMPRESS=DEFLATE {path} NEW.tif"
+        bits, packing = self.bits, self.packing
+        translate = self.gdal_translate
         for tag in (Tag.BitsPerSample, Tag.SampleFormat):
             values = directory.values(tag)[:self.bands].tolist()
             if len(set(values)) > 1:
@@ -282,26 +293,28 @@ class Page:
             amplitude = shlex.quote(f"DERIVED_SUBDATASET:AMPLITUDE:{self.path}")
             self.refuse("complex numbers", f"gdal_translate {amplitude} NEW.tif")
         if bits not in BITS.get(self.kind, ()):
-            self.refuse(f"{self.kind}{bits}", translate.replace(" -co", " -co NBITS=32 -co"))
+            self.refuse(f"{self.kind}{bits}", translate("-co NBITS=32 "))
 
         # Colours that GDAL converts; those of other photometrics it hands out as they are stored.
         if self.photometric == YCBCR and (self.compression != JPEG or self.planar):
-            self.refuse("YCbCr that is not JPEG", translate)
+            self.refuse("YCbCr that is not JPEG", translate())
         if self.photometric == CIELAB and bits == 8:
-            self.refuse("CIELab", translate.replace(" -co", " -b 1 -b 2 -b 3 -co"))
+            self.refuse("CIELab", translate("-b 1 -b 2 -b 3 "))
         if self.photometric == CMYK and bits == 8 and self.bands > 4:
-            self.refuse("CMYK with more bands", translate)
+            self.refuse("CMYK with more bands", translate())
 
         if self.compression in READ_BY_GDAL:
-            self.refuse(name, translate)
+            self.refuse(packing, translate())
         if self.compression not in READ:
+            # GDAL as it is mostly built reads none of the others. imagecodecs reads nearly all.
             code = f"import tifffile as t; t.imwrite('NEW.tif', t.imread({str(self.path)!r}))"
-            self.refuse(name, f"pip install tifffile imagecodecs; python -c {shlex.quote(code)}")
+            self.refuse(packing, "pip install tifffile imagecodecs; "
+                        f"python -c {shlex.quote(code)}")
         if self.compression in PICTURES:
             bands = 1 if self.planar else self.bands
             possible = (1, 2, 3, 4) if self.compression == JPEG else (3, 4)
             if (self.kind, bits) != ("uint", 8) or bands not in possible:
-                self.refuse(f"{name} of {bits} bits and {bands} bands", translate)
+                self.refuse(f"{packing} of {bits} bits and {bands} bands", translate())
         predictable = {HORIZONTAL: bits in WHOLE, FLOATING_POINT: self.kind == "float"}
         if self.predictor != 1 and not predictable.get(self.predictor):
             self.refuse(f"predictor {self.predictor} of {self.kind}{bits}",
@@ -314,6 +327,11 @@ class Page:
                        f"compression {self.compression} ({self.packing}), "
                        f"photometric {self.photometric} ({photometric}): "
                        f"{what} cannot be read here; convert it: {advice}")
+
+    def gdal_translate(self, options: str = "") -> str:
+        """The command that writes the image anew in a layout that is read."""
+        path = shlex.quote(str(self.path))
+        return f"gdal_translate {options}-co COMPRESS=DEFLATE {path} NEW.tif"
 
     def find_blocks(self, file: File, directory: Directory) -> None:
         """Where the strips or tiles lie: row by row, and band by band if planar."""
@@ -334,8 +352,8 @@ class Page:
             raise file.damaged(f"{listed} of {needed} {self.block_name}s are listed")
         size = self.block[0] * self.row_bytes
         if size > LARGEST_BLOCK and self.compression != NONE:
-            self.refuse(f"a {self.block_name} of {size >> 20} MiB", "gdal_translate -co TILED=YES "
-                        f"-co COMPRESS=DEFLATE {shlex.quote(str(self.path))} NEW.tif")
+            self.refuse(f"a {self.block_name} of {size >> 20} MiB",
+                        self.gdal_translate("-co TILED=YES "))
 
     def read(self, window: Window, bands: list[int]) -> np.ndarray:
         """(height, width, len(bands)), from the strips or tiles that the window touches."""
@@ -373,7 +391,8 @@ class Page:
         index = (plane * self.grid[0] + row) * self.grid[1] + column
         offset, count = int(self.offsets[index]), int(self.counts[index])
         shape = ys.stop - ys.start, self.block[1], self.samples
-        if not offset or not count:
+        # Counts of what is not packed are often wrong, and not needed.
+        if not offset or not (count or self.compression == NONE):
             return np.full(shape, self.fill, self.dtype)
         name = f"{self.block_name} {index + 1} of {len(self.offsets)}"
         if self.compression == NONE:
@@ -388,15 +407,15 @@ class Page:
         rows = ys.stop
         if self.compression in PICTURES:
             rows = self.block[0]
-            if self.block_name == "strip":
-                rows = min(rows, self.height - row * rows)  # The last one ends with the image.
+            if not self.tiled:
+                rows = min(rows, self.height - row * rows)  # The last strip ends with the image.
         packed = file.take(offset, count, name)
         try:
             data = self.unpack(packed, rows)
         except Exception as e:  # Pillow raises many kinds.
             if not has_codec(self.compression):
                 self.refuse(f"{self.packing}, which this Pillow was built without,",
-                            "pip install --upgrade pillow, or with GDAL")
+                            "pip install --upgrade pillow, or " + self.gdal_translate())
             raise file.damaged(f"{name} cannot be unpacked ({self.packing}: {e})") from None
         if len(data) < rows * self.row_bytes:
             raise file.damaged(f"{name} unpacks to {len(data)} of {rows * self.row_bytes} bytes")
@@ -421,7 +440,7 @@ class Page:
         if self.compression in (DEFLATE, OLD_DEFLATE):
             return zlib.decompressobj().decompress(data, size)
         if size > LARGEST_RATIO * len(data):
-            return b""
+            return b""  # It cannot be true, and the memory would be taken first.
         return libtiff(data, self.compression, (rows, self.row_bytes, 1))
 
     def to_numbers(self, data: bytes, shape: tuple[int, int, int]) -> np.ndarray:
@@ -468,7 +487,7 @@ def running_sum(a: np.ndarray) -> np.ndarray:
 
 def libtiff(data: bytes, compression: int, shape: tuple[int, int, int],
             photometric: int = BLACK_IS_ZERO, more: dict | None = None) -> bytes:
-    """(height, width, bands) bytes, unpacked by Pillow's libtiff as the strip of a TIFF in memory."""
+    """Bytes of the shape (height, width, bands), unpacked as the only strip of a TIFF in memory."""
     height, width, bands = shape
     fields = {
         Tag.ImageWidth: np.uint32([width]),
@@ -489,7 +508,7 @@ def libtiff(data: bytes, compression: int, shape: tuple[int, int, int],
 
 
 def directory_bytes(fields: dict[Tag, np.ndarray], offset: int) -> bytes:
-    """A directory for the offset `offset` of a little-endian TIFF, with no directory behind it."""
+    """The last directory of a little-endian TIFF, which will lie at `offset`."""
     numbers = {TYPES[number]: number for number in sorted(TYPES, reverse=True)}
     entries = [struct.pack("<H", len(fields))]
     values = b""  # those that do not fit into the 4 bytes of an entry
@@ -498,8 +517,9 @@ def directory_bytes(fields: dict[Tag, np.ndarray], offset: int) -> bytes:
         array = fields[tag].astype(fields[tag].dtype.newbyteorder("<"))
         word = array.tobytes()
         if len(word) > 4:
-            values, word = values + word, struct.pack("<I", end + len(values))
-            values += b"\0" * (len(values) % 2)
+            place = struct.pack("<I", end + len(values))
+            values += word + b"\0" * (len(word) % 2)
+            word = place
         entries.append(struct.pack("<HHI4s", tag, numbers[array.dtype.str[1:]], array.size, word))
     return b"".join(entries) + bytes(4) + values
 
@@ -521,11 +541,11 @@ def has_codec(compression: int) -> bool:
 class Tiff:
     """The first full page of a TIFF, and what its other pages and the files beside it say of it.
 
-    shape: (H, W, bands). dtype: of what read() returns; 1 to 7 bits are uint8, as in GDAL. nodata:
-    number or None. alpha: number of the alpha band, or None. palette: (n, 3) uint8 or None.
-    photometric, compression: names, such as "RGB" and "JPEG". pages: how many full ones. overviews:
-    [(H, W)]. block: (h, w) of the strips or tiles, which are unpacked one by one. damage: None, or
-    what is wrong with the other pages.
+    shape: (H, W, bands), and dtype, of what read() returns: NumPy's type with room for the bits.
+    nodata: number or None. alpha: number of the alpha band, or None. palette: (n, 3) uint8 or None.
+    photometric, compression: their names, such as "RGB", "JPEG"; YCbCr and CMYK are read as RGB and
+    RGBA. pages: how many full ones. overviews: [(H, W)]. block: (h, w) of strips or tiles; a window
+    costs at least those that it touches. damage: None, or what is wrong with the pages behind.
     """
 
     def __init__(self, path: str | Path):
@@ -564,10 +584,10 @@ class Tiff:
                    ) -> tuple[np.ndarray, np.ndarray | None]:
         """read() of `bands` or of all but alpha, and (h, w) bool: which pixels are data, or None.
 
-        None: the file cannot say. As in GDAL's dataset mask, a pixel is valid where the mask page is
-        not 0; without one, where the file NAME.msk is not 0; without that, where one of the bands is
-        not the nodata value and alpha is not 0. Beyond GDAL: nodata and alpha count both, an alpha
-        band that `bands` names is data, and a NaN or infinity in any of the bands is not valid.
+        None: the file marks no pixel. As in GDAL's dataset mask, pixels are valid where the mask
+        page is not 0; without one, where the file NAME.msk is not 0; without that, where any of the
+        bands differs from the nodata value and alpha is not 0. Beyond GDAL: nodata and alpha count
+        both, alpha is data where `bands` names it, and a NaN or infinity in any band is no data.
         """
         window = self.inside(window)
         bands = bands or [b for b in self.existing() if b != self.alpha] or [1]
@@ -611,8 +631,8 @@ class Tiff:
         height, width = self.shape[:2]
         top, left, rows, columns = map(int, window or (0, 0, height, width))
         if min(top, left, rows, columns) < 0 or top + rows > height or left + columns > width:
-            raise BadInput(f"{self.path}: {height} x {width} pixels; the window (top, left, height, "
-                           f"width) {(top, left, rows, columns)} does not lie inside")
+            raise BadInput(f"{self.path}: {height} x {width} pixels, and the window (top, left, "
+                           f"height, width) {(top, left, rows, columns)} does not lie inside")
         return top, left, rows, columns
 
     def existing(self, bands: list[int] | None = None) -> list[int]:
@@ -672,7 +692,7 @@ def is_nodata(values: np.ndarray, nodata: int | float) -> np.ndarray:
     """Which values are nodata; floats with GDAL's tolerance, since the tag is decimal text."""
     if values.dtype.kind != "f":
         return values == nodata
-    if np.isnan(nodata):
+    if nodata != nodata:
         return np.isnan(values)
     with np.errstate(over="ignore", invalid="ignore"):
         nodata = values.dtype.type(nodata)
@@ -700,9 +720,9 @@ def mask_file(path: str | Path) -> Tiff | None:
 class Georef(NamedTuple):
     """Where an image lies.
 
-    transform: a..f of x = a * column + b * row + c and y = d * column + e * row + f, for the corners
-    of pixels, also where the file gives centres. epsg: code of the coordinate system, or None. keys:
-    the GeoKeys as the file holds them, {tag: values}.
+    transform: a..f of x = a * column + b * row + c, y = d * column + e * row + f, as in rasterio;
+    of the corners of pixels, also where the file gives centres. epsg: code of the coordinate system
+    or None. keys: {tag: values} of the GeoKeys as the file holds them.
     """
     transform: tuple[float, ...] | None
     epsg: int | None

@@ -44,7 +44,8 @@ def gdal(path, a, mask=None, **options):
     """A file as GDAL writes it, from (bands, H, W)."""
     path.unlink(missing_ok=True)
     with rasterio.Env(GDAL_TIFF_INTERNAL_MASK=True), rasterio.open(
-            path, "w", driver="GTiff", count=len(a), height=a.shape[1], width=a.shape[2], dtype=a.dtype, **options) as f:
+            path, "w", driver="GTiff", count=len(a), height=a.shape[1], width=a.shape[2], dtype=a.dtype,
+            **options) as f:
         f.write(a)
         if mask is not None:
             f.write_mask(mask)
@@ -88,6 +89,8 @@ def grid():
     """Every dtype, compression, tiling and predictor that go together; bands and byte order by lot."""
     for dtype, compress, tiled in itertools.product(
             INTEGERS + ["float32", "float64"], ("none", "deflate", "lzw", "zstd", "packbits", "lzma"), (True, False)):
+        if compress == "lzma" and dtype not in ("uint8", "uint16", "float32"):
+            continue  # slow to write
         if compress in ("none", "packbits"):
             predictors = [1]
         else:
@@ -98,12 +101,12 @@ def grid():
                            bigtiff=RNG.choice(["YES", "NO"]))
             if predictor > 1:
                 options["predictor"] = predictor
-            if tiled and compress == "lzma":  # 80 ms a tile to write
-                options |= dict(tiled=True, blockxsize=64, blockysize=32)
+            if tiled and compress == "lzma":
+                options |= dict(tiled=True, blockxsize=64, blockysize=48)
             elif tiled:
-                options |= dict(tiled=True, blockxsize=16, blockysize=32)
+                options |= dict(tiled=True, blockxsize=32, blockysize=16)
             else:
-                options["blockysize"] = int(RNG.choice([1, 5, H])) if compress != "lzma" else H
+                options["blockysize"] = int(RNG.choice([1, 7, H])) if compress != "lzma" else H
             yield dtype, bands, options
 
 
@@ -113,9 +116,9 @@ def test_the_grid_equals_gdal(tmp_path):
         a = numbers(dtype, bands)
         path = gdal(tmp_path / "a.tif", a, **options)
         np.testing.assert_array_equal(by_gdal(path), a.transpose(1, 2, 0))
-        assert_reads(path, a.transpose(1, 2, 0))
+        assert_reads(path, a.transpose(1, 2, 0), windows=2)
         done += 1
-    assert done == 216
+    assert done == 186
 
 
 @pytest.mark.parametrize("bits", [*range(1, 8), 9, 12, 15, 20, 31])
@@ -201,8 +204,8 @@ def test_what_tifffile_writes(tmp_path):
     path = tmp_path / "a.tif"
     for compression, order in itertools.product(("zlib", "adobe_deflate", "packbits", "zstd", "lzw", None), "<>"):
         for a in (numbers("uint16", 5), numbers("float64", 5)):
-            tifffile.imwrite(path, a.transpose(1, 2, 0), compression=compression, photometric="rgb", extrasamples=[0, 2],
-                             tile=(16, 16), bigtiff=True, byteorder=order, planarconfig="contig")
+            tifffile.imwrite(path, a.transpose(1, 2, 0), compression=compression, tile=(16, 16), photometric="rgb",
+                             extrasamples=[0, 2], bigtiff=True, byteorder=order, planarconfig="contig")
             assert_reads(path, a.transpose(1, 2, 0))
 
 
@@ -229,8 +232,11 @@ def patch(path, at, form, *values):
 def test_absent_and_odd_tags(tmp_path):
     path, a = tmp_path / "a.tif", numbers("uint16", 3).transpose(1, 2, 0)
     for compression in (None, "lzw", "deflate"):
-        for tag, odd in ((Tag.RowsPerStrip, 2**32 - 1), (Tag.RowsPerStrip, None), (Tag.StripByteCounts, None)):
-            rows = 5 if tag == Tag.StripByteCounts else H
+        cases = [(Tag.RowsPerStrip, 2**32 - 1), (Tag.RowsPerStrip, None), (Tag.StripByteCounts, None)]
+        if compression is None:
+            cases.append((Tag.StripByteCounts, 0))
+        for tag, odd in cases:
+            rows = 5 if (tag, odd) == (Tag.StripByteCounts, None) else H
             tifffile.imwrite(path, a, compression=compression, photometric="minisblack", planarconfig="contig",
                              rowsperstrip=rows, metadata=None)
             at = tag_at(path, tag)
@@ -238,7 +244,7 @@ def test_absent_and_odd_tags(tmp_path):
                 patch(path, at, "H", 65000)  # a number that means nothing
             else:
                 patch(path, at + 2, "HII", 4, 1, odd)
-            if tag != Tag.StripByteCounts:
+            if rows == H:
                 np.testing.assert_array_equal(by_gdal(path), a)
             assert_reads(path, a)
     # tiles whose offsets are listed under the strips' tags
@@ -269,8 +275,8 @@ def test_bits_in_reverse_order(tmp_path, compression):
 def test_sparse_files(tmp_path, dtype, nodata):
     path = tmp_path / "a.tif"
     for compress in ("none", "deflate"):
-        with rasterio.open(path, "w", driver="GTiff", count=2, height=H, width=W, dtype=dtype, nodata=nodata, tiled=True,
-                           blockxsize=16, blockysize=16, sparse_ok=True, compress=compress) as f:
+        with rasterio.open(path, "w", driver="GTiff", count=2, height=H, width=W, dtype=dtype, nodata=nodata,
+                           tiled=True, blockxsize=16, blockysize=16, sparse_ok=True, compress=compress) as f:
             f.write(numbers(dtype, 2, 99, (16, 16)), window=rasterio.windows.Window(16, 16, 16, 16))
         want = by_gdal(path)
         assert len(np.unique(want[:16])) == 1
@@ -294,11 +300,21 @@ def test_one_strip_is_read_in_parts(tmp_path):
     np.testing.assert_array_equal(tiff.read((h - 1, 0, 1, 100))[0, :, 0], np.arange(100))
 
 
+def test_strips_beyond_pillows_limit(tmp_path):
+    """179 million pixels, of which the wrapped strip has one a byte."""
+    side = 13_400
+    a = np.zeros((side, side), np.uint8)
+    a[-1] = np.arange(side) % 251
+    tifffile.imwrite(tmp_path / "a.tif", a, compression="zstd", rowsperstrip=side, photometric="minisblack")
+    got = Tiff(tmp_path / "a.tif").read((side - 1, 0, 1, side))
+    np.testing.assert_array_equal(got[0, :, 0], a[-1])
+
+
 def test_windows_and_bands_that_are_not_there(tmp_path):
     path = gdal(tmp_path / "a.tif", numbers("uint8", 3))
     tiff = Tiff(path)
     for window in ((0, 0, H + 1, W), (-1, 0, 2, 2), (0, W - 1, 1, 2), (0, 0, -1, 5)):
-        assert f"{path}: {H} x {W} pixels" in refusal(tiff.read, window)
+        assert f"{path}: {H} x {W} pixels, and the window" in refusal(tiff.read, window)
     assert tiff.read((H, W, 0, 0)).shape == (0, 0, 3)
     for bands in ([4], [0], [1, -1]):
         assert f"{path}: 3 bands, and the bands {bands}" in refusal(tiff.read, None, bands)
@@ -341,7 +357,7 @@ HOLES = RNG.random((H, W)) < 0.3
 
 @pytest.mark.parametrize("dtype, nodata", [("uint8", 0), ("int16", -9999), ("uint16", 65535), ("float32", -9999),
                                            ("float32", -3.4028234663852886e+38), ("float64", 0.1), ("float32", 0.1),
-                                           ("int64", -2**53 + 1)])
+                                           ("int64", -2**53 + 1), ("float64", 2**64)])
 def test_nodata(tmp_path, dtype, nodata):
     a = numbers(dtype, 3)
     a[:, HOLES] = nodata
@@ -494,13 +510,13 @@ def test_odd_georeferences(tmp_path):
     assert Tiff(path).georef is None
     write(None, (0.0, 0.0, 0.0, 1.0, 2.0, 0.0, 5.0, 0.0, 0.0, 2.0, 2.0, 0.0))  # ground control points
     assert Tiff(path).georef is None
-    path = gdal(path, numbers("uint8", 1), crs="+proj=laea +lat_0=10 +lon_0=20", transform=rasterio.Affine(1, 0, 0, 0, -1, 9))
+    gdal(path, numbers("uint8", 1), crs="+proj=laea +lat_0=10 +lon_0=20", transform=rasterio.Affine(1, 0, 0, 0, -1, 9))
     assert Tiff(path).georef.epsg is None
 
 
-@pytest.mark.parametrize("image, world", [("a.tif", "a.tfw"), ("a.tif", "a.tifw"), ("a.tif", "a.wld"), ("a.tif", "a.TFW"),
-                                          ("a.b.tiff", "a.b.tfw"), ("a.png", "a.pgw"), ("a.jpg", "a.jgw"),
-                                          ("a.jpeg", "a.jpegw"), ("a.png", "a.wld")])
+@pytest.mark.parametrize("image, world", [
+    ("a.tif", "a.tfw"), ("a.tif", "a.tifw"), ("a.tif", "a.wld"), ("a.tif", "a.TFW"), ("a.b.tiff", "a.b.tfw"),
+    ("a.png", "a.pgw"), ("a.jpg", "a.jgw"), ("a.jpeg", "a.jpegw"), ("a.png", "a.wld")])
 def test_world_files(tmp_path, image, world):
     Image.fromarray(numbers("uint8", 1)[0]).save(tmp_path / image)
     assert read_world_file(tmp_path / image) is None
@@ -515,7 +531,8 @@ def test_world_files(tmp_path, image, world):
     (tmp_path / world).write_text("0,5\n0,1\n0,2\n-0,25\n500000,125\n4000000\n")  # as a German program writes it
     np.testing.assert_allclose(read_world_file(tmp_path / image), want)
     (tmp_path / world).write_text("0.5\n0\n0\n")
-    assert f"{tmp_path / world}: a world file with '0.5 0 0', expected six" in refusal(read_world_file, tmp_path / image)
+    said = refusal(read_world_file, tmp_path / image)
+    assert f"{tmp_path / world}: a world file with '0.5 0 0', expected six numbers" in said
 
 
 # ---- files that are not read
@@ -575,7 +592,8 @@ def write_refused(path, what):
     ("PNG", "compression 34933 (PNG)"), ("JPEG XL", "compression 50002 (JPEG XL)"),
     ("JPEG XR", "compression 34934 (JPEG XR)"), ("LERC", "compression 34887 (LERC)"),
     ("CIELab", "uint8, 3 bands, compression 1 (none), photometric 8 (CIELab)"),
-    ("YCbCr", "compression 5 (LZW), photometric 6 (YCbCr)"), ("CMYK", "uint8, 5 bands, compression 1 (none), photometric 5"),
+    ("YCbCr", "compression 5 (LZW), photometric 6 (YCbCr)"),
+    ("CMYK", "uint8, 5 bands, compression 1 (none), photometric 5 (CMYK)"),
     ("CCITT fax 4", "uint1, 1 bands, compression 4 (CCITT fax 4)"), ("float24", "float24, 1 bands"),
     ("12 bits", "uint12, 1 bands, compression 7 (JPEG)")])
 def test_what_is_refused_is_named_and_its_advice_helps(tmp_path, what, found):
