@@ -18,7 +18,7 @@ SCRIPTS = sorted(ROOT.glob("*.py"))
 MODULES = sorted(f for d in ("models", "data") for f in (ROOT / d).rglob("*.py"))
 # These copy with nothing but data/common.py; in models/ with weights.py too.
 ALONE = {"models": "vit heads deeplab unetformer efficientnet_unet classify weights lookahead losses",
-         "data": "crops augment samplers metrics classmap"}
+         "data": "tiff crops augment samplers metrics classmap"}
 
 
 def name_of(file):
