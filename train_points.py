@@ -92,7 +92,7 @@ def parse_args(argv=None):
     model.add_argument("--model", default="vit", choices=["vit", *nets.NETS],
                        help="vit with a --head, or a whole network")
     model.add_argument("--weights", default="none", help="DINO (or CNN) file, folder or URL")
-    model.add_argument("--arch", default="nano8", choices=sorted(PRESETS),
+    model.add_argument("--arch", default="nano16", choices=sorted(PRESETS),
                        help="backbone without --weights")
     model.add_argument("--head", default="fpn", choices=sorted(HEADS), help="decoder of a vit")
     model.add_argument("--dropout", type=between(0, 0.9),
@@ -102,7 +102,8 @@ def parse_args(argv=None):
                        help="mean and std of pixels; auto: as the weights were trained")
 
     opt = p.add_argument_group("optimiser", "(recipe): from scratch, frozen or tuned; the run prints it")
-    opt.add_argument("--quick", action="store_true", help="720 steps, a trial; the demo's default")
+    opt.add_argument("--quick", action="store_true",
+                     help=f"{recipes.QUICK['steps']} steps, a trial; the demo is always so")
     opt.add_argument("--steps", type=COUNT, help="optimiser steps (recipe)")
     opt.add_argument("--batch-size", type=COUNT, help="per process (recipe)")
     opt.add_argument("--lr", type=between(1e-9, 10), help="learning rate of the head (recipe)")

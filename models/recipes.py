@@ -34,7 +34,7 @@ CNN = {
 }
 
 # The demo's, and --quick: minutes on a CPU, to see that all fits together.
-QUICK = dict(steps=720, batch_size=8)
+QUICK = dict(steps=1200, batch_size=8, eval_every=600)
 
 # As many pixels as the training images have are one pass over them. More passes than this add
 # little, so thirty images get no 40,000 steps.
@@ -73,7 +73,7 @@ def fill(recipe: str, typed: dict, pixels: int, patch: int | None, crops: int = 
         chosen["steps"] = min(chosen["steps"], max(QUICK["steps"], most))
     if typed["warmup"] is None:
         chosen["warmup"] = max(50, chosen["steps"] // 25)
-    if typed["eval_every"] is None:
+    if "eval_every" not in chosen:
         chosen["eval_every"] = max(360, chosen["steps"] // 20)
     return chosen
 

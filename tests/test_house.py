@@ -160,8 +160,8 @@ def test_a_flag_means_the_same_in_all_scripts(monkeypatch):
     assert differ(training) == {"--root", "--out", "--batch-size", "--class-weights", "--unfreeze", "--loss", "--lr",
                                 "--eval-every", "--seed", "--label-smoothing",
                                 "--temperature",  # of k-NN, and of distillation
-                                # The recipes of models/recipes.py are for segmentation.
-                                "--backbone-lr", "--layer-decay", "--weight-decay", "--warmup"}
+                                # The recipes of models/recipes.py and larger patches are for segmentation.
+                                "--arch", "--backbone-lr", "--layer-decay", "--weight-decay", "--warmup"}
     assert differ(set(SCRIPTS) - set(training)) == {"--out", "--batch-size"}
     # A trained model brings its own values, which eval and predict take by default.
     # eval.py writes the file that train_kd.py reads.
