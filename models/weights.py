@@ -104,12 +104,13 @@ TIMM_SWIGLU = TIMM | {"blocks.*.mlp.fc2.+": "blocks.*.mlp.w3.+"}
 # DINOv2 g: fc1 holds both halves of SwiGLU.
 TIMM_PACKED = TIMM_SWIGLU | {"blocks.*.mlp.fc1.+": "blocks.*.mlp.w12.+"}
 
-# How the name of the patch embedding ends in these layouts, and with what a ViT's names begin.
+# How the name of the patch embedding ends in these layouts, and with what a ViT's names begin. The
+# last two are of networks unlike ours, which must not load without them.
 VIT = r"patch_embed\.proj\.weight|embeddings\.patch_embeddings\.(projection\.)?weight"
 VIT_PARTS = {
     "cls_token", "pos_embed", "patch_embed", "blocks", "norm", "local_cls_norm", "rope_embed",
     "register_tokens", "storage_tokens", "reg_token", "mask_token",
-    "embeddings", "encoder", "layer", "layernorm"}
+    "embeddings", "encoder", "layer", "layernorm", "cls_norm", "norm_pre"}
 # What other files hold, by a name in them; the first that fits is told.
 OTHERS = (
     (r"flat_param", "a part of an FSDP checkpoint (save it with FULL_STATE_DICT)"),
@@ -131,8 +132,10 @@ EXTRA = (
     r"(?<=^blocks\.)\d+\.(?=\d+\.)",  # Meta's chunks: blocks.0.11 is block 11
     r"^model\.(?=layer\.)",  # transformers 5 in memory
 )
-# Words that name a copy whose weights are an average over training steps.
-AVERAGED = {"ema", "swa", "averaged", "momentum", "target"}
+# Words that name a copy whose weights are an average over training steps, and one that is not
+# wanted where there is another.
+AVERAGED = {"ema", "swa", "average", "averaged", "shadow", "momentum", "target"}
+LAST = {"student", "online", "optimizer"}
 
 # Number of heads by width, where a head is not 64 wide (DINOv3 7B).
 ATTENTION_HEADS = {4096: 32}
@@ -325,7 +328,7 @@ def check_zip(path: Path) -> None:
         with zipfile.ZipFile(path) as archive:
             members = archive.infolist()
     except Exception as e:  # of several kinds, by what is damaged
-        raise damaged(path, e, ended=not zipfile.is_zipfile(path)) from None
+        raise damaged(path, e, ended="not a zip" in str(e)) from None
     names = [m.filename for m in members]
     is_program = any(name.endswith("/constants.pkl") for name in names)
     if is_program or not any(name.endswith("/data.pkl") for name in names):
@@ -508,7 +511,7 @@ def preference(prefix: str) -> tuple[int, int]:
         return 0, len(words)
     if known & AVERAGED:
         return 1, len(words)
-    return (3 if "student" in known else 2), 0
+    return (3 if known & LAST else 2), 0
 
 
 def names_under(prefix: str, raw: dict, parts: set[str]) -> dict[str, str]:

@@ -245,6 +245,7 @@ COPIES = [  # where they lie, in the order of the file; the one that is loaded
     (["ema.", "net.teacher_vit."], "net.teacher_vit."),
     (["student.", ""], ""),
     (["encoder.", "momentum_encoder."], "momentum_encoder."),
+    (["optimizer.exp_avg.", "model."], "model."),
 ]
 
 
@@ -287,7 +288,7 @@ def test_what_stands_beside_the_network_is_named(states, tmp_path):
     said = "taken: model.vit, left out: model.vit.adapter, model.head, model.neck, model.a and 3 more,"
     assert said in line
     # A parameter of the network itself that nobody knows would change what it gives.
-    for name in ("scale", "blocks.1.attn.lora", "patch_embed.norm.weight"):
+    for name in ("scale", "blocks.1.attn.lora", "patch_embed.norm.weight", "cls_norm.weight"):
         content = sd | {name: torch.zeros(1)}
         assert f"unknown tensor {name}" in refusal(write(content, tmp_path / "more.pth"))
 
