@@ -14,9 +14,9 @@ from torch import nn
 from data.common import BadInput
 from data.datasets import NORMS
 
-from . import deeplab, efficientnet_unet, unetformer
+from . import classify, deeplab, efficientnet_unet, unetformer
 from .checkpoint import load_weights
-from .classify import CNNS, ChannelMeans, Classifier, Knn, cnn
+from .classify import ChannelMeans, Classifier, Knn, cnn
 from .heads import HEADS, Segmenter
 from .vit import PRESETS, ViT, arch_name, spread_taps
 from .weights import (
@@ -168,7 +168,7 @@ def check_spec(spec: dict, state: dict) -> None:
         if name in spec and not is_right(spec[name]):
             raise BadWeights(f"{name} is {str(spec[name])[:60]}")
 
-    need("cnn", lambda name: name in CNNS)
+    need("cnn", lambda name: name in classify.CNNS)
     need("options", lambda options: options in [known for _, _, known in NETS.values()])
     need("features", lambda kind: kind in ("cls", "cls+patch", "mean"))
     need("k", lambda k: isinstance(k, int) and k > 0)
