@@ -7,18 +7,29 @@
 """
 import json
 import pickle
+from numbers import Real
 from pathlib import Path
 
 import torch
-from safetensors import SafetensorError, safe_open
+from safetensors import SafetensorError
 from safetensors.torch import save_file
 from torch import nn
 
 from data.common import replace
+from data.datasets import NORMS
 
-from .weights import BadWeights
+from .weights import BadWeights, read, run_meta
 
 FORMAT = 1
+# What the header of best.safetensors holds. Each of the two kinds of run has some of these fields,
+# an old run has fewer.
+FIELDS = {
+    "model": dict, "classes": list, "ignore": list, "weights": dict, "reading": dict,
+    "report": dict, "splits": dict, "dataset": str, "root": str, "source": str, "norm": str,
+    "amp": str, "saved": str, "crop": int, "size": int, "stored": int, "overlap": Real,
+}
+# Their lowest and highest values, in pixels and as a share of a window.
+RANGES = {"crop": (1, 2**16), "size": (1, 2**16), "stored": (1, 2**16), "overlap": (0, 0.99)}
 
 
 # ---- best.safetensors
@@ -43,29 +54,54 @@ def weights_file(run: str | Path) -> Path:
     return run / "best.safetensors" if run.is_dir() else run
 
 
+class Header(dict):
+    """What a run says of its weights; to ask for a field that is not there is a BadWeights."""
+
+    def __init__(self, path: Path, fields: dict):
+        super().__init__(fields)
+        self.path = path
+
+    def __missing__(self, name):
+        raise BadWeights(f"{self.path}: no {name} in its header; use the code that trained it")
+
+
+def check_header(path: Path, meta: dict) -> None:
+    """Nobody vouches for a file: a field of another type or size is a BadWeights."""
+    def need(name, is_right):
+        if not is_right:
+            raise BadWeights(f"{path}: {name} in its header is {str(meta[name])[:60]!r}, which no "
+                             "run writes; copy the file from its run again")
+
+    for name, kind in FIELDS.items():
+        if name in meta:
+            need(name, isinstance(meta[name], kind))
+    for name, (low, high) in RANGES.items():
+        if name in meta:
+            need(name, low <= meta[name] <= high)
+    if "norm" in meta:
+        need("norm", meta["norm"] in NORMS)
+    for c in meta.get("classes", []):
+        need("classes", isinstance(c, dict) and isinstance(c.get("name"), str))
+    for value in meta.get("weights", {}).values():
+        need("weights", value is None or isinstance(value, str))
+
+
 def load_weights(path: str | Path, header_only: bool = False) -> tuple[dict[str, torch.Tensor], dict]:
     """best.safetensors, or the run folder that holds it -> tensors, meta; `header_only` reads no tensor."""
     path = weights_file(path)
-    if not path.exists():
+    if not path.is_file():
         raise BadWeights(f"{path}: no such file; train first, or name a run folder or its "
                          "best.safetensors")
-    tensors = {}
-    try:
-        with safe_open(path, "pt") as f:
-            header = (f.metadata() or {}).get("nanors")
-            if not header_only:
-                tensors = {name: f.get_tensor(name) for name in f.keys()}
-    except (SafetensorError, OSError) as e:
-        raise BadWeights(f"{path}: not readable ({str(e)[:100]}); expected the best.safetensors of "
-                         "a run") from None
-    if header is None:
+    tensors = {} if header_only else read(path)
+    meta = run_meta(path)
+    if meta is None:
         raise BadWeights(f"{path}: weights that no run here wrote; a backbone goes to train_seg.py "
                          "--weights")
-    meta = json.loads(header)
     if meta.get("format") != FORMAT:
-        raise BadWeights(f"{path}: format {meta.get('format')}, expected {FORMAT}; use the code "
-                         "that trained it")
-    return tensors, meta
+        raise BadWeights(f"{path}: format {str(meta.get('format'))[:40]}, expected {FORMAT}; use "
+                         "the code that trained it")
+    check_header(path, meta)
+    return tensors, Header(path, meta)
 
 
 # ---- last.pt

@@ -15,7 +15,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from torchvision.models import resnet50
 
-from .weights import BadWeights, load_cnn
+from .weights import RESNET_PARTS, BadWeights, load_cnn
 
 # B batch, K classes, C channels, H W pixels, h w = H W / output_stride, rounded up.
 
@@ -151,4 +151,6 @@ def load_pretrained(net: DeepLabV3, path: str) -> dict:
                 state.setdefault(name, t)
         return layout, state, dropped, new
 
-    return load_cnn(net, path, convert, last=("classifier.4.", "aux_classifier.4."))
+    return load_cnn(net, path, convert, last=("classifier.4.", "aux_classifier.4."),
+                    whole=r"classifier\.0\.project\.0\.weight", trunk=r"layer1\.0\.conv3\.weight",
+                    parts=RESNET_PARTS | {"backbone", "classifier", "aux_classifier"})

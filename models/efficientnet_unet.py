@@ -191,4 +191,8 @@ def load_pretrained(net: EfficientNetUnet, path: str) -> dict:
         new = () if whole else ("decoder.", "segmentation_head.")
         return layout, state, dropped, new
 
-    return load_cnn(net, path, convert, last=("segmentation_head.",))
+    parts = {"encoder", "decoder", "segmentation_head", "features", "classifier", "_conv_stem",
+             "_bn0", "_blocks", "_conv_head", "_bn1", "_fc"}
+    return load_cnn(net, path, convert, last=("segmentation_head.",), parts=parts,
+                    whole=r"segmentation_head\.0\.weight",
+                    trunk=r"features\.0\.0\.weight|_conv_stem\.weight")

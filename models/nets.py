@@ -14,12 +14,13 @@ from torch import nn
 from data.common import BadInput
 from data.datasets import NORMS
 
-from . import deeplab, efficientnet_unet, unetformer
+from . import classify, deeplab, efficientnet_unet, unetformer
 from .checkpoint import load_weights
 from .classify import ChannelMeans, Classifier, Knn, cnn
 from .heads import HEADS, VERSION, Segmenter
 from .vit import PRESETS, ViT, arch_name, spread_taps
-from .weights import BadWeights, checked_sha256, fill, load_vit, locate, read
+from .weights import (
+    RESNET, RESNET_PARTS, BadWeights, config_of, fill, is_url, load_vit, open_weights, select)
 
 # What --model may name beside vit: class, loader of published files, arguments of the class.
 NETS = {
@@ -102,16 +103,15 @@ def load_trunk(weights: str, arch: str,
         backbone, state, info = load_vit(weights)
         size = 224
         with suppress(BadWeights):  # a run of this project knows the size of its images
-            size = load_weights(weights, header_only=True)[1].get("size", size)
+            size = load_weights(info["path"], header_only=True)[1].get("size", size)
         return backbone, state, info | dict(size=size)
     if cnn_name == "nano":
         raise BadInput(f"--weights {weights} with --cnn nano, which nobody has published weights "
                        "of; type --cnn resnet18 or resnet50, as the file is")
-    file = locate(weights)
-    digest, _ = checked_sha256(file)
-    line = f"{file}, sha256 {digest[:8]}, a new fc"
-    return None, read(file), dict(norm="imagenet", path=str(file), sha256=digest, size=224,
-                                  line=line)
+    file, tensors, digest, hashed = open_weights(weights)
+    state, taken = select(tensors, RESNET_PARTS, RESNET)
+    return None, state, dict(norm="imagenet", path=str(file), sha256=digest, size=224, taken=taken,
+                             line=f"{file}{taken}, {hashed}, a new fc")
 
 
 def make_classifier(spec: dict, state: dict | None, info: dict) -> nn.Module:
@@ -138,15 +138,61 @@ def load_run(run: str | Path, weights: str | None = None,
         raise BadWeights(f"{run}: of another kind (segmentation or classification); name a run "
                          "that fits")
     if meta["saved"] == "head":
-        _, backbone, info = load_vit(weights or meta["weights"]["path"])
-        if info["sha256"] != meta["weights"]["sha256"]:
-            raise BadWeights(f"{info['path']}: not the backbone this head was trained on; pass "
-                             "--weights the file with sha256 "
-                             f"{meta['weights']['sha256'][:8]}...")
-        state |= {f"backbone.{name}": t for name, t in backbone.items()}
-    net = build(meta["model"])
+        state |= backbone_of(run, meta["weights"], weights)
+    try:
+        check_spec(meta["model"], state)
+        net = build(meta["model"])
+    except Exception as e:  # of any kind, by what the header holds
+        raise BadWeights(f"{run}: the network in its header does not fit its tensors ({e}); copy "
+                         "the file from its run again") from None
     fill(net, state, dict(path=run))
     return net.eval(), meta
+
+
+def backbone_of(run: str | Path, known: dict, weights: str | None) -> dict:
+    """Tensors of the backbone that a run was saved without; known: its path and sha256."""
+    path = weights or known.get("path") or "none"
+    # A file must not make this machine fetch what its user has not typed.
+    if is_url(path) and not weights:
+        raise BadWeights(f"{run}: its backbone is at a URL; to fetch it, type --weights {path!r}")
+    _, backbone, info = load_vit(path)
+    if info["sha256"] != known.get("sha256"):
+        raise BadWeights(f"{info['path']}: not the backbone this head was trained on; pass "
+                         f"--weights the file with sha256 {str(known.get('sha256'))[:8]}...")
+    return {f"backbone.{name}": t for name, t in backbone.items()}
+
+
+def check_spec(spec: dict, state: dict) -> None:
+    """A BadWeights where a header names what no run builds, or other sizes than the tensors have.
+
+    Nothing is built by its word alone: a depth of a million would fill the memory.
+    """
+    def need(name, is_right):
+        if name in spec and not is_right(spec[name]):
+            raise BadWeights(f"{name} is {str(spec[name])[:60]}")
+
+    need("cnn", lambda name: name in classify.CNNS)
+    need("options", lambda options: options in [known for _, _, known in NETS.values()])
+    need("features", lambda kind: kind in ("cls", "cls+patch", "mean"))
+    need("k", lambda k: isinstance(k, int) and k > 0)
+    need("temperature", lambda t: t > 0)
+    need("classes", lambda n: isinstance(n, int) and 0 < n <= 2**16)
+    if "bank" in spec:
+        labels = set(state["head.labels"].tolist())
+        need("bank", lambda n: n == len(state["head.labels"]))
+        need("classes", lambda n: labels <= set(range(n)))
+    if "backbone" not in spec:
+        return
+    vit = {k.removeprefix("backbone."): t for k, t in state.items() if k.startswith("backbone.")}
+    family = "dinov2" if "pos_embed" in vit else "dinov3"
+    found = config_of(vit, "meta", family)
+    # The tensors do not tell DINOv2's number of heads.
+    heads = spec["backbone"]["heads"]
+    if family == "dinov2" and found["dim"] % heads == 0:
+        found["heads"] = heads
+    need("backbone", lambda backbone: backbone == found)
+    blocks = range(found["depth"])
+    need("taps", lambda taps: taps and taps == [i for i in blocks if i in taps])
 
 
 def about(info: dict) -> dict:
@@ -203,7 +249,8 @@ def choose_norm(wanted: str, info: dict) -> str:
     if norm is None:
         raise BadInput(f"{info['path']}: published with two normalisations; type --norm imagenet "
                        "for LVD-1689M, --norm sat for SAT-493M")
-    assert norm in NORMS
+    if norm not in list(NORMS):  # a header may hold what no dict takes as a key
+        raise BadInput(f"{info['path']}: normalisation {norm!r:.40}; type --norm imagenet or sat")
     return norm
 
 

@@ -18,7 +18,7 @@ import torch.nn.functional as F
 import torchvision
 from torch import Tensor, nn
 
-from .weights import BadWeights, load_cnn
+from .weights import RESNET, RESNET_PARTS, BadWeights, load_cnn
 
 WINDOW = 8  # side of an attention window, in pixels of the decoder's maps
 STRIDE = 32  # of the trunks: images are padded to whole pixels of their deepest map
@@ -433,4 +433,8 @@ def load_pretrained(net: Net, path: str) -> dict:
         return layout, state, dropped, ("decoder.", *norms)
 
     last = ("decoder.segmentation_head.2.", "decoder.aux_head.conv_out.")
-    return load_cnn(net, path, convert, last)
+    swin = r"features\.0\.0\.weight|patch_embed\.proj\.weight"
+    parts = RESNET_PARTS | {"backbone", "decoder", "features", "patch_embed", "layers", "norm",
+                            "norm0", "norm1", "norm2", "norm3", "head"}
+    return load_cnn(net, path, convert, last, whole=r"decoder\.pre_conv\.0\.weight",
+                    trunk=RESNET if resnet else swin, parts=parts)

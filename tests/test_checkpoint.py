@@ -58,6 +58,36 @@ def test_weights_that_no_run_wrote_are_told_apart(tmp_path):
     assert "format 99, expected 1" in refusal(load_weights, tmp_path)
 
 
+@pytest.mark.parametrize("field, value", [
+    ("model", None), ("model", []), ("classes", {}), ("classes", ["a"]), ("classes", [{"id": 3}]),
+    ("crop", "256"), ("crop", 0), ("crop", 10**9), ("crop", None), ("overlap", 1), ("overlap", -0.1),
+    ("overlap", float("nan")), ("norm", "mars"), ("norm", []), ("amp", 1), ("saved", False), ("size", -1),
+    ("reading", [1]), ("weights", "a.pth"), ("weights", {"path": 3}), ("splits", []), ("root", 3)])
+def test_a_field_that_no_run_writes_is_named(field, value, tmp_path):
+    good = dict(model={}, classes=[{"name": "a"}], crop=64, overlap=0.25, norm="sat", amp="off", saved="all",
+                size=64, reading={}, weights={"path": None}, splits={}, root=".")
+    save_weights(tmp_path / "best.safetensors", {}, good)
+    assert load_weights(tmp_path)[1] == good | {"format": 1}
+    save_weights(tmp_path / "best.safetensors", {}, good | {field: value})
+    said = refusal(load_weights, tmp_path)
+    assert f"best.safetensors: {field} in its header is" in said
+
+
+def test_a_field_that_is_not_there_is_named_by_whoever_asks(tmp_path):
+    save_weights(tmp_path / "best.safetensors", {}, {"crop": 64})
+    meta = load_weights(tmp_path)[1]
+    assert meta["crop"] == 64 and meta.get("norm") is None
+    assert "best.safetensors: no norm in its header" in refusal(meta.__getitem__, "norm")
+
+
+@pytest.mark.parametrize("text", [
+    "", "{", "null", "3", '"text"', "[" * 10**5, '{"a":' * 10**5, '{"format": ' + "9" * 5000 + "}"])
+def test_a_header_that_is_no_json_object_is_one_line(text, tmp_path):
+    save_file({"a": torch.ones(2)}, tmp_path / "best.safetensors", {"nanors": text})
+    for header_only in (True, False):
+        assert "best.safetensors: its header is not readable" in refusal(load_weights, tmp_path, header_only)
+
+
 # ---- last.pt
 
 def test_state_is_tensors_and_plain_values(tmp_path):

@@ -266,7 +266,7 @@ def become_nan(sd):
     (four_channels, r"conv1.weight is \(64, 4, 7, 7\), expected \(64, 3, 7, 7\)"),
     (part_of_a_block, "neither a resnet50 nor a deeplabv3_resnet50 of torchvision"),
     (another_resnet, "neither a resnet50 nor a deeplabv3_resnet50 of torchvision"),
-    (become_nan, "f.pth: layer3.2.bn1.running_mean holds NaN"),
+    (become_nan, "f.pth: backbone.layer3.2.bn1.running_mean holds NaN"),
 ])
 def test_what_does_not_fit_stops_in_one_line(trunk, tmp_path, change, said):
     torch.save(change(dict(trunk[0].state_dict())), tmp_path / "f.pth")

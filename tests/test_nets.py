@@ -94,6 +94,45 @@ def test_a_cnn_takes_the_file_of_its_trunk(tmp_path):
     assert "random: decoder" in info["line"]
 
 
+@pytest.mark.parametrize("model", ["deeplabv3", "unetformer", "effunet"])
+def test_a_cnn_is_found_in_a_training_checkpoint(model, tmp_path):
+    theirs = nets.make(model, 3)[0].half().state_dict()
+    student = {f"net.{name}": torch.zeros_like(t) for name, t in theirs.items()}
+    average = {f"module._orig_mod.{name}": t for name, t in theirs.items()}
+    content = {"state_dict": student, "swa": average | {"n_averaged": torch.tensor(9)}, "epoch": 3}
+    torch.save(content, tmp_path / "last.ckpt")
+    net, _, info = nets.make(model, 3, str(tmp_path / "last.ckpt"))
+    assert all(torch.equal(t, theirs[name].to(t.dtype)) for name, t in net.state_dict().items())
+    said = "taken: swa.module._orig_mod, left out: state_dict, swa.n_averaged,"
+    assert f"{len(theirs)} of {2 * len(theirs) + 1} tensors" in info["line"] and said in info["line"]
+
+
+def resnet18_of_another_trainer(path):
+    """A file of a ResNet under a prefix, beside other modules -> the ResNet."""
+    trunk = torchvision.models.resnet18()
+    content = {f"backbone.module.{name}": t for name, t in trunk.state_dict().items()}
+    content["backbone.projector.0.weight"] = content["decode_head.conv.weight"] = torch.zeros(1)
+    torch.save({"state_dict": content}, path)
+    return trunk
+
+
+def test_a_trunk_is_found_beside_other_modules(tmp_path):
+    path = str(tmp_path / "mm.pth")
+    trunk = resnet18_of_another_trainer(path)
+    said = "taken: state_dict.backbone.module, left out: state_dict.backbone.projector, "
+    net, _, info = nets.make("unetformer", 3, path)
+    assert torch.equal(net.backbone.layer4[1].conv2.weight, trunk.layer4[1].conv2.weight)
+    assert said in info["line"] and "random: decoder" in info["line"]
+    _, state, info = nets.load_trunk(path, "nano8", "resnet18")
+    net = nets.make_classifier(dict(name="cnn", cnn="resnet18", stem="imagenet", classes=3), state, info)
+    assert torch.equal(net.layer4[1].conv2.weight, trunk.layer4[1].conv2.weight)
+    assert torch.equal(net.bn1.running_var, trunk.bn1.running_var) and said in info["line"]
+    torch.save({"a": dict(trunk.state_dict()), "b": {k: t + 1 for k, t in trunk.state_dict().items()}}, path)
+    for load in (lambda: nets.make("unetformer", 3, path), lambda: nets.load_trunk(path, "nano8", "resnet18")):
+        with pytest.raises(BadWeights, match="several networks: a., b."):
+            load()
+
+
 # ---- specs of earlier versions
 
 def moves(net, change):
@@ -163,6 +202,83 @@ def test_a_head_alone_finds_its_backbone(tmp_path, file):
     save_weights(tmp_path / "best.safetensors", heads, meta)
     with pytest.raises(BadWeights, match="gone.pth"):
         nets.load_run(tmp_path)
+
+
+@pytest.mark.parametrize("bad", [float("nan"), float("inf")])
+def test_a_run_with_numbers_that_are_none_is_refused(tmp_path, bad):
+    net, spec, _ = nets.make("vit", 3)
+    for name in ("head.out.weight", "backbone.blocks.1.attn.qkv.bias"):
+        net = nets.build(spec)
+        with torch.no_grad():
+            if name.startswith("head"):
+                name = [n for n, _ in net.named_parameters() if n.startswith("head")][-1]
+            net.get_parameter(name).view(-1)[0] = bad
+        with pytest.raises(BadWeights, match=f"{name} holds NaN or infinity") as e:
+            nets.load_run(save_run(tmp_path, net, spec))
+        assert str(tmp_path) in str(e.value)
+
+
+def test_a_url_in_a_file_is_not_fetched(tmp_path, file, monkeypatch):
+    asked = []
+    monkeypatch.setattr("urllib.request.OpenerDirector.open", lambda *a, **k: asked.append(a) or 1 / 0)
+    net, spec, info = nets.make("vit", 3, str(file), head="linear")
+    heads = {name: t for name, t in net.state_dict().items() if name.startswith("head.")}
+    url = "https://example.com/backbone.pth"
+    meta = dict(model=spec, saved="head", weights=dict(path=url, sha256=info["sha256"]))
+    save_weights(tmp_path / "best.safetensors", heads, meta)
+    with pytest.raises(BadWeights, match=f"type --weights '{url}'"):
+        nets.load_run(tmp_path)
+    assert not asked
+    assert torch.equal(nets.load_run(tmp_path, str(file))[0].backbone.cls_token, net.backbone.cls_token)
+    with pytest.raises(ZeroDivisionError):  # typed, it is
+        nets.load_run(tmp_path, url)
+    assert len(asked) == 1
+
+
+SEGMENTER = dict(name="vit", backbone=TINY, head="linear", taps=[0, 1, 2, 3], feat_norm=True, classes=3)
+KNN = dict(name="vit", features="cls", classes=5, backbone=TINY, bank=7, k=3, temperature=0.1)
+LIES = [  # a spec of a run, what its header says instead, words of the refusal
+    (SEGMENTER, dict(backbone=TINY | dict(depth=10**6)), "backbone is"),
+    (SEGMENTER, dict(backbone=TINY | dict(dim=10**5)), "backbone is"),
+    (SEGMENTER, dict(backbone=TINY | dict(heads=0)), "modulo"),
+    (SEGMENTER, dict(backbone=TINY | dict(heads=7)), "backbone is"),
+    (SEGMENTER, dict(backbone=TINY | dict(more=1)), "backbone is"),
+    (SEGMENTER, dict(backbone=TINY | dict(family="x")), "backbone is"),
+    (SEGMENTER, dict(backbone=None), "header does not fit"),
+    (SEGMENTER, dict(backbone={}), "'heads'"),
+    (SEGMENTER, dict(classes=10**9), "classes is 1000000000"),
+    (SEGMENTER, dict(classes="3"), "classes is 3"),
+    (SEGMENTER, dict(classes=2), "head.out"),
+    (SEGMENTER, dict(head="x"), "'x'"),
+    (SEGMENTER, dict(head="fpn"), "missing"),
+    (SEGMENTER, dict(taps=[0, 1, 2, 4]), "taps is"),
+    (SEGMENTER, dict(taps=[3, 2, 1, 0]), "taps is"),
+    (SEGMENTER, dict(taps=[0] * 10**4), "taps is"),
+    (SEGMENTER, dict(taps=[]), "taps is"),
+    (SEGMENTER, dict(taps=None), "header does not fit"),
+    (SEGMENTER, dict(name="resnet"), "'resnet'"),
+    (SEGMENTER, dict(name=["vit"]), "header does not fit"),
+    (SEGMENTER, dict(name="cnn", cnn="get_model_weights", stem="small"), "cnn is get_model_weights"),
+    (SEGMENTER, dict(name="deeplabv3", options=dict(output_stride=16, aux=False)), "options is"),
+    (KNN, dict(bank=10**12), "bank is"),
+    (KNN, dict(k=0), "k is 0"),
+    (KNN, dict(k="3"), "k is 3"),
+    (KNN, dict(temperature=0), "temperature is 0"),
+    (KNN, dict(classes=2), "classes is 2"),
+    (KNN, dict(features="all"), "features is all"),
+]
+
+
+@pytest.mark.parametrize("spec, lie, said", LIES)
+def test_a_header_that_lies_builds_nothing(tmp_path, spec, lie, said):
+    net, task = nets.build(spec), "classification" if "bank" in spec else None
+    if task:
+        net.head.labels.copy_(torch.arange(7) % 5)
+    nets.load_run(save_run(tmp_path, net, spec, task=task), task=task)
+    run = save_run(tmp_path, net, spec | lie, task=task)
+    with pytest.raises(BadWeights, match=said) as e:
+        nets.load_run(run, task=task)
+    assert str(e.value).startswith(str(tmp_path)) and "\n" not in str(e.value)
 
 
 def test_a_run_of_the_other_kind_is_refused(tmp_path):
@@ -376,6 +492,9 @@ def test_norms_are_chosen_and_never_guessed():
         assert nets.choose_norm("imagenet", info) == "imagenet"
     with pytest.raises(BadInput, match="type --norm imagenet .* --norm sat"):
         nets.choose_norm("auto", unknown)
+    for lie in ("mars", [], {"a": 1}, 3):
+        with pytest.raises(BadInput, match="a.pth: normalisation .*; type --norm imagenet or sat"):
+            nets.choose_norm("auto", dict(norm=lie, path="a.pth"))
 
 
 @pytest.mark.parametrize("spec, name", [
