@@ -65,6 +65,11 @@ def write(path: str | Path, content: Image.Image | dict | list | str | bytes, **
     replace(path, lambda name: Path(name).write_bytes(content))
 
 
+def as_text(name: str) -> str:
+    """A name of a file as UTF-8 text, with a ? for each byte that is none."""
+    return name.encode("utf-8", "replace").decode()
+
+
 def as_bytes(text: str) -> bytes:
     """UTF-8; names of files that are not UTF-8 become their own bytes again."""
     return text.encode("utf-8", "surrogateescape")
@@ -142,6 +147,13 @@ def nfc(text: str) -> str:
 def json_lines(rows: list[dict]) -> str:
     """The rows as text, one JSON object a line."""
     return "".join(json.dumps(row) + "\n" for row in rows)
+
+
+def print_anything() -> None:
+    """At the start of every program: a letter that the terminal's encoding lacks is shown as \\u6c34, no traceback."""
+    for stream in (sys.stdout, sys.stderr):
+        if hasattr(stream, "reconfigure"):
+            stream.reconfigure(errors="backslashreplace")
 
 
 def minutes(seconds: float) -> str:

@@ -41,7 +41,8 @@ from shlex import quote
 import numpy as np
 import torch
 
-from .common import IGNORE, BadInput, even_sample, nfc, progress, read_json, read_text
+from .common import (IGNORE, BadInput, as_text, even_sample, nfc, progress, read_json,
+                     read_text)
 from .files import Names, is_image, match
 from .io import Labels, open_image, read_valid
 
@@ -81,7 +82,7 @@ def read_description(root: str | Path) -> dict:
     d = read_json(path)
     check_needed_keys(d, path)
     # A set without a name is called like its folder, and its runs go to runs/<name>.
-    d = {"name": Path(root).resolve().name, "ignore": [], **d}
+    d = {"name": as_text(Path(root).resolve().name), "ignore": [], **d}
     try:
         names = Labels(d["classes"], d["ignore"]).names
     except BadInput as e:
