@@ -88,8 +88,8 @@ def read_text(path: str | Path, errors: str = "strict") -> str:
         data = path.read_bytes()
     except FileNotFoundError:
         raise BadInput(f"{path}: no such file") from None
-    except OSError as e:
-        raise BadInput(f"{path}: cannot be read ({e.strerror})") from None
+    except (OSError, ValueError) as e:  # ValueError: of a name that no file can have
+        raise BadInput(f"{str(path)!r}: cannot be read ({getattr(e, 'strerror', e)})") from None
     marked = data.startswith((codecs.BOM_UTF16_LE, codecs.BOM_UTF16_BE))
     try:
         return data.decode("utf-16" if marked else "utf-8-sig", errors)
@@ -140,8 +140,11 @@ def fits(value, shape: type) -> bool:
 
 
 def nfc(text: str) -> str:
-    """The text with accents composed: macOS writes e and an accent, others one letter for both."""
-    return unicodedata.normalize("NFC", text)
+    """A name as text with composed accents: macOS writes e and an accent, others one letter for both.
+
+    Without a UTF-8 locale Python has the bytes of a name for its letters.
+    """
+    return unicodedata.normalize("NFC", as_bytes(text).decode("utf-8", "surrogateescape"))
 
 
 def json_lines(rows: list[dict]) -> str:

@@ -132,7 +132,9 @@ def check_optional_keys(d: dict, names: list[str], path: Path) -> None:
 
 def is_folder_name(value) -> bool:
     """Runs are saved in a folder of the data set's name."""
-    return isinstance(value, str) and bool(value) and not set(value) & set("/\\")
+    if not isinstance(value, str) or value in ("", ".", ".."):
+        return False
+    return not set(value) & set("/\\\0")
 
 
 def is_regex(value) -> bool:
@@ -221,8 +223,9 @@ def match_pairs(root: str | Path, description: dict) -> tuple[dict[str, tuple], 
                            "rename one, or move it away")
         pairs[name] = file, masks.get(key)
     if not pairs:
+        hint = about_brackets(str(description["images"]))
         raise BadInput(f"{root}: no image matches {description['images']!r}; "
-                       'correct "images" in dataset.json or --root')
+                       f'correct "images" in dataset.json or --root{hint}')
     paired = {mask for _, mask in pairs.values()}
     return pairs, sorted(taken - paired)
 
@@ -301,13 +304,18 @@ def split_names(root: str | Path, description: dict,
             if rule.endswith(".txt"):
                 chosen.update(read_list(Path(root) / rule, pairs))
                 continue
-            found = [n for n in names if fnmatch(n, rule)]
+            found = [n for n in names if n == rule or fnmatch(n, nfc(rule))]
             if not found and split not in description.get("unlabelled", ()):
                 raise BadInput(f"split {split!r}: nothing matches {rule!r}; "
-                               f"names look like {names[0]!r}")
+                               f"names look like {names[0]!r}{about_brackets(rule)}")
             chosen.update(found)
         splits[split] = [n for n in names if n in chosen]
     return check_disjoint(splits)
+
+
+def about_brackets(pattern: str) -> str:
+    """The end of a message where a name may have been taken for a pattern."""
+    return "; for a [ in a name write [[]" if "[" in pattern else ""
 
 
 def read_list(path: Path, pairs: dict[str, tuple]) -> list[str]:

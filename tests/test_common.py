@@ -14,7 +14,7 @@ from PIL import Image
 
 from data import common
 from data.common import (
-    BadInput, as_text, even_sample, json_lines, minutes, print_anything, progress, read_json, read_text,
+    BadInput, as_text, even_sample, json_lines, minutes, nfc, print_anything, progress, read_json, read_text,
     replace, write)
 
 
@@ -122,6 +122,8 @@ def test_what_is_no_file_is_named(tmp_path, monkeypatch):
         read_json(tmp_path)
     with pytest.raises(BadInput, match="none.json: no such file"):
         read_json(tmp_path / "none.json")
+    with pytest.raises(BadInput, match="x00.json': cannot be read .embedded null byte"):
+        read_json(tmp_path / "a\0.json")
     monkeypatch.setattr(common, "MAX_TEXT", 9)
     (tmp_path / "a.json").write_text("0123456789")
     with pytest.raises(BadInput, match="GiB; expected a text file"):
@@ -167,6 +169,12 @@ def test_text_that_a_terminal_cannot_show_is_printed_as_escapes(monkeypatch, enc
         stream.write("Straße 水 " + os.fsdecode(b"t\xff"))
         stream.flush()
         assert stream.buffer.getvalue() == shown
+
+
+def test_a_name_is_the_same_text_whatever_the_disk_and_the_locale_make_of_it():
+    for written in ("é水", "e\u0301水", "é水".encode().decode("ascii", "surrogateescape")):
+        assert nfc(written) == "é水"
+    assert nfc("t\udcff") == "t\udcff"
 
 
 def test_names_that_are_not_utf_8_become_text_or_their_own_bytes(tmp_path):

@@ -47,8 +47,7 @@ def read_values(root: Path, description: dict, pairs: dict, limit: int | None,
     """What the masks hold, all or an even sample of `limit`."""
     masks = even_sample([mask for _, mask in pairs.values() if mask], limit)
     if not masks:
-        # This raises: the name of a folder such as "[a]" means something else in a pattern.
-        find_pairs(root, description)
+        find_pairs(root, description)  # says why
     scans = in_threads(lambda mask: attempt(scan, mask), masks, "masks")
     return count_values(dict(zip(masks, scans)), complaints)
 
