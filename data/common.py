@@ -65,6 +65,11 @@ def write(path: str | Path, content: Image.Image | dict | list | str | bytes, **
     replace(path, lambda name: Path(name).write_bytes(content))
 
 
+def as_text(name: str) -> str:
+    """A name of a file as UTF-8 text, with a ? for each byte that is none."""
+    return name.encode("utf-8", "replace").decode()
+
+
 def as_bytes(text: str) -> bytes:
     """UTF-8; names of files that are not UTF-8 become their own bytes again."""
     return text.encode("utf-8", "surrogateescape")
@@ -83,8 +88,8 @@ def read_text(path: str | Path, errors: str = "strict") -> str:
         data = path.read_bytes()
     except FileNotFoundError:
         raise BadInput(f"{path}: no such file") from None
-    except OSError as e:
-        raise BadInput(f"{path}: cannot be read ({e.strerror})") from None
+    except (OSError, ValueError) as e:  # ValueError: of a name that no file can have
+        raise BadInput(f"{str(path)!r}: cannot be read ({getattr(e, 'strerror', e)})") from None
     marked = data.startswith((codecs.BOM_UTF16_LE, codecs.BOM_UTF16_BE))
     try:
         return data.decode("utf-16" if marked else "utf-8-sig", errors)
@@ -135,13 +140,23 @@ def fits(value, shape: type) -> bool:
 
 
 def nfc(text: str) -> str:
-    """The text with accents composed: macOS writes e and an accent, others one letter for both."""
-    return unicodedata.normalize("NFC", text)
+    """A name as text with composed accents: macOS writes e and an accent, others one letter for both.
+
+    Without a UTF-8 locale Python has the bytes of a name for its letters.
+    """
+    return unicodedata.normalize("NFC", as_bytes(text).decode("utf-8", "surrogateescape"))
 
 
 def json_lines(rows: list[dict]) -> str:
     """The rows as text, one JSON object a line."""
     return "".join(json.dumps(row) + "\n" for row in rows)
+
+
+def print_anything() -> None:
+    """At the start of every program: a letter that the terminal's encoding lacks is shown as \\u6c34, no traceback."""
+    for stream in (sys.stdout, sys.stderr):
+        if hasattr(stream, "reconfigure"):
+            stream.reconfigure(errors="backslashreplace")
 
 
 def minutes(seconds: float) -> str:

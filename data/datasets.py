@@ -41,7 +41,8 @@ from shlex import quote
 import numpy as np
 import torch
 
-from .common import IGNORE, BadInput, even_sample, nfc, progress, read_json, read_text
+from .common import (IGNORE, BadInput, as_text, even_sample, nfc, progress, read_json,
+                     read_text)
 from .files import Names, is_image, match
 from .io import Labels, read_valid, size_of
 
@@ -81,7 +82,7 @@ def read_description(root: str | Path) -> dict:
     d = read_json(path)
     check_needed_keys(d, path)
     # A set without a name is called like its folder, and its runs go to runs/<name>.
-    d = {"name": Path(root).resolve().name, "ignore": [], **d}
+    d = {"name": as_text(Path(root).resolve().name), "ignore": [], **d}
     try:
         names = Labels(d["classes"], d["ignore"]).names
     except BadInput as e:
@@ -131,7 +132,9 @@ def check_optional_keys(d: dict, names: list[str], path: Path) -> None:
 
 def is_folder_name(value) -> bool:
     """Runs are saved in a folder of the data set's name."""
-    return isinstance(value, str) and bool(value) and not set(value) & set("/\\")
+    if not isinstance(value, str) or value in ("", ".", ".."):
+        return False
+    return not set(value) & set("/\\\0")
 
 
 def is_regex(value) -> bool:
@@ -220,8 +223,9 @@ def match_pairs(root: str | Path, description: dict) -> tuple[dict[str, tuple], 
                            "rename one, or move it away")
         pairs[name] = file, masks.get(key)
     if not pairs:
+        hint = about_brackets(str(description["images"]))
         raise BadInput(f"{root}: no image matches {description['images']!r}; "
-                       'correct "images" in dataset.json or --root')
+                       f'correct "images" in dataset.json or --root{hint}')
     paired = {mask for _, mask in pairs.values()}
     return pairs, sorted(taken - paired)
 
@@ -300,13 +304,18 @@ def split_names(root: str | Path, description: dict,
             if rule.endswith(".txt"):
                 chosen.update(read_list(Path(root) / rule, pairs))
                 continue
-            found = [n for n in names if fnmatch(n, rule)]
+            found = [n for n in names if n == rule or fnmatch(n, nfc(rule))]
             if not found and split not in description.get("unlabelled", ()):
                 raise BadInput(f"split {split!r}: nothing matches {rule!r}; "
-                               f"names look like {names[0]!r}")
+                               f"names look like {names[0]!r}{about_brackets(rule)}")
             chosen.update(found)
         splits[split] = [n for n in names if n in chosen]
     return check_disjoint(splits)
+
+
+def about_brackets(pattern: str) -> str:
+    """The end of a message where a name may have been taken for a pattern."""
+    return "; for a [ in a name write [[]" if "[" in pattern else ""
 
 
 def read_list(path: Path, pairs: dict[str, tuple]) -> list[str]:

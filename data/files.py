@@ -115,7 +115,9 @@ def match(root: str | Path, pattern: str) -> Iterator[tuple[Path, str]]:
     ** stands for any number of folders. A pattern that is none is a BadInput.
     """
     try:
-        parts = PurePosixPath(pattern.replace("\\", "/")).parts
+        if "/" not in pattern:  # written on Windows
+            pattern = pattern.replace("\\", "/")
+        parts = PurePosixPath(pattern).parts
         star_regex("/".join(parts))
         if not parts or parts[0] == "/":
             raise ValueError("absolute" if parts else "empty")

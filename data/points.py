@@ -6,16 +6,19 @@
 
 x is the column and y the row of a pixel, counted from 0 at the top left. A file of points is a CSV
 with the columns image, x, y, class, or a GeoJSON of Point features [x, y] with the properties image
-and class; pixel coordinates in both, fractions belong to the pixel they lie in. `image` is the name
+and class; pixel coordinates in both, fractions belong to the pixel they lie in, and coordinates of
+maps are refused. `image` is the name
 in the data set (path without suffix) or what else data/files.py's Names takes for it; `class` is
 the class's name.
 """
+import contextlib
 import csv
 import hashlib
 import io
 import json
 import os
 import reprlib
+from collections import defaultdict
 from concurrent.futures import ThreadPoolExecutor
 from functools import lru_cache
 from pathlib import Path
@@ -42,6 +45,7 @@ PATTERNS = {
     "clicked-centre": "the innermost pixel of the n largest instances of every class",
 }
 COLUMNS = ("image", "x", "y", "class")
+MAP_COLUMNS = {"lon", "lat", "lng", "long", "longitude", "latitude", "easting", "northing"}
 GEOJSON = (".geojson", ".json")
 
 
@@ -58,7 +62,14 @@ def read_points(path: str | Path, files: dict[str, tuple], names: list[str]) -> 
     # An image's header is read once, however many points it has.
     sizes = {}
     found = {}  # {name: {(x, y): class id}}
-    for row, image, x, y, label in read_rows(Path(path)):
+    rows, system = read_rows(Path(path))
+    if system is None and within_a_pixel(rows):
+        system = "degrees, it seems: all points of an image lie within one pixel"
+    # What converts them through the georeference of the images belongs here.
+    if system:
+        raise BadInput(f"{path}: coordinates in {system}; expected pixels: x, the column, and y, "
+                       "the row, from 0 at the top left of each image; convert them first")
+    for row, image, x, y, label in rows:
         where = f"{path} {row}"
         name = known.find(image)
         if name is None:
@@ -118,8 +129,26 @@ def as_number(value, where: str) -> float:
                        "expected x and y in pixels") from None
 
 
-def read_rows(path: Path) -> list[tuple]:
-    """Rows (what errors call it, image, x, y, class) of a file of points, x and y as they stand."""
+def within_a_pixel(rows: list[tuple]) -> bool:
+    """Do all points of an image lie within one pixel, three or more in the file? They are no clicks."""
+    places = defaultdict(set)
+    for _, image, x, y, _ in rows:
+        with contextlib.suppress(TypeError, ValueError, OverflowError):
+            places[image].add((float(x), float(y)))
+    every = set().union(*places.values())
+    several = [found for found in places.values() if len(found) > 1]
+    # Where no image has several points, those of all images are compared.
+    for found in several or [every]:
+        if found and max(np.ptp(list(found), axis=0)) >= 1:
+            return False
+    return len(every) >= 3
+
+
+def read_rows(path: Path) -> tuple[list[tuple], str | None]:
+    """Rows (what errors call it, image, x, y, class) of a file of points, x and y as they stand.
+
+    And the system of coordinates that the file names; None for pixels.
+    """
     if not path.is_file():
         raise BadInput(f"{path}: no such file; expected a .csv or .geojson of points, or one of "
                        f"{', '.join(PATTERNS)}")
@@ -128,9 +157,15 @@ def read_rows(path: Path) -> list[tuple]:
     return read_table(path)
 
 
-def read_features(path: Path) -> list[tuple]:
-    """The rows of a GeoJSON."""
-    features = read_json(path).get("features")
+def read_features(path: Path) -> tuple[list[tuple], str | None]:
+    """The rows of a GeoJSON, and its "crs", which GIS programs write."""
+    found = read_json(path)
+    features = found.get("features")
+    system = found.get("crs")
+    if isinstance(system, dict) and isinstance(system.get("properties"), dict):
+        system = system["properties"].get("name", "another system")
+    if system is not None:
+        system = f'{str(system)[:60]}, as "crs" says'
     if not isinstance(features, list):
         raise BadInput(f"{path}: no GeoJSON FeatureCollection; expected Point features")
     rows = []
@@ -149,11 +184,11 @@ def read_features(path: Path) -> list[tuple]:
             raise BadInput(f"{path} feature {i}: expected a Point [x, y] with the properties image "
                            "and class")
         rows.append((f"feature {i}", image, x, y, label))
-    return rows
+    return rows, system
 
 
-def read_table(path: Path) -> list[tuple]:
-    """The rows of a CSV, whose delimiter is what its header has most of."""
+def read_table(path: Path) -> tuple[list[tuple], str | None]:
+    """The rows of a CSV, whose delimiter is what its header has most of, and the columns of a map."""
     text = read_text(path, "surrogateescape")
     # Spreadsheets write commas, semicolons or tabs, by language.
     header = text.split("\n", 1)[0]
@@ -171,12 +206,15 @@ def read_table(path: Path) -> list[tuple]:
         raise BadInput(f"{path} line {line}: {e}; is a quote left open?") from None
     # The names are known only when the first row has been read.
     columns = table.fieldnames or []
+    on_map = [column for column in columns if str(column).lower() in MAP_COLUMNS]
+    if on_map and not {"x", "y"} <= set(columns):
+        return [], f"the columns {', '.join(on_map)}"
     for column in COLUMNS:
         if column not in columns:
             there = ", ".join(columns) or "an empty file"
             raise BadInput(f"{path} line 1: no column {column!r} in {there}; "
                            "expected a header with image,x,y,class")
-    return rows
+    return rows, None
 
 
 def write_points(path: str | Path, points: Points, names: list[str]) -> None:

@@ -12,6 +12,7 @@ masks: see train_cls.py.
 from pathlib import Path
 
 from .common import BadInput
+from .files import match
 
 
 def by_id(colors: dict[str, str], first: int = 0) -> list[dict]:
@@ -169,7 +170,7 @@ def files_of(d: dict) -> list[str]:
 
 def absent(root: Path, d: dict) -> list[str]:
     """Of files_of, what matches nothing in root."""
-    return [pattern for pattern in files_of(d) if not any(root.glob(pattern))]
+    return [pattern for pattern in files_of(d) if not any(match(root, pattern))]
 
 
 def describe(name: str, root: str | Path, variant: str | None = None) -> dict:

@@ -21,7 +21,7 @@ from PIL import Image
 from torch import Tensor
 
 from .cache import Cache
-from .common import BadInput, as_bytes, nfc
+from .common import BadInput, as_bytes, as_text, nfc
 from .datasets import compile_regex, read_split_file, uncached
 from .files import folders, images_in, not_used
 from .io import read_image, size_of
@@ -334,7 +334,7 @@ class Scenes:
                  bands: list[int] | None = None, input_range: list[float] | None = None,
                  size: int | None = None, cache: str | None = None):
         self.base, found, given, notes, empty = find_scenes(root)
-        self.dataset = "eurosat" if self.base.name == "2750" else self.base.name
+        self.dataset = "eurosat" if self.base.name == "2750" else as_text(self.base.name)
         self.reading = dict(bands=bands, input_range=input_range)
         self.notes = [f"note: {line}" for line in notes]
         classes = classes and [nfc(name) for name in classes]

@@ -29,7 +29,7 @@ import torch.distributed as dist
 from torch import nn
 from torch.nn.parallel import DistributedDataParallel
 
-from data.common import BadInput
+from data.common import BadInput, as_text, nfc, print_anything
 
 from .checkpoint import load_state
 from .weights import BadWeights
@@ -185,6 +185,7 @@ def parse(parser: Parser, argv: list[str] | None = None, movable: tuple[str, ...
 @contextlib.contextmanager
 def one_line_errors():
     """Around main(): what a user can mend ends as one line on stderr and exit code 2."""
+    print_anything()
     try:
         yield
     except (BadInput, BadWeights, OSError) as e:
@@ -364,6 +365,8 @@ def folder(wanted: str | None, default: str, resume: str | None) -> Path:
     if not wanted:
         return numbered(default)
     out = Path(wanted)
+    if as_text(nfc(wanted)) != nfc(wanted):
+        raise BadInput(f"{out}: safetensors cannot open a path that is not UTF-8; name another --out")
     if (out / "last.pt").exists():
         raise BadInput(f"{out}: holds a run; type --resume {shlex.quote(str(out))} to go on with it, "
                        "or another --out")

@@ -1,4 +1,6 @@
 """data.check holds a description against the files: each fault has its line and exit code."""
+import io
+import os
 import shutil
 
 import numpy as np
@@ -7,8 +9,9 @@ from folder_sets import PLAIN, RED, plain, put, rng, run, save  # noqa: F401: tw
 from PIL import Image, TiffImagePlugin, TiffTags
 
 from data import common
+from data.check.__main__ import main
 from data.common import write
-from data.datasets import check_command, script_command
+from data.datasets import check_command, find_pairs, read_description, script_command
 
 
 # ---- check: one fault each
@@ -343,3 +346,19 @@ def test_progress_goes_to_stderr(plain, capsys, monkeypatch):
     monkeypatch.setattr(common, "SILENT", 0)
     run(capsys, plain)
     assert "files: 5 of 6  ETA 0:00" in run(capsys, plain)[1]
+
+
+def test_any_name_and_class_is_shown_on_a_terminal_of_windows(tmp_path, rng, monkeypatch):
+    root = tmp_path / os.fsdecode(b"s\xe9t")
+    for i in range(3):
+        put(rng, root / "images" / os.fsdecode(b"t\xff%d.png" % i), root / "masks" / os.fsdecode(b"t\xff%d.png" % i))
+    for _ in range(2):  # draft and check
+        stream = io.TextIOWrapper(io.BytesIO(), encoding="cp1252")
+        monkeypatch.setattr("sys.stdout", stream)
+        assert main([str(root)]) == 0
+        d = read_description(root)
+        write(root / "dataset.json", d | {"classes": [{"name": n, "id": i} for i, n in enumerate(("水", "é", "x"))]})
+    stream.flush()
+    shown = stream.buffer.getvalue()
+    assert b"\\u6c34" in shown and b"\xe9 " in shown and b"s\\udce9t" in shown
+    assert d["name"] == "s?t" and len(find_pairs(root, d)) == 3

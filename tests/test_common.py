@@ -14,7 +14,8 @@ from PIL import Image
 
 from data import common
 from data.common import (
-    BadInput, even_sample, json_lines, minutes, progress, read_json, read_text, replace, write)
+    BadInput, as_text, even_sample, json_lines, minutes, nfc, print_anything, progress, read_json, read_text,
+    replace, write)
 
 
 # ---- files
@@ -121,6 +122,8 @@ def test_what_is_no_file_is_named(tmp_path, monkeypatch):
         read_json(tmp_path)
     with pytest.raises(BadInput, match="none.json: no such file"):
         read_json(tmp_path / "none.json")
+    with pytest.raises(BadInput, match="x00.json': cannot be read .embedded null byte"):
+        read_json(tmp_path / "a\0.json")
     monkeypatch.setattr(common, "MAX_TEXT", 9)
     (tmp_path / "a.json").write_text("0123456789")
     with pytest.raises(BadInput, match="GiB; expected a text file"):
@@ -151,6 +154,36 @@ def test_rows_become_one_json_object_a_line():
     rows = [dict(step=1, loss=None), dict(step=2, name="é")]
     assert [json.loads(line) for line in json_lines(rows).splitlines()] == rows
     assert json_lines(rows).endswith("}\n") and json_lines([]) == ""
+
+
+# ---- output
+
+@pytest.mark.parametrize("encoding, shown", [
+    ("ascii", b"Stra\\xdfe \\u6c34 t\\udcff"), ("cp1252", b"Stra\xdfe \\u6c34 t\\udcff"),
+    ("utf-8", "Straße 水 t".encode() + b"\\udcff")])
+def test_text_that_a_terminal_cannot_show_is_printed_as_escapes(monkeypatch, encoding, shown):
+    for name in ("stdout", "stderr"):
+        stream = io.TextIOWrapper(io.BytesIO(), encoding=encoding)
+        monkeypatch.setattr(f"sys.{name}", stream)
+        print_anything()
+        stream.write("Straße 水 " + os.fsdecode(b"t\xff"))
+        stream.flush()
+        assert stream.buffer.getvalue() == shown
+
+
+def test_a_name_is_the_same_text_whatever_the_disk_and_the_locale_make_of_it():
+    for written in ("é水", "e\u0301水", "é水".encode().decode("ascii", "surrogateescape")):
+        assert nfc(written) == "é水"
+    assert nfc("t\udcff") == "t\udcff"
+
+
+def test_names_that_are_not_utf_8_become_text_or_their_own_bytes(tmp_path):
+    name = os.fsdecode(b"s\xe9t")
+    assert as_text(name) == "s?t" and as_text("sét") == "sét"
+    write(tmp_path / "list.txt", f"{name}\n")
+    assert (tmp_path / "list.txt").read_bytes() == b"s\xe9t\n"
+    write(tmp_path / "a.json", {"a": name})
+    assert (tmp_path / "a.json").read_bytes().isascii() and read_json(tmp_path / "a.json") == {"a": name}
 
 
 # ---- progress

@@ -140,6 +140,45 @@ def test_brackets_in_the_names_of_folders_and_images_beside_folders(tmp_path, rn
     assert run(capsys, tmp_path / "other")[0] == 0 and trainable(tmp_path / "other")
 
 
+ODD = ["a[1]", "[a]", "a*b", "w?", "[!x]", "[[]", "a]b[", "{0}", "%s%d", "^$+.(x)|", "a\\b", "~", "#1", "'q'", "!",
+       "a b"]
+
+
+@pytest.mark.parametrize("layout, alone", [
+    ("{0}/img/{1}.png|{0}/gt/{1}.png", False), ("{0}/img/{1}.png|{0}/gt/{1}.png", True),
+    ("img {0}/{1}.png|gt {0}/{1}.png", True), ("{1}{0}.png|{1}{0}_mask.png", True),
+    ("{0}/img/a{1}_[img].png|{0}/gt/a{1}_[mask].png", True), ("{0} (img)/{1}.png|{0} (gt)/{1}.png", True)])
+def test_any_name_of_a_folder_or_a_file_may_stand_in_a_draft(layout, alone, tmp_path, rng, capsys):
+    roots = [tmp_path / str(i) for i in range(len(ODD))] if alone else [tmp_path] * len(ODD)
+    want = {}
+    for root, odd in zip(roots, ODD):
+        for i in range(2):
+            image, mask = (root / name.replace("{0}", odd).replace("{1}", str(i)) for name in layout.split("|"))
+            put(rng, image, mask)
+            want.setdefault(root, {})[image] = mask
+    for root, pairs in want.items():
+        assert run(capsys, root)[0] == 0
+        code, out = run(capsys, root)
+        assert code == 0 and f"\n{len(pairs)} images, " in out
+        assert dict(described(root)[1].values()) == pairs and sum(map(len, described(root)[3].values())) == len(pairs)
+
+
+def test_a_name_taken_for_a_pattern_is_explained(tmp_path, rng, capsys):
+    for i in range(4):
+        put(rng, tmp_path / f"img[1]/{i}.png", tmp_path / f"gt/{i}.png")
+    run(capsys, tmp_path)
+    d = read_description(tmp_path)
+    assert d["images"] == "img[[]1]/*.png"
+    write(tmp_path / "dataset.json", d | {"splits": {"train": ["img[1]/0", "img[1]/1"], "val": ["img[1]/[23]"]}})
+    code, out = run(capsys, tmp_path)
+    assert code == 2 and "nothing matches 'img[1]/[23]'; names look like 'img[1]/0'; for a [ in a name write [[]" in out
+    assert "'img[1]/0';" not in out.replace("names look like 'img[1]/0';", "")  # a name in full is that name
+    write(tmp_path / "dataset.json", d | {"splits": {"train": ["img[1]/0", "img[1]/1"], "val": ["img[[]1]/[23]"]}})
+    assert run(capsys, tmp_path)[0] == 0
+    write(tmp_path / "dataset.json", d | {"images": "img[1]/*.png"})
+    assert "for a [ in a name write [[]" in run(capsys, tmp_path)[1]
+
+
 # ---- drafts: what is held out where no split is called val
 
 NAMES = {

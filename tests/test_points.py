@@ -214,6 +214,49 @@ def test_a_file_that_is_none_says_so(files, tmp_path, name, text, said):
         points.read_points(tmp_path / name, files, NAMES)
 
 
+POINTS = [("a", 13.40020, 52.50014, "road"), ("a", 13.40061, 52.50042, "roof"), ("val/b", 13.40102, 52.50071, "tree")]
+
+
+def geojson(points, **more):
+    features = [{"type": "Feature", "properties": {"image": image, "class": label},
+                 "geometry": {"type": "Point", "coordinates": [x, y]}} for image, x, y, label in points]
+    return json.dumps({"type": "FeatureCollection", **more, "features": features})
+
+
+def table(points, header="image,x,y,class"):
+    return "\n".join([header, *(",".join(map(str, row)) for row in points)])
+
+
+CRS = {"type": "name", "properties": {"name": "urn:ogc:def:crs:OGC:1.3:CRS84"}}
+
+
+@pytest.mark.parametrize("name, text, said", [
+    ("p.geojson", geojson(POINTS, crs=CRS), "urn:ogc:def:crs:OGC:1.3:CRS84, as .crs. says"),
+    ("p.geojson", geojson(POINTS[:1], crs="EPSG:4326"), "EPSG:4326, as"),
+    ("p.geojson", geojson([("a", 500010.5, 4000010.5, "road")], crs={"properties": None}), "properties.*, as .crs."),
+    ("p.geojson", geojson(POINTS), "degrees, it seems"), ("p.csv", table(POINTS), "degrees, it seems"),
+    ("p.csv", table([(f"{i}", 13 + i / 9, 52.1, "road") for i in range(5)]), "degrees, it seems"),
+    ("p.csv", table(POINTS, "image,lon,lat,class"), "the columns lon, lat"),
+    ("p.csv", table(POINTS, "image,Longitude,Latitude,class"), "the columns Longitude, Latitude"),
+    ("p.csv", table([("a", 500010, 4000010, "road")], "image,Easting,Northing,class"), "columns Easting, Northing")])
+def test_coordinates_that_are_no_pixels_are_refused(files, tmp_path, name, text, said):
+    (tmp_path / name).write_text(text)
+    with pytest.raises(BadInput, match=f"{name}: coordinates in .*{said}.*; expected pixels: x, the column") as e:
+        points.read_points(tmp_path / name, files, NAMES)
+    assert "\n" not in str(e.value)
+
+
+@pytest.mark.parametrize("name, text, want", [
+    ("p.geojson", geojson([("a", 3.2, 7.9, "road"), ("a", 40, 7, "tree")], crs=None), [[3, 7, 0], [40, 7, 2]]),
+    ("p.csv", table([("a", 3, 4, "road"), ("a", 4, 4, "road"), ("a", 3, 5, "roof")]),
+     [[3, 4, 0], [4, 4, 0], [3, 5, 1]]),
+    ("p.csv", table([("a", 3.2, 4.1, "road"), ("a", 3.4, 4.9, "road")]), [[3, 4, 0]]),
+    ("p.csv", table([("a", 8, 9, "road", 13.4, 52.5)], "image,x,y,class,lon,lat"), [[8, 9, 0]])])
+def test_pixels_that_lie_close_stay_pixels(files, tmp_path, name, text, want):
+    (tmp_path / name).write_text(text)
+    assert points.read_points(tmp_path / name, files, NAMES)["train/a"].tolist() == want
+
+
 # ---- crops
 
 def every_pixel(mask):

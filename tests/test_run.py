@@ -1,5 +1,6 @@
 """models/run.py: flags, processes, signals, the lock of a run folder, averaged weights."""
 import copy
+import io
 import json
 import math
 import os
@@ -228,6 +229,14 @@ def test_an_error_in_a_reading_process_is_one_line_too(capsys):
     assert not list(batches)  # ends the reading process
 
 
+def test_scripts_print_any_writing_from_their_first_line_on(monkeypatch):
+    stream = io.TextIOWrapper(io.BytesIO(), encoding="ascii")
+    monkeypatch.setattr("sys.stdout", stream)
+    with run.one_line_errors():
+        print("水", flush=True)
+    assert stream.buffer.getvalue() == b"\\u6c34\n"
+
+
 def test_ctrl_c_is_quiet_and_faults_of_the_code_are_not(capsys):
     with pytest.raises(SystemExit) as e, run.one_line_errors():
         raise KeyboardInterrupt
@@ -328,6 +337,8 @@ def test_a_folder_that_holds_something_is_not_written_to(tmp_path):
     (tmp_path / "file").touch()
     with pytest.raises(BadInput, match="no run of this script"):
         run.folder(str(tmp_path / "file"), "unused", None)
+    with pytest.raises(BadInput, match="not UTF-8; name another --out"):  # not after hours, when it is read back
+        run.folder(str(tmp_path / os.fsdecode(b"r\xff")), "unused", None)
 
 
 def test_resume_writes_to_the_run(tmp_path):

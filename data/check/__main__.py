@@ -16,7 +16,7 @@ if not __package__:  # started as `python /path/to/data/check`: let "data" be fo
 
 from data.check.checks import check
 from data.check.draft import draft
-from data.common import BadInput
+from data.common import BadInput, print_anything
 from data.datasets import read_description
 from data.public import SETS, describe
 
@@ -55,6 +55,7 @@ def band_numbers(text: str) -> list[int]:
 
 def main(argv=None) -> int:
     """The exit code: 2 if something must be corrected first."""
+    print_anything()
     args = parse_args(argv)
     typed = {"bands": args.bands, "input_range": args.input_range}
     typed = {key: value for key, value in typed.items() if value}

@@ -3,7 +3,7 @@ import json
 import re
 from pathlib import Path
 
-from ..common import BadInput, even_sample, write
+from ..common import BadInput, as_text, even_sample, write
 from ..datasets import check_command, find_pairs, in_threads, match_pairs, split_names
 from .complaints import Complaints, attempt
 from .patterns import draft_patterns
@@ -17,7 +17,7 @@ def draft(root: Path, limit: int | None, typed: dict) -> int:
     `limit`: masks to read. `typed`: "bands" and "input_range", where the flags gave them.
     """
     complaints = Complaints()
-    description = {"name": root.resolve().name, **draft_patterns(root, complaints)}
+    description = {"name": as_text(root.resolve().name), **draft_patterns(root, complaints)}
     for key in "images", "masks":
         print(f"{key:6s} {description[key]}")
     pairs, _ = match_pairs(root, description)
@@ -35,7 +35,7 @@ def draft(root: Path, limit: int | None, typed: dict) -> int:
     compare_class_lists(root, description, complaints)
 
     # A name of a file that is not UTF-8 becomes an escape, as JSON has it.
-    text = as_text(description).encode("utf-8", "backslashreplace")
+    text = one_key_a_line(description).encode("utf-8", "backslashreplace")
     write(root / "dataset.json", text)
     print(f"wrote {root / 'dataset.json'}")
     again = check_command(root)
@@ -47,8 +47,7 @@ def read_values(root: Path, description: dict, pairs: dict, limit: int | None,
     """What the masks hold, all or an even sample of `limit`."""
     masks = even_sample([mask for _, mask in pairs.values() if mask], limit)
     if not masks:
-        # This raises: the name of a folder such as "[a]" means something else in a pattern.
-        find_pairs(root, description)
+        find_pairs(root, description)  # says why
     scans = in_threads(lambda mask: attempt(scan, mask), masks, "masks")
     return count_values(dict(zip(masks, scans)), complaints)
 
@@ -84,7 +83,7 @@ def compare_class_lists(root: Path, description: dict, complaints: Complaints) -
                                     "goes by the masks alone")
 
 
-def as_text(description: dict) -> str:
+def one_key_a_line(description: dict) -> str:
     """JSON to be edited by hand: one pattern, class or split a line, else one key a line."""
     lines = []
     for key, value in description.items():

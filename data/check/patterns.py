@@ -5,6 +5,7 @@
 import os
 import re
 from collections import defaultdict
+from glob import escape
 from itertools import zip_longest
 from pathlib import Path
 
@@ -16,9 +17,10 @@ MASK = re.compile(r"masks?|(?<!un)label[a-z]*|annot[a-z]*|segm[a-z]*|ground.?tru
                   r"(?<![a-z])(?:gts?|lbls?|ann|seg|targets?)(?![a-z])|_m$", re.I)
 IMAGE = re.compile(r"image(?:s|ry)?|img|rgb(?:ir)?|irrg|photo|ortho|"
                    r"(?<![a-z])(?:src|sat|input)(?![a-z])", re.I)
-# All that a name says beside the place it shows, with the signs around it: "_label_noBoundary".
+# All that a name says beside the place it shows, with the signs around it: "_label_noBoundary", and
+# "[mask]", but not the bracket of "[1]_mask".
 WORD = rf"{MASK.pattern}|{IMAGE.pattern}|instance|colou?r|noboundary"
-WORDS = re.compile(rf"([\W_]*(?:(?:{WORD})[\W_]*)+)", re.I)
+WORDS = re.compile(rf"([\s_.-]*(?:[([{{]*(?:{WORD})[\])}}]*[\s_.-]*)+)", re.I)
 # The names of splits, as in the folders train, Val and testing.
 SPLIT = re.compile(r"(?<![a-z])(train|trn|val|dev|test)(?:ing|id|idation)?(?![a-z])", re.I)
 MAX_PATTERNS = 99  # more of them mean that the names follow no rule
@@ -142,14 +144,15 @@ def star_patterns(image: Path, mask: Path) -> tuple[str, str]:
         common.append(a == b and not SPLIT.search(a))
 
     def stars(p):
-        folders = ["*" if same else part for part, same in zip_longest(p.parts[:-1], common)]
+        folders = ["*" if same else escape(part)
+                   for part, same in zip_longest(p.parts[:-1], common)]
         if image.stem == mask.stem:
-            return "/".join([*folders, "*" + p.suffix])
+            return "/".join([*folders, "*" + escape(p.suffix)])
         name = ""
         for i, text in enumerate(WORDS.split(p.stem)):
             is_word = i % 2 == 1
-            name += text if is_word or not text else "*"
-        return "/".join([*folders, name + p.suffix])
+            name += escape(text) if is_word or not text else "*"
+        return "/".join([*folders, name + escape(p.suffix)])
 
     return stars(image), stars(mask)
 
@@ -159,5 +162,5 @@ def fill_in(pattern: str, files: tuple[Path]) -> str:
     *folders, name = pattern.split("/")
     for i in range(len(folders)):
         values = {f.parts[i] for f in files}
-        folders[i] = values.pop() if len(values) == 1 else "*"
+        folders[i] = escape(values.pop()) if len(values) == 1 else "*"
     return "/".join([*folders, name])
