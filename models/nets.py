@@ -173,6 +173,8 @@ def check_spec(spec: dict, state: dict) -> None:
 
     need("cnn", lambda name: name in classify.CNNS)
     need("options", lambda options: options in [known for _, _, known in NETS.values()])
+    need("head", lambda name: name in HEADS)
+    need("version", lambda number: number == VERSION)
     need("features", lambda kind: kind in ("cls", "cls+patch", "mean"))
     need("k", lambda k: isinstance(k, int) and k > 0)
     need("temperature", lambda t: t > 0)

@@ -250,12 +250,9 @@ def shards_of(folder: Path) -> list[Path]:
 def json_object(file: Path) -> dict:
     """A JSON file beside the weights."""
     try:
-        found = read_json(file)
+        return read_json(file)
     except BadInput as e:
         raise BadWeights(f"{e}; copy it again") from None
-    if not isinstance(found, dict):
-        raise BadWeights(f"{file}: {type(found).__name__}, expected a JSON object; copy it again")
-    return found
 
 
 # ---- reading
