@@ -23,7 +23,7 @@ import torch.distributed as dist
 
 from data import metrics, plots, public, samplers
 from data.common import IGNORE, BadInput, nfc, progress, read_json, write
-from data.files import image_name, walk
+from data.files import check_folder, image_name, walk
 from data.io import Labels
 from data.source import Source
 from models import nets, run
@@ -132,8 +132,7 @@ def summary(folders):
 def find_masks(folder, names):
     # -> {image name: mask}; predict.py names them below the folder that it was given, so all names
     # lack the same number of leading folders
-    if not folder.is_dir():
-        raise BadInput(f"{folder}: no such folder; expected a mask NAME.png in it for every image")
+    check_folder(folder)
     there = {}
     for file in walk(folder):
         if file.suffix.lower() == ".png":

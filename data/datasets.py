@@ -35,6 +35,8 @@ from collections import Counter
 from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
 from fnmatch import fnmatch
+from glob import has_magic
+from itertools import takewhile
 from pathlib import Path
 from shlex import quote
 
@@ -43,7 +45,7 @@ import torch
 
 from .common import (IGNORE, BadInput, as_text, even_sample, nfc, progress, read_json,
                      read_text)
-from .files import Names, is_image, match
+from .files import Names, check_folder, is_image, match
 from .io import Labels, read_valid, size_of
 
 # Mean and standard deviation of red, green and blue that the weights were trained with.
@@ -52,6 +54,8 @@ NORMS = {
     "sat": ((0.430, 0.411, 0.296), (0.213, 0.156, 0.143))}  # DINOv3 SAT-493M
 PROJECT = Path(__file__).resolve().parents[1]
 EXAMPLE = "data/datasets.py begins with an example"
+ONE_IMAGE = ("one training image, of which nothing can be held out to choose the weights; add images, "
+             "or type --final, which trains on all there is")
 
 
 # ---- commands to type next
@@ -77,6 +81,7 @@ def check_command(root: str | Path) -> str:
 def read_description(root: str | Path) -> dict:
     """root/dataset.json, checked for its parts; one line says what is wrong."""
     path = Path(root) / "dataset.json"
+    check_folder(root)
     if not path.exists():
         raise BadInput(f"{path}: no such file; draft it with: {check_command(root)}")
     d = read_json(path)
@@ -223,31 +228,34 @@ def match_pairs(root: str | Path, description: dict) -> tuple[dict[str, tuple], 
                            "rename one, or move it away")
         pairs[name] = file, masks.get(key)
     if not pairs:
-        hint = about_brackets(str(description["images"]))
+        hint = about_brackets(str(description["images"])) + about_folder(root, description["images"])
         raise BadInput(f"{root}: no image matches {description['images']!r}; "
                        f'correct "images" in dataset.json or --root{hint}')
     paired = {mask for _, mask in pairs.values()}
     return pairs, sorted(taken - paired)
 
 
-def find_pairs(root: str | Path, description: dict, masks: bool = True) -> dict[str, tuple]:
+def find_pairs(root: str | Path, description: dict, need_masks: bool = True) -> dict[str, tuple]:
     """{name: (image, mask)} as match_pairs has it, or {name_k: (image, mask, box)} of "tiles".
 
-    Every image needs its mask, unless `masks=False` or its split is in "unlabelled".
+    Every image needs its mask, unless its split is in "unlabelled". need_masks=False: none does.
     """
     pairs, _ = match_pairs(root, description)
-    if not masks:
-        return {name: (image, None) for name, (image, _) in pairs.items()}
-    # A missing mask is never taken for an empty one: it would be scored as background.
-    free = unlabelled(root, description, pairs)
-    lonely = [image for n, (image, mask) in pairs.items() if mask is None and n not in free]
-    if lonely:
-        raise BadInput(f"{lonely[0]}: no mask for it by {description['masks']!r} ({len(lonely)} of "
-                       f'{len(pairs)} images without); correct "masks" in dataset.json or move the '
-                       "images away")
+    if need_masks:
+        free = unlabelled(root, description, pairs)
+        check_masks({n: pair for n, pair in pairs.items() if n not in free}, description)
     if "tiles" in description:
         return tiles_of(pairs, description["tiles"])
     return pairs
+
+
+def check_masks(pairs: dict[str, tuple], description: dict) -> None:
+    """BadInput unless every image has a mask: a missing one taken for empty would be scored as background."""
+    lonely = [image for image, mask, *_ in pairs.values() if mask is None]
+    if lonely:
+        raise BadInput(f"{lonely[0]}: no mask for it by {description['masks']!r} ({len(lonely)} of "
+                       f'{len(pairs)} images without); correct "masks" in dataset.json or move the '
+                       "images away; --skip-bad of training leaves them out")
 
 
 def unlabelled(root: str | Path, description: dict, pairs: dict[str, tuple]) -> set[str]:
@@ -275,6 +283,8 @@ def tiles_of(pairs: dict[str, tuple[Path, Path | None]], side: int) -> dict[str,
                 if top + side <= H and left + side <= W:
                     tiles[f"{name}_{k}"] = image, mask, (top, left, side, side)
                 k += 1
+    if not tiles:
+        raise BadInput(f'"tiles": {side} in dataset.json, and no image is that large; correct it')
     return tiles
 
 
@@ -294,6 +304,7 @@ def split_names(root: str | Path, description: dict,
     names = list(pairs)
     splits = {}
     for split, rules in description["splits"].items():
+        optional = split in description.get("unlabelled", ())
         if isinstance(rules, str):
             rules = [rules]
         if not isinstance(rules, list) or not all(isinstance(rule, str) for rule in rules):
@@ -302,10 +313,10 @@ def split_names(root: str | Path, description: dict,
         chosen = set()
         for rule in rules:
             if rule.endswith(".txt"):
-                chosen.update(read_list(Path(root) / rule, pairs))
+                chosen.update(read_list(Path(root) / rule, pairs, optional))
                 continue
             found = [n for n in names if n == rule or fnmatch(n, nfc(rule))]
-            if not found and split not in description.get("unlabelled", ()):
+            if not found and not optional:
                 raise BadInput(f"split {split!r}: nothing matches {rule!r}; "
                                f"names look like {names[0]!r}{about_brackets(rule)}")
             chosen.update(found)
@@ -313,13 +324,25 @@ def split_names(root: str | Path, description: dict,
     return check_disjoint(splits)
 
 
+def about_folder(root: str | Path, pattern: str | list[str]) -> str:
+    """The end of a message where the folder that a pattern begins with is missing."""
+    first = pattern if isinstance(pattern, str) else pattern[0]
+    folder = Path(root, *takewhile(lambda part: not has_magic(part), Path(first).parts[:-1]))
+    return "" if folder.is_dir() else f"; there is no folder {folder}"
+
+
 def about_brackets(pattern: str) -> str:
     """The end of a message where a name may have been taken for a pattern."""
     return "; for a [ in a name write [[]" if "[" in pattern else ""
 
 
-def read_list(path: Path, pairs: dict[str, tuple]) -> list[str]:
-    """The names that a text file lists, an image a line as Names finds it, or an image and its mask."""
+def read_list(path: Path, pairs: dict[str, tuple], optional: bool = False) -> list[str]:
+    """The names that a text file lists: an image a line, as Names finds it, or an image and its mask.
+
+    Images that are not there are left out, and so may be the file, where it is `optional`.
+    """
+    if optional and not path.exists():
+        return []
     names = Names(pairs)
     listed = []
     for line in read_text(path, "surrogateescape").splitlines():
@@ -330,10 +353,11 @@ def read_list(path: Path, pairs: dict[str, tuple]) -> list[str]:
             name = names.find_line(line)
         except BadInput as e:
             raise BadInput(f"{path}: {e}") from None
-        if name is None:
+        if name is not None:
+            listed.append(name)
+        elif not optional:
             raise BadInput(f"{path}: {line!r} is no image here, or several; "
                            f"names look like {next(iter(pairs))!r}")
-        listed.append(name)
     return listed
 
 
@@ -377,6 +401,8 @@ def hold_out(names: list[str], frac: float, scene: str | None,
             break
         chosen.add(s)
         count += size[s]
+    if len(names) < 2:
+        raise BadInput(ONE_IMAGE)
     if not 0 < len(chosen) < len(size):
         raise BadInput(f"{frac} of {len(size)} scenes leaves train or val empty; "
                        'change "select" or "scene" in dataset.json, or --val-frac')
@@ -396,9 +422,8 @@ def load_splits(root: str | Path, description: dict, pairs: dict[str, tuple],
         splits = read_split_file(split_file, pairs)
     else:
         splits = split_names(root, description, pairs)
-    # The hidden masks of a test split are for predict.py.
     if "unlabelled" in description:
-        splits = splits_with_masks(splits, description["unlabelled"], pairs, split_file)
+        splits = splits_with_masks(splits, description["unlabelled"], pairs)
 
     select = description.get("select")
     # A second val split would leave open which one is meant.
@@ -416,12 +441,15 @@ def load_splits(root: str | Path, description: dict, pairs: dict[str, tuple],
         splits["train"], splits[held] = rest, chosen
 
     for split in need:
-        if not splits.get(split):
-            advice = 'add it to "splits" in dataset.json'
-            if split == "val":
-                advice += (', or hold out whole scenes: "select": 0.2 and "scene": REGEX in '
-                           "dataset.json (or --val-frac 0.2 for one run)")
-            raise BadInput(f"{root}: no {split} split; {advice}")
+        if splits.get(split):
+            continue
+        if split == "val" and len(splits["train"]) < 2:
+            raise BadInput(f"{root}: no val split: {ONE_IMAGE}")
+        advice = f"add it to {split_file}" if split_file else 'add it to "splits" in dataset.json'
+        if split == "val":
+            advice += (', or hold out whole scenes: "select": 0.2 and "scene": REGEX in '
+                       "dataset.json (or --val-frac 0.2 for one run)")
+        raise BadInput(f"{root}: no {split} split; {advice}")
     return splits
 
 
@@ -441,18 +469,13 @@ def read_split_file(path: str | Path, pairs: dict[str, tuple]) -> dict[str, list
         raise BadInput(f"{path}: {e}") from None
 
 
-def splits_with_masks(splits: dict, optional: list[str], pairs: dict,
-                      split_file: str | None) -> dict[str, list[str]]:
-    """The splits without those of `optional` that lack masks; every other image must have one."""
+def splits_with_masks(splits: dict, optional: list[str], pairs: dict) -> dict[str, list[str]]:
+    """The splits without those of `optional` that lack masks, which are for predict.py."""
     kept = {}
     for split, names in splits.items():
         complete = bool(names) and all(pairs[n][1] for n in names)
         if split not in optional or complete:
             kept[split] = names
-    for names in kept.values():
-        for n in names:
-            if pairs[n][1] is None:
-                raise BadInput(f"{split_file}: {n!r} has no mask; take it out of the split")
     return kept
 
 

@@ -38,6 +38,17 @@ def is_image(file: Path) -> bool:
     return file.suffix.lower() in SUFFIXES
 
 
+def check_folder(path: str | Path) -> None:
+    """BadInput unless the folder is there."""
+    path = Path(path)
+    if path.is_dir():
+        return
+    if path.exists():
+        raise BadInput(f"{path}: a file; type the folder that holds the data")
+    there = next(parent for parent in path.absolute().parents if parent.is_dir())
+    raise BadInput(f"{path}: no such folder; there is {there}: correct the rest of the path")
+
+
 def image_name(file: Path) -> str:
     """How a path names an image: with slashes, and without its suffix if that is an image's."""
     return (file.with_suffix("") if is_image(file) else file).as_posix()

@@ -12,7 +12,8 @@ masks: see train_cls.py.
 from pathlib import Path
 
 from .common import BadInput
-from .files import match
+from .datasets import check_command
+from .files import check_folder, match
 
 
 def by_id(colors: dict[str, str], first: int = 0) -> list[dict]:
@@ -161,7 +162,9 @@ SETS = {"potsdam": POTSDAM, "vaihingen": VAIHINGEN, "loveda": LOVEDA, "landcover
 def files_of(d: dict) -> list[str]:
     """Every pattern and list of a description, or of a part of one."""
     files = [d[key] for key in ("images", "masks") if key in d]
-    for rules in d.get("splits", {}).values():
+    for split, rules in d.get("splits", {}).items():
+        if split in d.get("unlabelled", ()):  # may be left out of a download
+            continue
         if isinstance(rules, str):
             rules = [rules]
         files += [rule for rule in rules if rule.endswith(".txt")]
@@ -179,6 +182,10 @@ def describe(name: str, root: str | Path, variant: str | None = None) -> dict:
     Its "variant": the forms taken, joined by commas, as --variant takes them.
     """
     root = Path(root)
+    check_folder(root)
+    if (root / "img_dir").is_dir() and (root / "ann_dir").is_dir():
+        raise BadInput(f"{root}: img_dir and ann_dir, as mmsegmentation converts {name}; expected "
+                       f"the official download, or describe this one: {check_command(root)}")
     choices = SETS[name].get("variants", [])
     asked = variant.lower().replace(",", " ").split() if variant else []
     check_variant(name, asked, choices)
@@ -190,7 +197,8 @@ def describe(name: str, root: str | Path, variant: str | None = None) -> dict:
     for forms in choices:
         here = [f for f in forms if f in asked]
         if not here:
-            here = [f for f in forms if not absent(root, forms[f])]
+            hidden = {"unlabelled": description.get("unlabelled", ())}
+            here = [f for f in forms if not absent(root, hidden | forms[f])]
         if not here:
             first_files = " or ".join(files_of(f)[0] for f in forms.values())
             raise BadInput(f"{root}: no {name} in one of the forms {', '.join(forms)}; "

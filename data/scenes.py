@@ -23,7 +23,7 @@ from torch import Tensor
 from .cache import Cache
 from .common import BadInput, as_bytes, as_text, nfc
 from .datasets import compile_regex, read_split_file, uncached
-from .files import folders, images_in, not_used
+from .files import check_folder, folders, images_in, not_used
 from .io import read_image, size_of
 
 # How folders may call the three splits.
@@ -36,9 +36,8 @@ LARGEST = 224  # side to which images of other than one small square size are br
 
 def base_of(root: str | Path) -> Path:
     """The folder whose sub-folders are the classes, or train, val and test: root, or the place below it."""
+    check_folder(root)
     base = Path(root).resolve()
-    if not base.is_dir():
-        raise BadInput(f"{root}: no such folder; expected one with a sub-folder of images per class")
     for place in (base / "2750", *sorted(base.glob("*/2750"))):  # EuroSAT as downloaded
         if place.is_dir():
             return place

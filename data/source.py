@@ -13,10 +13,10 @@ from . import demo, public
 from .cache import Cache
 from .common import BadInput, as_bytes, progress
 from .datasets import (
-    SegDataset, check_sizes, class_counts, count_ids, find_pairs, load_splits, read_description,
-    read_list, unknown_files)
+    SegDataset, check_masks, check_size, check_sizes, class_counts, count_ids, find_pairs, in_threads,
+    load_splits, read_description, read_list, unknown_files)
 from .files import not_used
-from .io import Labels
+from .io import Labels, read_valid
 from .samplers import rich, share_of
 
 
@@ -29,6 +29,7 @@ class Source:
     cache: folder for decoded images, "off", or None for the usual one.
     resume: a run folder, whose split.json counts: files may have been added since.
     need: splits that must be there. need_masks=False: no image needs a mask (labels are points).
+    skip_bad: leave out what cannot be read, see headline().
     """
 
     def __init__(self, dataset: str | None = None, root: str | Path | None = None,
@@ -36,7 +37,7 @@ class Source:
                  val_frac: float | None = None, final: bool = False,
                  bands: list[int] | None = None, input_range: list[float] | None = None,
                  cache: str | None = None, resume: str | None = None, need: tuple[str, ...] = ("train", "val"),
-                 need_masks: bool = True):
+                 need_masks: bool = True, skip_bad: bool = False):
         self.kind = dataset or ("folder" if root else "demo")
         if self.kind not in ("demo", "folder", *public.SETS):
             raise BadInput(f"--dataset {self.kind}: expected demo, folder, {', '.join(public.SETS)}")
@@ -61,13 +62,20 @@ class Source:
                             input_range=input_range or self.description.get("input_range"))
         self.cache = {} if cache == "off" else dict(cache=Cache(cache))
 
-        # {name: (image, mask)} or {name: (image, mask, box)} of all images
-        free = {} if need_masks else {"unlabelled": list(self.description["splits"])}
-        self.pairs = find_pairs(self.root, self.description | free)
+        # {name: (image, mask)} or {name: (image, mask, box)} of all images. Of a split file, images
+        # beside those that it lists need no masks.
+        all_needed = need_masks and not (split_file or skip_bad)
+        self.pairs = find_pairs(self.root, self.description, all_needed)
         if final:
             need = tuple(split for split in need if split != "val")
         self.splits = load_splits(self.root, self.description, self.pairs, split_file, val_frac,
                                   need=need, final=final)
+        self.left_out = {}  # {name: why}
+        if skip_bad:
+            self.leave_out_bad(need_masks)
+        if need_masks:
+            for split in self.splits:
+                check_masks(self.files(split), self.description)
         if "train" in need:
             used = {n: self.pairs[n] for names in self.splits.values() for n in names}
             self.sizes = check_sizes(used)  # {image file: (H, W)}
@@ -94,11 +102,38 @@ class Source:
             return public.describe(self.kind, self.root, variant)
         return read_description(self.root)
 
+    def leave_out_bad(self, need_masks: bool) -> None:
+        """Takes images and masks that cannot be read out of the splits: all are read now."""
+        def fault(pair):
+            image, mask = pair
+            try:
+                pixels, _ = read_valid(image, **self.reading)
+                if mask:
+                    check_size(mask, self.labels.load(mask).shape, pixels.shape[:2])
+                elif need_masks:
+                    check_masks({"": pair}, self.description)
+            except BadInput as e:
+                return str(e)
+            return None
+
+        names = [name for split in self.splits.values() for name in split]
+        pairs = list(dict.fromkeys(self.pairs[name][:2] for name in names))
+        faults = dict(zip(pairs, in_threads(fault, pairs, "images")))
+        for name in names:
+            if faults[self.pairs[name][:2]]:
+                self.left_out[name] = faults[self.pairs[name][:2]]
+        for split, names in self.splits.items():
+            self.splits[split] = [name for name in names if name not in self.left_out]
+            if names and not self.splits[split]:
+                raise BadInput(f"{self.left_out[names[0]]} (so --skip-bad leaves nothing of {split})")
+
     def headline(self) -> str:
-        """Name, classes and numbers of images, and a line for each warning."""
+        """Name, classes and numbers of images, and a line for each warning and each image left out."""
         sizes = ", ".join(f"{len(names)} {split}" for split, names in self.splits.items())
-        first = f"data    {self.name}, {len(self.names)} classes, images: {sizes}"
-        return "\n".join([first, *(f"        WARNING {line}" for line in self.warnings)])
+        lines = [f"data    {self.name}, {len(self.names)} classes, images: {sizes}"]
+        lines += [f"        WARNING {line}" for line in self.warnings]
+        lines += [f"        left out: {why}" for why in dict.fromkeys(self.left_out.values())]
+        return "\n".join(lines)
 
     def files(self, split: str) -> dict[str, tuple]:
         """{name: (image, mask)} of a split, with a box as third entry where names are tiles."""

@@ -307,6 +307,37 @@ def test_no_class_is_called_absent_while_masks_could_not_be_counted(plain, capsy
     assert code == 2 and "damaged or truncated" in out and "is in no mask" not in out
 
 
+def test_a_class_is_called_absent_only_where_every_mask_was_read(plain, capsys):
+    save(plain / "masks/3.png", np.full((12, 16), 7))
+    edit(plain, classes=[*PLAIN["classes"], {"name": "car", "id": 7}, {"name": "bus", "id": 8}])
+    assert "warning" not in run(capsys, plain, "--limit", "3")[1]  # reads 0, 2, 5
+    out = run(capsys, plain)[1]
+    assert "class 'bus' is in no mask: correct its id" in out and "class 'car' is not in val" in out
+    edit(plain, classes=[*PLAIN["classes"], {"name": "car", "id": 7}], splits={"train": "*/[0-2]", "val": "*/[45]"})
+    out = run(capsys, plain)[1]
+    assert "class 'car' is only in images, or parts of them, that are in no split" in out and "delete it" not in out
+
+
+def test_one_training_image_is_trained_on_with_final(plain, capsys):
+    edit(plain, splits={"train": "*/0", "test": "*/[45]"})
+    code, out = run(capsys, plain)
+    assert code == 0 and "one training image, of which nothing can be held out" in out
+    assert out.endswith(f"--root {plain} --final\n")
+    edit(plain, splits={"train": "*/0"}, select=0.2)
+    code, out = run(capsys, plain)
+    assert code == 2 and "error: one training image, of which nothing can be held out to choose the weights; add" in out
+
+
+def test_a_missing_folder_is_called_missing(plain, capsys):
+    for root, said in ((plain / "a/b", f"{plain}/a/b: no such folder; there is {plain}: correct the rest"),
+                       (plain / "dataset.json", "dataset.json: a file; type the folder that holds")):
+        for flags in ([], ["--dataset", "potsdam"], ["--force"]):
+            code, out = run(capsys, root, *flags)
+            assert code == 2 and said in out and out.count("\n") == 1
+    edit(plain, images="imgs/[a-z]/*.png")
+    assert f"; there is no folder {plain}/imgs" in run(capsys, plain)[1]
+
+
 def test_limit_reads_an_even_sample_and_says_so(plain, capsys):
     unknown_ids(plain)
     code, out = run(capsys, plain, "--limit", "3")  # reads 0, 2, 5

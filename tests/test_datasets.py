@@ -254,7 +254,7 @@ def test_all_walkers_take_and_leave_out_the_same_files(tmp_path):
     assert sorted(match_files(root, ["*/*/*.tfw", "a/**/b.web*"]).values()) == [
         root / "a/images/b.tfw", root / "a/images/b.webp"]  # a pattern takes what it names
     complaints = Complaints()
-    assert [root / p for p in find_pictures(root, complaints)[0]] == want
+    assert [root / p for p in find_pictures(root, None, complaints)[0]] == want
     note = "4 files are no images by their suffix: 2 .txt, 1 .tfw, 1 .jp2; first "
     assert complaints.lines["note", "suffix"] == [f"{note}{root}/a/images/again/note.txt"]
     found, left = find_images([str(root / "a"), str(root / "_c")])

@@ -46,6 +46,22 @@ LAYOUTS = {
                           {"train": 4, "val": 2}),
     "scene folders": (5, lambda i: (f"scene{i}/photo.png", f"scene{i}/label.png"), "*/photo.png", "*/label.png",
                       {"train": 3, "val": 1, "test": 1}),
+    "subsets": (6, lambda i: (f"{'test_' if i > 3 else ''}img_subset/{i % 4}.png",
+                              f"{'test_' if i > 3 else ''}gt_subset/{i % 4}.png"),
+                ["img_subset/*.png", "test_img_subset/*.png"], ["gt_subset/*.png", "test_gt_subset/*.png"],
+                {"train": 4, "test": 2}),
+    "images beside a folder test": (
+        6, lambda i: (f"{'test/' if i > 3 else ''}{i}.jpg", f"{'test/' if i > 3 else ''}{i}_mask.png"),
+        ["*.jpg", "test/*.jpg"], ["*_mask.png", "test/*_mask.png"], {"train": 4, "test": 2}),
+    "a folder test in one of images": (
+        6, lambda i: (f"a/img/{'test/' if i > 3 else ''}{i}.png", f"a/gt/{'test/' if i > 3 else ''}{i}.png"),
+        ["a/img/*.png", "a/img/test/*.png"], ["a/gt/*.png", "a/gt/test/*.png"], {"train": 4, "test": 2}),
+    "all in test": (4, lambda i: (f"test/img/{i}.png", f"test/gt/{i}.png"), "test/img/*.png", "test/gt/*.png",
+                    {"train": 4}),
+    "mmseg": (6, lambda i: (f"img_dir/{'train' if i < 4 else 'val'}/{i}.png",
+                            f"ann_dir/{'train' if i < 4 else 'val'}/{i}.png"),
+              ["img_dir/train/*.png", "img_dir/val/*.png"], ["ann_dir/train/*.png", "ann_dir/val/*.png"],
+              {"train": 4, "val": 2}),
     "file types": (4, lambda i: (f"rgb/{i}.{'JPG' if i % 2 else 'png'}", f"gt/{i}.png"), ["rgb/*.JPG", "rgb/*.png"],
                    ["gt/*.png", "gt/*.png"], {"train": 4}),
 }
@@ -85,6 +101,50 @@ def test_infrared_images_and_second_masks_stay_out_of_the_draft(tmp_path, rng, c
     d = read_description(tmp_path)
     assert (d["images"], d["masks"]) == ("2_Ortho_RGB/*_RGB.tif", "5_Labels/*_label.tif") and code == 0
     assert "3 images are in no pair" in out and "3 masks are in no pair" in out
+
+
+def test_one_of_several_folders_of_masks_is_chosen(tmp_path, rng, capsys):
+    for tile in "ab":
+        for i in range(2):
+            put(rng, tmp_path / f"{tile}/rgb/{i}.png", tmp_path / f"{tile}/masks_fine/{i}.png", (0, 1, 2))
+            put(rng, tmp_path / f"{tile}/rgb/{i}.png", tmp_path / f"{tile}/masks_binary/{i}.png", (0, 5))
+            put(rng, tmp_path / f"{tile}/rgb/{i}.png", tmp_path / f"{tile}/y/{i}.png", (7, 8))
+    for chosen, ids in (("masks_fine", [0, 1, 2]), ("masks_binary", [0, 5]), ("masks_binary/", [0, 5]), ("y", [7, 8])):
+        assert run(capsys, tmp_path, "--force", "--masks", chosen)[0] == 0
+        d, pairs, _, _ = described(tmp_path)
+        assert [c["id"] for c in d["classes"]] == ids and d["masks"] == f"*/{chosen.strip('/')}/*.png"
+        assert sorted(pairs) == ["a/rgb/0", "a/rgb/1", "b/rgb/0", "b/rgb/1"] and run(capsys, tmp_path)[0] == 0
+    for chosen in ("a/masks_fine", tmp_path / "a/masks_fine"):  # as a path, below root or as typed
+        assert run(capsys, tmp_path, "--force", "--masks", chosen)[0] == 0
+        assert described(tmp_path)[0]["masks"] == "a/masks_fine/*.png" and len(described(tmp_path)[1]) == 2
+    code, out = run(capsys, tmp_path, "--masks", "y")
+    assert code == 2 and "dataset.json is there; type --force" in out
+    code, out = run(capsys, tmp_path, "--force", "--masks", "masks")
+    assert code == 2 and "no picture in a folder 'masks'; there are a/masks_binary, a/masks_fine, a/rgb, a/y, " in out
+    (tmp_path / "dataset.json").unlink()
+    assert "4 masks are in no pair" in (out := run(capsys, tmp_path)[1]) and "--masks FOLDER chooses others" in out
+    for folder in ("masks_fine", "masks_binary"):
+        for tile in "ab":
+            shutil.rmtree(tmp_path / tile / folder)
+    code, out = run(capsys, tmp_path, "--force")
+    assert code == 2 and "name the folder of the masks: --masks FOLDER" in out
+
+
+@pytest.mark.parametrize("ids, said, unsaid", [
+    ((0, 1, 2, 3, 4, 5, 6), "it converts potsdam to 1 impervious, 2 building, 3 low vegetation, 4 tree, 5 car, "
+     "6 clutter", "loveda"),
+    ((0, 1, 7, 255), "it converts loveda to 1 background, 2 building, 3 road, 4 water, 5 barren, 6 forest, 7 agri",
+     "isaid"),
+    ((0, 15), "it converts isaid to 0 background, 1 ship", "potsdam"),
+    ((0, 3), "reduce_zero_label=True", "it converts")])
+def test_ids_of_sets_converted_by_mmsegmentation_are_explained(ids, said, unsaid, tmp_path, rng, capsys):
+    for i in range(4):
+        split = "train" if i < 3 else "val"
+        put(rng, tmp_path / f"img_dir/{split}/{i}.png", tmp_path / f"ann_dir/{split}/{i}.png", ids)
+    code, out = run(capsys, tmp_path)
+    assert code == 0 and said in out and unsaid not in out
+    code, out = run(capsys, tmp_path, "--dataset", "potsdam")
+    assert code == 2 and "as mmsegmentation converts potsdam; expected the official download, or describe this" in out
 
 
 def test_the_draft_takes_official_lists_for_splits(tmp_path, rng, capsys):
@@ -210,7 +270,9 @@ def test_whole_scenes_are_held_out_where_names_say_them(kind):
 
 def test_one_image_cannot_be_held_out():
     complaints = Complaints()
-    assert propose_hold_out(["a"], complaints) == {} and "less than two" in complaints.lines["warning", "val"][0]
+    assert propose_hold_out(["a"], complaints) == {}
+    assert "one training image, of which nothing can be held out" in complaints.lines["warning", "val"][0]
+    assert "--final" in complaints.lines["warning", "val"][0]
 
 
 # ---- drafts: what the masks hold

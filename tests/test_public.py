@@ -1,5 +1,6 @@
 """The public data sets in miniature, with their official names: splits, labels there and back, train, eval, predict."""
 import json
+import shutil
 
 import numpy as np
 import pytest
@@ -264,6 +265,18 @@ def test_check_reads_them_all(name, form, flags, lines, tmp_path, capsys):
     out = capsys.readouterr().out
     assert code == 0 and all(line in out for line in lines), out
     assert "val-frac" not in out and "cannot be" not in out and ("scenes" in out) == any("scenes" in li for li in lines)
+
+
+@pytest.mark.parametrize("name, form, test", [
+    ("loveda", "", "Test"), ("isaid", "beside", "test"), ("openearthmap", "all", "viru"),
+    ("openearthmap", "all", "test.txt")])
+def test_the_unlabelled_test_images_need_not_be_downloaded(name, form, test, tmp_path, capsys):
+    make(tmp_path, name, form)
+    shutil.move(tmp_path / test, tmp_path.with_name(f"{tmp_path.name}-away"))
+    code = check([str(tmp_path), "--dataset", name])
+    out = capsys.readouterr().out
+    assert code == 0 and "note: no image of test is here" in out and "cannot be" not in out
+    assert not read(tmp_path, name)[3].get("test")
 
 
 def test_check_finds_a_video_in_both_lists(tmp_path, capsys):

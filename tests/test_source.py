@@ -74,7 +74,9 @@ def test_the_demo_needs_no_root_and_is_made_once(tmp_path, monkeypatch):
     (dict(dataset="folder"), "--root is missing"), (dict(dataset="potsdam"), "--root is missing"),
     (dict(root="ROOT", variant="rgb"), "--variant rgb goes with a public --dataset, not folder"),
     (dict(root="ROOT", final=True, val_frac=0.2), "--final holds nothing out, --val-frac does"),
-    (dict(root="ROOT/train"), "dataset.json: no such file; draft it with")])
+    (dict(root="ROOT/train"), "dataset.json: no such file; draft it with"),
+    (dict(root="ROOT/none"), "none: no such folder; there is "),
+    (dict(root="ROOT/none", dataset="loveda"), "none: no such folder; there is ")])
 def test_flags_that_contradict_each_other(tmp_path, how, said):
     make_set(tmp_path)
     how = how | {"root": how["root"].replace("ROOT", str(tmp_path))} if "root" in how else how
@@ -222,6 +224,66 @@ def test_a_run_that_goes_on_has_its_own_split(tmp_path):
     root = make_set(tmp_path / "set", dict(train=5))  # another image has come since
     d = Source(root=root, cache="off", val_frac=0.5, resume=str(tmp_path / "run"))
     assert d.splits == own
+
+
+def test_beside_a_split_file_images_may_lack_masks_but_none_of_its_own(tmp_path):
+    root = make_set(tmp_path / "set")
+    (root / "test/masks/1.png").unlink()
+    mine = {"train": names("train", 4), "val": names("val", 2)}
+    write(tmp_path / "mine.json", mine)
+    assert Source(root=root, cache="off", split_file=tmp_path / "mine.json").splits == mine
+    write(tmp_path / "mine.json", mine | {"test": names("test", 2)})
+    assert "test/images/1.png: no mask for it" in refusal(root=root, split_file=tmp_path / "mine.json")
+    write(tmp_path / "mine.json", {"train": names("train", 4)})
+    said = refusal(root=root, split_file=tmp_path / "mine.json")
+    assert f"no val split; add it to {tmp_path}/mine.json" in said
+
+
+@pytest.mark.parametrize("more", [{}, {"select": 0.2}])
+def test_one_training_image_needs_final(tmp_path, more):
+    root = make_set(tmp_path, dict(train=1), **more)
+    assert "one training image" in (said := refusal(root=root)) and "type --final" in said
+    assert Source(root=root, cache="off", final=True).splits == {"train": names("train", 1)}
+
+
+# ---- what cannot be read
+
+def spoil(root):
+    """Five faults; {name: what is said of it}."""
+    (root / "train/images/0.png").write_bytes(b"no image")
+    (root / "train/masks/1.png").unlink()
+    picture(root / "train/masks/2.png", np.full((12, 16), 77, np.uint8))
+    picture(root / "train/masks/3.png", np.zeros((12, 15), np.uint8))
+    file = root / "val/images/1.png"
+    file.write_bytes(file.read_bytes()[:200])  # a good header
+    return {"train/images/0": "0.png: not a readable image", "train/images/1": "1.png: no mask for it",
+            "train/images/2": "unknown ids 77", "train/images/3": "mask of 12 x 15 for an image of 12 x 16",
+            "val/images/1": "1.png: damaged or truncated"}
+
+
+def test_images_that_cannot_be_read_are_listed_and_left_out(tmp_path):
+    root = make_set(tmp_path, dict(train=6, val=2, test=2))
+    faults = spoil(root)
+    refusal(root=root)
+    d = Source(root=root, cache="off", skip_bad=True)
+    assert d.splits == {"train": names("train", 6)[4:], "val": names("val", 1), "test": names("test", 2)}
+    assert d.left_out.keys() == faults.keys() and all(faults[name] in why for name, why in d.left_out.items())
+    assert all(f"left out: {why}" in d.headline() for why in d.left_out.values())
+    d.count(None)
+    shapes = [d.part(split, "sat")[i][0].shape for split, names in d.splits.items() for i in range(len(names))]
+    assert shapes == [(3, 12, 16)] * 5
+    write(tmp_path / "split.json", d.splits)  # what a run keeps, to be scored without the flag
+    assert Source(root=root, cache="off", split_file=tmp_path / "split.json").splits == d.splits
+    for i in (4, 5):
+        (root / f"train/masks/{i}.png").unlink()
+    assert "(so --skip-bad leaves nothing of train)" in refusal(root=root, skip_bad=True)
+
+
+def test_without_masks_only_images_can_be_bad(tmp_path):
+    root = make_set(tmp_path, dict(train=6, val=2, test=2))
+    spoil(root)
+    d = Source(root=root, cache="off", skip_bad=True, need_masks=False)
+    assert "train/images/1" in d.splits["train"] and "train/images/0" not in d.splits["train"]
 
 
 # ---- points instead of masks

@@ -18,6 +18,7 @@ from data.check.checks import check
 from data.check.draft import draft
 from data.common import BadInput, print_anything
 from data.datasets import read_description
+from data.files import check_folder
 from data.public import SETS, describe
 
 
@@ -36,6 +37,8 @@ def parse_args(argv=None):
     p.add_argument("--input-range", type=float, nargs=2, metavar=("LOW", "HIGH"),
                    help="values that become 0 and 255; a draft keeps them "
                         '(default: "input_range" in dataset.json)')
+    p.add_argument("--masks", metavar="FOLDER",
+                   help="draft with the masks in this folder, where there are several")
     p.add_argument("--force", action="store_true",
                    help="write a new draft over an existing dataset.json")
     args = p.parse_args(argv)
@@ -60,10 +63,14 @@ def main(argv=None) -> int:
     typed = {"bands": args.bands, "input_range": args.input_range}
     typed = {key: value for key, value in typed.items() if value}
     try:
+        check_folder(args.root)
         if args.dataset != "folder":
             description = describe(args.dataset, args.root, args.variant)
         elif args.force or not (args.root / "dataset.json").exists():
-            return draft(args.root, args.limit, typed)
+            return draft(args.root, args.limit, args.masks, typed)
+        elif args.masks:
+            raise BadInput(f"--masks {args.masks}: for a draft, and {args.root}/dataset.json is "
+                           "there; type --force to write it anew")
         else:
             description = read_description(args.root)
         return check(args.root, description | typed, args.limit, args.dataset, flags_of(args))

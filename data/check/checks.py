@@ -6,15 +6,15 @@ from shlex import quote
 import numpy as np
 
 from ..common import BadInput, even_sample
-from ..datasets import (check_command, class_counts, hold_out, in_threads, match_pairs, scenes_of,
-                        script_command, split_names, tiles_of, unknown_files, unlabelled)
+from ..datasets import (ONE_IMAGE, check_command, class_counts, hold_out, in_threads, match_pairs,
+                        scenes_of, script_command, split_names, tiles_of, unknown_files,
+                        unlabelled)
 from ..files import not_used
 from ..io import Labels
 from .complaints import Complaints, attempt
 from .ground import check_ground
 from .images import Finding, check_images, inspect_pair
-from .proposal import TOO_FEW
-from .shares import check_shares, print_shares
+from .shares import check_absent, check_ignored, print_shares
 
 NO_VAL = ('no val split: list whole scenes under "val" in dataset.json, or hold them out: '
           '"select": 0.2 and "scene": REGEX in dataset.json (or --val-frac 0.2 for one run)')
@@ -51,16 +51,19 @@ def check(root: Path, description: dict, limit: int | None, source: str, flags: 
         images = {split: sum(split in homes[n] for n in findings) for split in splits}
     if not isinstance(counts, BadInput):  # else inspect_pair has found the fault
         print_shares(counts, images, labels)
-        check_shares(counts, labels, complaints)
-    if complaints.has_error("no mask", "image", "mask", "split"):
-        # Not all was counted: "delete the class" would be bad advice.
-        complaints.drop_warnings("absent")
-    again, train = next_commands(root, description, source, flags)
+        unknown = complaints.has_error("no mask", "image", "mask", "split")
+        if not unknown and len(findings) == len(pairs):
+            everywhere = sum(finding.counts for finding in findings.values())
+            check_absent(counts, everywhere, labels, complaints)
+        check_ignored(counts, labels, complaints)
+    few = len(names_in("train", homes)) < 2
+    again, train = next_commands(root, description, source, flags, few)
     return complaints.show(len(pairs), again, good=train)
 
 
-def next_commands(root: Path, description: dict, source: str, flags: list[str]) -> tuple[str, str]:
-    """What to type after errors, and without any."""
+def next_commands(root: Path, description: dict, source: str, flags: list[str],
+                  few: bool) -> tuple[str, str]:
+    """What to type after errors, and without any; `few`: there is no image to hold out."""
     if description.get("variant"):
         flags = ["--variant", description["variant"], *flags]
     again = [check_command(root)]
@@ -69,7 +72,7 @@ def next_commands(root: Path, description: dict, source: str, flags: list[str]) 
     train = [script_command("train_seg.py"), "--dataset", source, "--root", quote(str(root))]
     train += flags
     if "val" not in description["splits"] and "select" not in description:
-        train.append("--val-frac 0.2")
+        train.append("--final" if few else "--val-frac 0.2")
     return " ".join([*again, *flags]), " ".join(train)
 
 
@@ -95,14 +98,20 @@ def names_in(split: str, homes: dict[str, list[str]]) -> list[str]:
 def check_pairs(root: Path, description: dict, complaints: Complaints) -> tuple[dict, dict]:
     """The pairs {name: (image, mask)} and the rules of the splits, without those for predict.py."""
     pairs, orphans = match_pairs(root, description)
-    splits = description["splits"]
+    splits = dict(description["splits"])
+    without = description.get("unlabelled", ())
     hidden = unlabelled(root, description, pairs)
     if hidden:
-        without = description["unlabelled"]
         complaints.note("hidden", f"{len(hidden)} images of {', '.join(without)} have no masks: "
                                   "for predict.py only")
         pairs = {n: pair for n, pair in pairs.items() if n not in hidden}
-        splits = {split: rules for split, rules in splits.items() if split not in without}
+    of_split = split_names(root, description | {"splits": {s: splits[s] for s in without}}, pairs)
+    for split in without:
+        if not of_split[split]:
+            del splits[split]
+            if not hidden:
+                complaints.note("hidden", f"no image of {split} is here; it has no masks for "
+                                          "training anyway")
     unknown = unknown_files(root, description)
     if unknown:
         complaints.note("suffix", not_used(unknown))
@@ -160,7 +169,7 @@ def check_val(description: dict, homes: dict[str, list[str]], complaints: Compla
     train = names_in("train", homes)
     if "select" not in description:
         if "val" not in description["splits"]:
-            complaints.warning("val", NO_VAL if len(train) > 1 else TOO_FEW)
+            complaints.warning("val", NO_VAL if len(train) > 1 else f"no val split: {ONE_IMAGE}")
         return
     # Hold out what training would: a regex that does not fit is then known now.
     complete = names_in("val", homes) and names_in("test", homes)

@@ -31,10 +31,6 @@ class Complaints:
         """Was there an error of one of these kinds?"""
         return any(self.lines.get(("error", kind)) for kind in kinds)
 
-    def drop_warnings(self, kind: str) -> None:
-        """Forget those of a kind."""
-        self.lines.pop(("warning", kind), None)
-
     def show(self, images: int, again: str, good: str) -> int:
         """Print all and what to type next: `again` after errors, else `good` -> exit code."""
         count = Counter()

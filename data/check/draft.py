@@ -5,19 +5,24 @@ from pathlib import Path
 
 from ..common import BadInput, as_text, even_sample, write
 from ..datasets import check_command, find_pairs, in_threads, match_pairs, split_names
+from ..public import SETS
 from .complaints import Complaints, attempt
 from .patterns import draft_patterns
 from .proposal import folder_splits, listed_splits, propose_hold_out
 from .values import Values, count_values, draft_classes, scan, values_table
 
+MAX_CLASS_LIST = 2**20  # bytes; annotations of a whole set are no class list
+MMSEG = {"potsdam": 1, "vaihingen": 1, "loveda": 1, "isaid": 0}  # the id of the first class
 
-def draft(root: Path, limit: int | None, typed: dict) -> int:
+
+def draft(root: Path, limit: int | None, masks: str | None, typed: dict) -> int:
     """Write dataset.json and show what it is based on -> exit code.
 
-    `limit`: masks to read. `typed`: "bands" and "input_range", where the flags gave them.
+    `limit`: masks to read. `masks`: the folder of the masks, where there are several.
+    `typed`: "bands" and "input_range", where the flags gave them.
     """
     complaints = Complaints()
-    description = {"name": as_text(root.resolve().name), **draft_patterns(root, complaints)}
+    description = {"name": as_text(root.resolve().name), **draft_patterns(root, masks, complaints)}
     for key in "images", "masks":
         print(f"{key:6s} {description[key]}")
     pairs, _ = match_pairs(root, description)
@@ -27,6 +32,8 @@ def draft(root: Path, limit: int | None, typed: dict) -> int:
     description["classes"], description["ignore"] = draft_classes(values, complaints)
     description |= typed
     description |= draft_splits(root, pairs, complaints)
+    if "ann_dir" in str(description["masks"]):
+        explain_mmseg(description["classes"], complaints)
 
     # What training would stop at is said now, beside everything else.
     unpaired = attempt(find_pairs, root, description)
@@ -70,12 +77,27 @@ def draft_splits(root: Path, pairs: dict[str, tuple], complaints: Complaints) ->
     return drafted
 
 
+def explain_mmseg(classes: list[dict], complaints: Complaints) -> None:
+    """The ids that mmsegmentation's converters write, of the sets that they and public.py know."""
+    highest = max((c["id"] for c in classes if c.get("id", 255) != 255), default=None)
+    text = ("img_dir and ann_dir are the layout of mmsegmentation: where its configuration has "
+            'reduce_zero_label=True, id 0 is no class, and 255 never is: move them to "ignore"')
+    for name, first in MMSEG.items():
+        names = [c["name"] for c in SETS[name]["classes"]]
+        if highest == first + len(names) - 1:
+            listed = ", ".join(f"{i} {n}" for i, n in enumerate(names, first))
+            text += f"; it converts {name} to {listed}"
+    complaints.note("mmseg", text)
+
+
 def compare_class_lists(root: Path, description: dict, complaints: Complaints) -> None:
     """Colours in other JSON files, such as the class list of an export, beside those found."""
     # Such lists are often of another version than the masks, so they are compared, not believed.
     colors = {c.get("color") for c in description["classes"]} | set(description["ignore"])
     for file in sorted(set(root.glob("[!.]*.json")) - {root / "dataset.json"}):
-        text = file.read_text(errors="ignore")
+        if file.stat().st_size > MAX_CLASS_LIST:
+            continue
+        text = file.read_text("utf-8", errors="ignore")
         listed = {color.upper() for color in re.findall("#[0-9a-fA-F]{6}", text)}
         if listed:
             complaints.note("json", f"{file.name} lists {len(listed)} colours, "

@@ -26,9 +26,12 @@ SPLIT = re.compile(r"(?<![a-z])(train|trn|val|dev|test)(?:ing|id|idation)?(?![a-
 MAX_PATTERNS = 99  # more of them mean that the names follow no rule
 
 
-def draft_patterns(root: Path, complaints: Complaints) -> dict:
-    """{"images": pattern or list of patterns, "masks": the same} as in dataset.json."""
-    images, masks = find_pictures(root, complaints)
+def draft_patterns(root: Path, chosen: str | None, complaints: Complaints) -> dict:
+    """{"images": pattern or list of patterns, "masks": the same} as in dataset.json.
+
+    `chosen`: the folder of the masks, where there are several; its name, or its path.
+    """
+    images, masks = find_pictures(root, chosen, complaints)
     patterns, paired = propose(pair_up(images, masks))
     if not 0 < len(patterns) <= MAX_PATTERNS:
         some_images, some_masks = ([str(p) for p in files[:2]] for files in (images, masks))
@@ -37,16 +40,20 @@ def draft_patterns(root: Path, complaints: Complaints) -> dict:
     for kind, files in ("images", images), ("masks", masks):
         rest = [p for p in files if p not in paired]
         if rest:
+            hint = "; --masks FOLDER chooses others" if kind == "masks" else ""
             complaints.warning("unused", f"{len(rest)} {kind} are in no pair and not in the draft, "
-                                         f"first {rest[0]}")
+                                         f"first {rest[0]}{hint}")
     if len(patterns) == 1:
         images, masks = patterns[0]
         return {"images": images, "masks": masks}
     return {"images": [image for image, _ in patterns], "masks": [mask for _, mask in patterns]}
 
 
-def find_pictures(root: Path, complaints: Complaints) -> tuple[list[Path], list[Path]]:
-    """Images and masks, relative to root, told apart by the words in their folders and names."""
+def find_pictures(root: Path, chosen: str | None, complaints: Complaints) -> tuple[list[Path], list[Path]]:
+    """Images and masks, relative to root, told apart by the words in their folders and names.
+
+    `chosen`: as for draft_patterns.
+    """
     pictures, others = images_in(root)
     files = [file.relative_to(root) for file in pictures]
     if not files:
@@ -64,11 +71,27 @@ def find_pictures(root: Path, complaints: Complaints) -> tuple[list[Path], list[
         words = [*p.parts[shared:-1], p.stem]
         is_mask = any(MASK.search(word) for word in words)
         (masks if is_mask else images).append(p)
+    if chosen:
+        masks = in_folder(root, chosen, files)
+        images = sorted(set(images) - set(masks))
     if not masks:
         raise BadInput(f"{root}: {len(files)} pictures, but no folder or file name says mask, "
-                       "label, gt or the like; rename the folder of masks to masks, or write "
-                       "dataset.json by hand (see data/datasets.py)")
+                       "label, gt or the like; name the folder of the masks: --masks FOLDER")
     return images, masks
+
+
+def in_folder(root: Path, folder: str, files: list[Path]) -> list[Path]:
+    """The files, relative to root, that lie in folders of this name or path."""
+    # As a path it may have been typed from where the user stands.
+    typed = Path(folder)
+    if typed.is_dir() and typed.resolve().is_relative_to(root.resolve()):
+        folder = typed.resolve().relative_to(root.resolve()).as_posix()
+    folder = folder.replace("\\", "/").strip("/")
+    found = [p for p in files if f"/{folder}/" in f"/{p.parent.as_posix()}/"]
+    if not found:
+        names = sorted({p.parent.as_posix() for p in files})
+        raise BadInput(f"{root}: no picture in a folder {folder!r}; there are {', '.join(names[:9])}")
+    return found
 
 
 def pair_up(images: list[Path], masks: list[Path]) -> list[tuple[Path, Path]]:
@@ -78,8 +101,9 @@ def pair_up(images: list[Path], masks: list[Path]) -> list[tuple[Path, Path]]:
         by_place[place_of(p)].append(p)
     pairs = []
     for m in masks:
-        # "Tile 1/masks/part_001" belongs to the part_001 that shares its folder "Tile 1".
-        shared = {p: len(set(p.parts[:-1]) & set(m.parts[:-1])) for p in by_place[place_of(m)]}
+        # "Tile 1/masks/part_001" belongs to the part_001 that shares its folder "Tile 1", and
+        # "test_gt/1" to that in "test_img".
+        shared = {p: len(folder_places(p) & folder_places(m)) for p in by_place[place_of(m)]}
         most = max(shared.values(), default=0)
         pairs += [(p, m) for p, n in shared.items() if n == most]
     return pairs
@@ -90,16 +114,23 @@ def place_of(file: Path) -> str:
 
     "a_sat.jpg" -> "a", "b/image.png" -> "b/".
     """
-    # A slash stands for each gap, as between the stars of a pattern: with nothing there,
-    # "a_img_b" and "a_b_mask" would be one place, but have no pattern in common.
-    def without_words(part):
-        return "/".join(filter(None, WORDS.split(part)[::2]))
-
     name = without_words(file.stem)
     if name:
         return name
     folders = [without_words(part) for part in file.parts[-2::-1]]
     return next(filter(None, folders), "") + "/"
+
+
+def without_words(part: str) -> str:
+    """A part of a path without WORDS: "top_1_RGB" -> "top_1"."""
+    # A slash stands for each gap, as between the stars of a pattern: with nothing there,
+    # "a_img_b" and "a_b_mask" would be one place, but have no pattern in common.
+    return "/".join(filter(None, WORDS.split(part)[::2]))
+
+
+def folder_places(file: Path) -> set[str]:
+    """What the names of its folders say beside WORDS."""
+    return {without_words(part) for part in file.parts[:-1]}
 
 
 def propose(pairs: list[tuple[Path, Path]]) -> tuple[list[tuple[str, str]], set[Path]]:

@@ -7,18 +7,16 @@ import glob
 import os
 import re
 from collections import Counter
-from pathlib import Path
+from pathlib import Path, PurePosixPath
 
 from ..common import BadInput
-from ..datasets import scenes_of
+from ..datasets import ONE_IMAGE, scenes_of
 from ..files import match
 from .complaints import Complaints, attempt
 from .patterns import SPLIT
 
 SPLITS = {"train": "train", "trn": "train", "val": "val", "dev": "val", "test": "test"}
 SELECT = 0.2  # the share of train held out where there is no val split
-TOO_FEW = ("no val split, and less than two images in train to hold one out of; add images, "
-           'and name some under "val" in dataset.json')
 # Where a name says its scene, the coarsest first: the folder; all before two trailing numbers, as
 # in "area1_x0_y512" and "sheet_3_12"; all before one.
 SCENES = (r"(.*)/[^/]*$", r"(.*?)[_-]?[xyrc]?\d+[_-][xyrc]?\d+$", r"(.*?)[_-]?\d+$")
@@ -40,12 +38,18 @@ def folder_splits(names: list[str], complaints: Complaints) -> dict[str, str | l
     {"train": "*"} with less than three folders, or with images beside the folders.
     """
     rules = {"train": set(), "val": set(), "test": set()}
+    rest = []
     for name in names:
         found = SPLIT.search(name.rpartition("/")[0])
         if found:  # "a/train_1/b/7" -> "a/train_1/*"
             folder = name[:name.index("/", found.end())]
             rules[SPLITS[found[1].lower()]].add(in_folder(folder))
-    if any(rules.values()):
+        else:
+            rest.append(name)
+    if not rules["train"] and (rules["val"] or rules["test"]):
+        rules["train"] = rules_for(rest, names)  # "img" beside "test_img" is what to learn from
+    # "test" alone, in the folders of all images, tells none apart.
+    if rules["train"] or (rules["val"] and rules["test"]):
         return {split: sorted(several) for split, several in rules.items() if several}
 
     # Otherwise each folder counts as a place: the same place in two splits would help the score.
@@ -61,6 +65,18 @@ def folder_splits(names: list[str], complaints: Complaints) -> dict[str, str | l
     complaints.note("groups", f"the draft splits by folders: the last {k} of {len(groups)} test, "
                               f"{k} before it val")
     return {"train": groups[:-2 * k], "val": groups[-2 * k:-k], "test": groups[-k:]}
+
+
+def rules_for(some: list[str], names: list[str]) -> set[str]:
+    """Rules for some of the names and no other: folders, or names where a folder holds others, too."""
+    mixed = {"."}
+    for other in set(names) - set(some):
+        mixed.update(str(folder) for folder in PurePosixPath(other).parents)
+    rules = set()
+    for name in some:
+        folder = str(PurePosixPath(name).parent)
+        rules.add(glob.escape(name) if folder in mixed else in_folder(folder))
+    return rules
 
 
 def in_folder(folder: str) -> str:
@@ -81,7 +97,7 @@ def propose_hold_out(names: list[str], complaints: Complaints) -> dict:
     {} where nothing can be held out.
     """
     if len(names) < 2:
-        complaints.warning("val", TOO_FEW)
+        complaints.warning("val", f"no val split: {ONE_IMAGE}")
         return {}
     share = f"no val split: the draft holds out {SELECT:.0%} of train to choose the weights"
     for regex in SCENES:

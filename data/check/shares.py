@@ -28,22 +28,26 @@ def print_shares(counts: dict[str, np.ndarray], images: dict[str, int], labels: 
         print(f"{head:{width}}" + "".join(f" {str(cell)[:14]:>14}" for cell in cells))
 
 
-def check_shares(counts: dict[str, np.ndarray], labels: Labels, complaints: Complaints) -> None:
-    """Classes that a split lacks, and "ignore" that hides what it should not."""
-    if not counts:
-        return
+def check_absent(counts: dict[str, np.ndarray], everywhere: np.ndarray, labels: Labels,
+                 complaints: Complaints) -> None:
+    """Classes that a split lacks, where every mask was read. `everywhere`: of all masks, (K+1,)."""
     for i, name in enumerate(labels.names):
         absent = [split for split, pixels in counts.items() if pixels[i] == 0]
-        if not absent:
-            continue
-        if len(absent) == len(counts):
+        if not everywhere[i]:
             line = f"class {name!r} is in no mask: correct its id or colour, or delete it"
-        else:
+        elif len(absent) == len(counts):
+            line = f"class {name!r} is only in images, or parts of them, that are in no split"
+        elif absent:
             what = "learned" if "train" in absent else "scored"
             line = (f"class {name!r} is not in {', '.join(absent)}: "
                     f"it cannot be {what} there; move images")
+        else:
+            continue
         complaints.warning("absent", line)
-    # A value in "ignore" by mistake leaves nothing to learn, or one class only.
+
+
+def check_ignored(counts: dict[str, np.ndarray], labels: Labels, complaints: Complaints) -> None:
+    """A value in "ignore" by mistake leaves nothing to learn, or one class only."""
     for split, (*of_class, ignored) in counts.items():
         if ignored and not any(of_class):
             complaints.error("ignored", f"every pixel of {split} is ignored; correct \"ignore\", "
