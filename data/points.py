@@ -6,10 +6,10 @@
 
 x is the column and y the row of a pixel, counted from 0 at the top left. A file of points is a CSV
 with the columns image, x, y, class, or a GeoJSON of Point features [x, y] with the properties image
-and class; pixel coordinates in both, fractions belong to the pixel they lie in, and coordinates of
-maps are refused. `image` is the name
-in the data set (path without suffix) or what else data/files.py's Names takes for it; `class` is
-the class's name.
+and class; pixel coordinates in both, and fractions belong to the pixel they lie in. Coordinates of
+a map (a "crs", or columns such as lon and lat) become pixels where the image's georeference is in
+the same system, else they are refused. `image` is the name in the data set (path without suffix) or
+what else data/files.py's Names takes for it; `class` is the class's name.
 """
 import contextlib
 import csv
@@ -17,7 +17,9 @@ import hashlib
 import io
 import json
 import os
+import re
 import reprlib
+import shlex
 from collections import defaultdict
 from concurrent.futures import ThreadPoolExecutor
 from functools import lru_cache
@@ -32,6 +34,7 @@ from .crops import nearest
 from .datasets import SegDataset, normalise
 from .files import Names
 from .io import Labels, read_mask, read_valid, size_of
+from .raster import open_raster
 
 Box = tuple[int, int, int, int]  # top, left, h, w
 Points = dict[str, np.ndarray]  # {image: (n, 3) int64 rows x, y, class id}
@@ -45,7 +48,10 @@ PATTERNS = {
     "clicked-centre": "the innermost pixel of the n largest instances of every class",
 }
 COLUMNS = ("image", "x", "y", "class")
-MAP_COLUMNS = {"lon", "lat", "lng", "long", "longitude", "latitude", "easting", "northing"}
+# How tables call the coordinates of a map.
+EAST = ("lon", "lng", "long", "longitude", "easting")
+NORTH = ("lat", "latitude", "northing")
+WGS84 = 4326  # EPSG's number of longitude and latitude
 GEOJSON = (".geojson", ".json")
 
 
@@ -65,13 +71,11 @@ def read_points(path: str | Path, files: dict[str, tuple], names: list[str]) -> 
     rows, system = read_rows(Path(path))
     if system is None and within_a_pixel(rows):
         system = "degrees, it seems: all points of an image lie within one pixel"
-    # What converts them through the georeference of the images belongs here.
-    if system:
-        raise BadInput(f"{path}: coordinates in {system}; expected pixels: x, the column, and y, "
-                       "the row, from 0 at the top left of each image; convert them first")
     for row, image, x, y, label in rows:
         where = f"{path} {row}"
         name = known.find(image)
+        if system:
+            x, y = on_image(as_number(x, where), as_number(y, where), system, files.get(name), path)
         if name is None:
             like = next(iter(files))
             raise BadInput(f"{where}: {image!r} is no image of the data set, or several; "
@@ -95,6 +99,48 @@ def read_points(path: str | Path, files: dict[str, tuple], names: list[str]) -> 
         rows = [(x, y, c) for (x, y), c in marked.items()]
         points[name] = np.array(rows, np.int64)
     return points
+
+
+def on_image(x: float, y: float, system: str, file: tuple | None,
+             path: Path) -> tuple[float, float]:
+    """Coordinates of a map -> column and row of an image, or of its box, by its georeference.
+
+    An image without one, or with one in another system, is a BadInput.
+    """
+    image, _, *box = file or ("the image", None)
+    code = epsg_of(system)
+    place = georef_of(image) if file else None
+    if code is None or place is None or place.epsg != code:
+        lies = "has no georeference"
+        advice = "expected pixels: x, the column, and y, the row, from 0 at the top left"
+        if place is not None:
+            lies = f"lies in EPSG:{place.epsg}" if place.epsg else "does not name its system"
+        if place is not None and place.epsg:
+            new = path.with_name(f"{path.stem}_{place.epsg}{path.suffix}")
+            advice += (f", or convert them: ogr2ogr -t_srs EPSG:{place.epsg} -lco RFC7946=NO "
+                       f"{shlex.quote(str(new))} {shlex.quote(str(path))}")
+        raise BadInput(f"{path}: coordinates in {system}, but {image} {lies}; {advice}")
+    # The inverse of x = a column + b row + c, y = d column + e row + f.
+    a, b, c, d, e, f = place.transform
+    x, y = x - c, y - f
+    area = a * e - b * d
+    column, row = (e * x - b * y) / area, (a * y - d * x) / area
+    top, left = box[0][:2] if box else (0, 0)
+    return column - left, row - top
+
+
+@lru_cache(64)
+def georef_of(image: Path):
+    """Where an image lies, read once for all of its points."""
+    return open_raster(image).georef
+
+
+def epsg_of(system: str) -> int | None:
+    """The number in the name of a system of coordinates; None where it names none."""
+    if any(word in system for word in ("CRS84", "degrees", "lon", "lng")):
+        return WGS84
+    number = re.search(r"EPSG\D+(\d+)", system)
+    return int(number[1]) if number else None
 
 
 def size_in(file: tuple) -> tuple[int, int]:
@@ -197,24 +243,32 @@ def read_table(path: Path) -> tuple[list[tuple], str | None]:
     table = csv.DictReader(lines, delimiter=delimiter, skipinitialspace=True)
     rows = []
     try:
+        columns, system = columns_of(path, table.fieldnames or [])
         for row in table:
-            image, x, y, label = (row.get(column) for column in COLUMNS)
+            image, x, y, label = (row[column] for column in columns)
             rows.append((f"line {table.line_num}", str(image), x, y, str(label)))
     except csv.Error as e:
         # A field is longer than csv allows: mostly it runs to the end of the file.
         line = table.line_num + 1
         raise BadInput(f"{path} line {line}: {e}; is a quote left open?") from None
-    # The names are known only when the first row has been read.
-    columns = table.fieldnames or []
-    on_map = [column for column in columns if str(column).lower() in MAP_COLUMNS]
-    if on_map and not {"x", "y"} <= set(columns):
-        return [], f"the columns {', '.join(on_map)}"
+    return rows, system
+
+
+def columns_of(path: Path, there: list[str]) -> tuple[list[str], str | None]:
+    """The columns of a table with image, x, y and class; the system if x and y are a map's."""
+    small = {str(column).lower(): column for column in there}
+    if not {"x", "y"} <= set(there):
+        east = [small[word] for word in EAST if word in small]
+        north = [small[word] for word in NORTH if word in small]
+        if east and north and {"image", "class"} <= set(there):
+            columns = ["image", east[0], north[0], "class"]
+            return columns, f"the columns {east[0]}, {north[0]}"
     for column in COLUMNS:
-        if column not in columns:
-            there = ", ".join(columns) or "an empty file"
-            raise BadInput(f"{path} line 1: no column {column!r} in {there}; "
+        if column not in there:
+            shown = ", ".join(there) or "an empty file"
+            raise BadInput(f"{path} line 1: no column {column!r} in {shown}; "
                            "expected a header with image,x,y,class")
-    return rows, None
+    return list(COLUMNS), None
 
 
 def write_points(path: str | Path, points: Points, names: list[str]) -> None:

@@ -6,6 +6,7 @@ import re
 
 import numpy as np
 import pytest
+import rasterio
 import torch
 from PIL import Image
 from scipy import ndimage
@@ -244,6 +245,33 @@ def test_coordinates_that_are_no_pixels_are_refused(files, tmp_path, name, text,
     with pytest.raises(BadInput, match=f"{name}: coordinates in .*{said}.*; expected pixels: x, the column") as e:
         points.read_points(tmp_path / name, files, NAMES)
     assert "\n" not in str(e.value)
+
+
+@pytest.mark.parametrize("code, scale", [(32633, 0.5), (4326, 1e-5)])
+@pytest.mark.parametrize("tiled", [False, True])
+def test_coordinates_of_a_map_become_pixels_by_the_georeference(tmp_path, code, scale, tiled):
+    """rasterio says where the middle of each pixel lies; the file with those places gives the pixels back."""
+    image, names = tmp_path / "a.tif", ["road", "roof", "tree"]
+    corner = (500000.0, 4000000.0) if code != 4326 else (13.4, 52.5)
+    transform = rasterio.transform.from_origin(*corner, scale, scale)
+    with rasterio.open(image, "w", driver="GTiff", width=80, height=60, count=3, dtype="uint8",
+                       crs=f"EPSG:{code}", transform=transform) as file:
+        file.write(np.ones((3, 60, 80), np.uint8))
+    pixels = [(3, 7, 0), (40, 59, 1), (79, 0, 2)]
+    places = [("a", *rasterio.transform.xy(transform, y, x), names[c]) for x, y, c in pixels]
+    crs = {"type": "name", "properties": {"name": f"urn:ogc:def:crs:EPSG::{code}"}}
+    texts = {"p.geojson": geojson(places, crs=crs)}
+    if code == 4326:
+        texts["p.csv"] = table(places, "image,lon,lat,class")
+    box = (0, 0, 60, 80) if tiled else None
+    files = {"a": (image, None, *[box][:tiled])}
+    for name, text in texts.items():
+        (tmp_path / name).write_text(text)
+        assert points.read_points(tmp_path / name, files, names)["a"].tolist() == [list(p) for p in pixels]
+    other = {"type": "name", "properties": {"name": "urn:ogc:def:crs:EPSG::3857"}}
+    (tmp_path / "q.geojson").write_text(geojson(places, crs=other))
+    with pytest.raises(BadInput, match=f"EPSG::3857.* but .*a.tif lies in EPSG:{code}; .*ogr2ogr -t_srs EPSG:{code}"):
+        points.read_points(tmp_path / "q.geojson", files, names)
 
 
 @pytest.mark.parametrize("name, text, want", [
