@@ -497,9 +497,10 @@ def check_sizes(pairs: dict) -> None:
     def compare(pair):
         image, mask = pair
         W, H = open_image(image, deep=True).size
-        check_size(mask, open_image(mask).size[::-1], (H, W))
+        if mask:
+            check_size(mask, open_image(mask).size[::-1], (H, W))
 
-    files = dict.fromkeys(pair[:2] for pair in pairs.values() if pair[1])
+    files = dict.fromkeys(pair[:2] for pair in pairs.values())
     in_threads(compare, list(files), "sizes")
 
 
