@@ -86,6 +86,7 @@ def parse_args(argv=None):
     data.add_argument("--split-file", help="JSON {split: [names]}, such as a run's split.json")
     data.add_argument("--val-frac", type=SHARE, help="part of train that chooses weights, if no val")
     data.add_argument("--final", action="store_true", help="do not validate; keep the last weights")
+    data.add_argument("--skip-bad", action="store_true", help="list bad images, leave them out")
     data.add_argument("--crop", type=between(16, 2**15, int), help="side in pixels (recipe)")
     data.add_argument("--scale", type=between(0.05, 20), nargs=2,
                       help="range of random scales (recipe)")
@@ -234,7 +235,8 @@ def main(args):
     # ---- data
     d = Source(args.dataset, args.root, variant=args.variant, split_file=args.split_file,
                val_frac=args.val_frac, final=args.final, bands=args.bands,
-               input_range=args.input_range, cache=args.cache, resume=args.resume)
+               input_range=args.input_range, cache=args.cache, resume=args.resume,
+               skip_bad=args.skip_bad)
     K = len(d.names)
     out = run.folder(args.out, f"runs/{d.name}-kd", args.resume)
     say(d.headline())

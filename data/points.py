@@ -84,7 +84,11 @@ def read_points(path: str | Path, files: dict[str, tuple], names: list[str]) -> 
         if c is None:
             raise BadInput(f"{where}: unknown class {label!r}; expected one of: {', '.join(names)}")
         if name not in sizes:
-            sizes[name] = size_in(files[name])
+            # Of a broken image nothing is used: opening the data set has stopped at it or left it out.
+            with contextlib.suppress(BadInput):
+                sizes[name] = size_in(files[name])
+        if name not in sizes:
+            continue
         pixel = pixel_of(x, y, sizes[name], name, where)
         # The same point twice is one; a pixel has one class.
         marked = found.setdefault(name, {})

@@ -175,6 +175,13 @@ def test_names_that_are_not_utf_8_are_written_and_read_back(files, tmp_path):
     assert b"train/t\xcd\xff," in (tmp_path / "p.csv").read_bytes()
 
 
+def test_points_of_a_broken_image_are_passed_over(files, tmp_path):
+    files["val/b"][0].write_bytes(b"no image")
+    (tmp_path / "p.csv").write_text("image,x,y,class\nb,999,6,tree\na,5,6,tree\n")
+    got = points.read_points(tmp_path / "p.csv", files, NAMES)
+    assert {name: rows.tolist() for name, rows in got.items()} == {"train/a": [[5, 6, 2]]}
+
+
 @pytest.mark.parametrize("row, said", [
     ("a,80,5,road", r"line 3: x 80, y 5 is outside train/a of 80 x 60 .*from 0"),
     ("a,5,60,road", r"line 3: .*exchanged\?"), ("a,-1,5,road", "line 3: .*outside"), ("a,nan,5,road", "outside"),

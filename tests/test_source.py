@@ -282,6 +282,7 @@ def test_images_that_cannot_be_read_are_listed_and_left_out(tmp_path):
 def test_without_masks_only_images_can_be_bad(tmp_path):
     root = make_set(tmp_path, dict(train=6, val=2, test=2))
     spoil(root)
+    assert "0.png: not a readable image" in refusal(root=root, need_masks=False)
     d = Source(root=root, cache="off", skip_bad=True, need_masks=False)
     assert "train/images/1" in d.splits["train"] and "train/images/0" not in d.splits["train"]
 

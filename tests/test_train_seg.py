@@ -280,6 +280,23 @@ def poisoned(monkeypatch, calls):
     return lambda *argv: train_seg.main(train_seg.parse_args([str(a) for a in argv]))
 
 
+@pytest.mark.parametrize("script, more", [
+    ("train_seg", []), ("train_points", []), ("train_kd", ["--alpha", 0])])
+def test_bad_files_are_listed_and_left_out_and_the_run_goes_on(forks, tmp_path, script, more):
+    root = shutil.copytree(tiny_set(), tmp_path / "set")
+    (root / "train/images/scene_001.png").write_bytes(b"no image")
+    (root / "test/masks/scene_002.png").unlink()
+    flags = ["--root", root, "--out", tmp_path / "a", *TINY, "--steps", 2, *more]
+    assert "scene_002.png: no mask for it" in forks.run(script, *flags, ok=2)
+    text = forks.run(script, *flags, "--skip-bad")
+    assert "5 train, 2 val, 2 test" in text and text.count("left out: ") == 2
+    assert "scene_001.png: not a readable image" in text and "scene_002.png: no mask for it" in text
+    assert "train/images/scene_001" not in read(tmp_path / "a/split.json")["train"]
+    forks.run(script, "--resume", tmp_path / "a", "--steps", 4)
+    forks.run("eval", tmp_path / "a", "--workers", 0, "--out", tmp_path / "e")
+    assert matrix(tmp_path / "e/eval.json") == matrix(tmp_path / "a")
+
+
 def test_a_step_with_a_non_finite_gradient_is_skipped(run, tmp_path, monkeypatch):
     poisoned(monkeypatch, {3, 4})("--root", tiny_set(), "--out", tmp_path / "a", *TINY)
     losses = logged(tmp_path / "a", "loss")
