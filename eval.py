@@ -181,8 +181,8 @@ def open_data(args, meta, folder):
     if not split_file and own.exists() and not (args.root or args.variant):
         split_file = own
     d = Source(meta["source"] if official else "folder", args.root or meta["root"],
-               args.variant or meta["variant"], split_file, bands=meta["reading"]["bands"],
-               input_range=meta["reading"]["input_range"], cache=args.cache, need=())
+               args.variant or meta["variant"], split_file, cache=args.cache, need=())
+    d.reading = meta["reading"]  # in numbers, whatever dataset.json says by now
     here = {nfc(c["name"]): c for c in d.labels.classes}
     names = [nfc(c["name"]) for c in meta["classes"]]
     if set(here) != set(names):

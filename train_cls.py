@@ -61,8 +61,9 @@ def parse_args(argv=None):
     data.add_argument("--per-class", type=COUNT, help="few-shot: so many training images per class")
     data.add_argument("--skip-bad", action="store_true", help="list bad images, leave them out")
     data.add_argument("--bands", type=run.bands, help="three of images with more, from 1: 4,1,2")
-    data.add_argument("--input-range", type=float, nargs=2, metavar=("LOW", "HIGH"),
-                      help="values that become 0 and 255, for images of other than 8 bits")
+    data.add_argument("--input-range", action=run.InputRange, nargs="+", metavar=("LOW", "HIGH"),
+                      help="values that become 0 and 255: two numbers, six for three bands, or "
+                           "percentiles of the training images such as p2-98")
     data.add_argument("--size", type=between(8, 2**12, int),
                       help="side of the network's input (the images' own; with --weights 224)")
     data.add_argument("--shift", type=WHOLE, default=4, help="random shift in training, pixels")
@@ -120,7 +121,6 @@ def parse_args(argv=None):
     r.add_argument("--log-every", type=COUNT, default=50, help="steps between log lines")
 
     args = run.parse(p, argv, MOVABLE, longer="epochs")
-    run.check_rising(p, args, "input_range")
     train, val, test = args.fractions
     if not (train and val and 0.999 < train + val + test < 1.001):
         p.error(f"--fractions {train} {val} {test}: expected shares of sum 1, train and val above 0")
@@ -375,11 +375,10 @@ def main(args):
                        "to train or load in means; type --mode knn or linear, and no --weights")
     cnn_of = args.cnn if args.mode == "cnn" else None
     backbone, state, info = nets.load_trunk(args.weights, args.arch, cnn_of)
-    split_file = f"{args.resume}/split.json" if args.resume else args.split_file
     for turn in (0, 1):  # rank 0 decodes, the others find it in the cache
         if (rank > 0) == turn:
-            d = Scenes(args.root, args.classes, split_file, args.fractions, args.split_seed,
-                       args.group_regex, args.per_class, args.seed, bool(args.resume),
+            d = Scenes(args.root, args.classes, args.split_file, args.fractions, args.split_seed,
+                       args.group_regex, args.per_class, args.seed, args.resume,
                        args.skip_bad, args.bands, args.input_range, args.size or info["size"],
                        args.cache)
         run.wait()

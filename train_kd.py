@@ -33,6 +33,7 @@ from data import augment, classmap, metrics, plots, public, samplers
 from data.common import IGNORE, BadInput, even_sample, json_lines, minutes, write
 from data.crops import random_crop
 from data.datasets import NORMS, renormalise
+from data.ranges import reading_flags
 from data.samplers import StepSampler
 from data.source import Source, rare_classes
 from models import checkpoint, nets, recipes, run
@@ -81,8 +82,9 @@ def parse_args(argv=None):
     data.add_argument("--root", help="folder with images, masks and dataset.json")
     data.add_argument("--variant", help="form of a public set that has several: rgb,eroded")
     data.add_argument("--bands", type=run.bands, help="three of images with more, from 1: 4,1,2")
-    data.add_argument("--input-range", type=float, nargs=2, metavar=("LOW", "HIGH"),
-                      help="values that become 0 and 255, for images of other than 8 bits")
+    data.add_argument("--input-range", action=run.InputRange, nargs="+", metavar=("LOW", "HIGH"),
+                      help="values that become 0 and 255: two numbers, six for three bands, or "
+                           "percentiles of the training images such as p2-98")
     data.add_argument("--split-file", help="JSON {split: [names]}, such as a run's split.json")
     data.add_argument("--val-frac", type=SHARE, help="part of train that chooses weights, if no val")
     data.add_argument("--final", action="store_true", help="do not validate; keep the last weights")
@@ -146,7 +148,7 @@ def parse_args(argv=None):
     r.add_argument("--log-every", type=COUNT, default=50, help="steps between log lines")
 
     args = run.parse(p, argv, MOVABLE)
-    run.check_rising(p, args, "scale", "input_range")
+    run.check_rising(p, args, "scale")
     run.only_with(p, args, "model", "vit", "arch", "head", "unfreeze",
                   "layer_decay", "dropout")
     return args
@@ -180,9 +182,14 @@ def load_teacher(args, d, device):
         raise BadInput("--teacher is missing; name the run folder of a trained network, or type "
                        "--alpha 0")
     teacher, theirs = nets.load_run(args.teacher)
+    # Both see the same pixels: of equal percentiles those of the teacher's training images.
+    if d.percentiles and theirs.get("percentiles") == d.percentiles:
+        d.reading["input_range"] = theirs["reading"]["input_range"]
     if theirs["reading"] != d.reading:
+        flags = shlex.join(reading_flags(**theirs["reading"])) or "neither"
         raise BadInput(f"{args.teacher}: reads images with {theirs['reading']}, this run with "
-                       f"{d.reading}; type the same --bands and --input-range")
+                       f"{d.reading}; type the same --bands and --input-range: {flags}, and take "
+                       "what else says so out of dataset.json")
     return teacher.to(device).requires_grad_(False), theirs
 
 

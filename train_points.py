@@ -73,8 +73,9 @@ def parse_args(argv=None):
     data.add_argument("--root", help="folder with images, masks and dataset.json")
     data.add_argument("--variant", help="form of a public set that has several: rgb,eroded")
     data.add_argument("--bands", type=run.bands, help="three of images with more, from 1: 4,1,2")
-    data.add_argument("--input-range", type=float, nargs=2, metavar=("LOW", "HIGH"),
-                      help="values that become 0 and 255, for images of other than 8 bits")
+    data.add_argument("--input-range", action=run.InputRange, nargs="+", metavar=("LOW", "HIGH"),
+                      help="values that become 0 and 255: two numbers, six for three bands, or "
+                           "percentiles of the training images such as p2-98")
     data.add_argument("--split-file", help="JSON {split: [names]}, such as a run's split.json")
     data.add_argument("--val-frac", type=SHARE, help="part of train that chooses weights, if no val")
     data.add_argument("--final", action="store_true", help="do not validate; keep the last weights")
@@ -132,7 +133,7 @@ def parse_args(argv=None):
     r.add_argument("--log-every", type=COUNT, default=50, help="steps between log lines")
 
     args = run.parse(p, argv, MOVABLE)
-    run.check_rising(p, args, "scale", "input_range")
+    run.check_rising(p, args, "scale")
     run.only_with(p, args, "model", "vit", "arch", "head", "unfreeze",
                   "layer_decay", "dropout")
     if args.points_per_class and args.points not in points.PATTERNS:

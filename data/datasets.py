@@ -16,7 +16,8 @@ An image and a mask belong together when the stars of the two patterns stand for
 "images" and "masks" may also be lists of patterns; then the stars of the first two are compared,
 those of the second two, and so on. Further keys, none of them needed:
     "bands"        [4, 1, 2]: the three to read from images with more, from 1; --bands overrides it
-    "input_range"  [0, 3000]: the values that become 0 and 255; --input-range overrides it
+    "input_range"  [0, 3000]: the values that become 0 and 255; a pair for each of the three bands;
+                   or "p2-98", percentiles of the training images; --input-range overrides it
     "select"       0.2: the share of train held out to choose the weights
     "scene"        regex for the scene in a name, its first group if it has one: a hold-out keeps
                    scenes whole, and data/check finds those in two splits
@@ -27,7 +28,6 @@ those of the second two, and so on. Further keys, none of them needed:
                    {"5_without_clutter": ["clutter"]}
     "warning"      what is known to be wrong with the data, said before every training
 """
-import math
 import os
 import re
 import reprlib
@@ -47,6 +47,7 @@ from .common import (IGNORE, BadInput, as_text, even_sample, nfc, progress, read
                      read_text)
 from .files import Names, check_folder, is_image, match
 from .io import Labels, read_valid, size_of
+from .ranges import is_range
 
 # Mean and standard deviation of red, green and blue that the weights were trained with.
 NORMS = {
@@ -122,7 +123,8 @@ def check_optional_keys(d: dict, names: list[str], path: Path) -> None:
         "select": (lambda v: isinstance(v, float) and 0 < v < 1, "a share of train such as 0.2"),
         "scene": (is_regex, 'a regular expression such as "(.*)_\\\\d+$"'),
         "bands": (are_bands, "three whole numbers from 1, such as [4, 1, 2]"),
-        "input_range": (is_range, "the lower value, then the higher one, such as [0, 3000]"),
+        "input_range": (is_range, "the lower value, then the higher one, such as [0, 3000], a pair "
+                                  'for each band, or percentiles such as "p2-98"'),
         "report": (lambda v: are_means(v, names), 'names with lists of names from "classes"')}
     for key, (is_good, expected) in rules.items():
         if key not in d:
@@ -162,13 +164,6 @@ def compile_regex(regex: str, where: str) -> re.Pattern:
 def are_bands(value) -> bool:
     """Three band numbers, counted from 1."""
     return len(value) == 3 and all(type(n) is int and n >= 1 for n in value)
-
-
-def is_range(value) -> bool:
-    """Two finite numbers, the lower one first."""
-    low, high = value if len(value) == 2 else (0, 0)
-    numbers = all(type(v) in (int, float) for v in (low, high))
-    return numbers and -math.inf < low < high < math.inf
 
 
 def are_means(value, names: list[str]) -> bool:

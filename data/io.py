@@ -42,12 +42,17 @@ def read_valid(path: str | Path, bands: list[int] | None = None, input_range: li
     linearly, [low, high] or a pair for each of the three. window: (top, left, h, w), else all.
     """
     a, valid = stored_colours(path, bands, window)
+    return in_range(a, input_range, path), valid
+
+
+def in_range(a: np.ndarray, input_range: list | None, path: str | Path) -> np.ndarray:
+    """(h, w, 3) as stored -> uint8, if they are bytes or input_range says how to make them bytes."""
     if input_range:
         a = to_bytes(a, input_range, path)
     if a.dtype != np.uint8:
         raise BadInput(f"{path}: {a.dtype} pixels ({a.min()}..{a.max()}); expected 8 bit: "
                        f"how bright 255 is would be a guess, so {SAY_RANGE}")
-    return np.ascontiguousarray(a), valid
+    return np.ascontiguousarray(a)
 
 
 def stored_colours(path: str | Path, bands: list[int] | None, window: Window | None = None
@@ -125,11 +130,13 @@ def three_bands(a: np.ndarray, bands: list[int] | None, found: str) -> np.ndarra
 
 def to_bytes(a: np.ndarray, input_range: list, path: str | Path) -> np.ndarray:
     """Any numbers -> uint8: the lower of input_range becomes 0, the upper 255, linearly."""
-    low, high = np.moveaxis(np.array(input_range, np.float32), -1, 0)  # numbers, or one a band
+    # Numbers, or one a band; in float64 where float32 cannot hold the values of the file.
+    kind = np.result_type(a.dtype, np.float32)
+    low, high = np.moveaxis(np.array(input_range, kind), -1, 0)
     if a.dtype == np.uint8 and np.max(high) > 255:
         raise BadInput(f"{path}: 8 bits, for which --input-range {np.min(low):g} {np.max(high):g}, "
                        'or "input_range" in dataset.json, cannot be meant; leave it out')
-    a = np.nan_to_num(a.astype(np.float32))  # nodata of floats becomes black, and is not valid
+    a = np.nan_to_num(a.astype(kind))  # nodata of floats becomes black, and is not valid
     share = np.clip((a - low) / (high - low), 0, 1)
     return (share * 255 + 0.5).astype(np.uint8)
 

@@ -24,7 +24,8 @@ from .cache import Cache
 from .common import BadInput, as_bytes, as_text, nfc
 from .datasets import compile_regex, read_split_file, uncached
 from .files import check_folder, folders, images_in, not_used
-from .io import read_image, size_of
+from .io import in_range, read_image, size_of, stored_colours
+from .ranges import percentile_range, range_of_run
 
 # How folders may call the three splits.
 SPLITS = {"train": "train", "training": "train", "val": "val", "valid": "val", "validation": "val",
@@ -222,10 +223,12 @@ def decode_scenes(*paths: Path, side: int | None = None, bands: list[int] | None
 
     def decode(i):
         try:
-            image = read_image(paths[i], bands, input_range)
+            stored, _ = stored_colours(paths[i], bands)
+            image = in_range(stored, input_range, paths[i])
         except BadInput:
             return  # its digest stays 0
-        digests[i] = digest_of(image)
+        # Of the values as stored: all that lies above the input range would look alike.
+        digests[i] = digest_of(np.ascontiguousarray(stored))
         pixels[i] = square(image, S)
 
     with ThreadPoolExecutor(min(8, os.cpu_count())) as pool:  # Pillow lets go of the GIL
@@ -323,17 +326,23 @@ class Scenes:
 
     classes: those to take, in this order; without them all of train. size: side that larger images get.
     fractions: shares of train, val and test for a drawn split; scene: regex of what it keeps together.
-    per_class: so many training images per class, by seed. fixed: splits are a run's own, as they are.
+    per_class: so many training images per class, by seed. resume: a run folder, whose split.json
+    counts as it is. bands, input_range, .reading, .percentiles: as of data/source.py.
     """
 
     def __init__(self, root: str | Path, classes: list[str] | None = None,
                  split_file: str | Path | None = None, fractions: list[float] = (0.6, 0.2, 0.2),
                  split_seed: int = 0, scene: str | None = None, per_class: int | None = None,
-                 seed: int = 0, fixed: bool = False, skip_bad: bool = False,
-                 bands: list[int] | None = None, input_range: list[float] | None = None,
+                 seed: int = 0, resume: str | None = None, skip_bad: bool = False,
+                 bands: list[int] | None = None, input_range: list | str | None = None,
                  size: int | None = None, cache: str | None = None):
         self.base, found, given, notes, empty = find_scenes(root)
         self.dataset = "eurosat" if self.base.name == "2750" else as_text(self.base.name)
+        self.percentiles = None
+        if isinstance(input_range, str):
+            self.percentiles = input_range
+        if self.percentiles and resume:
+            input_range = range_of_run(resume)
         self.reading = dict(bands=bands, input_range=input_range)
         self.notes = [f"note: {line}" for line in notes]
         classes = classes and [nfc(name) for name in classes]
@@ -345,17 +354,40 @@ class Scenes:
             self.notes.append(f"left out: {', '.join(empty)}: class folders without an image")
         scenes = {n: c for n, c in found.items() if not classes or c in classes}
 
+        if resume:
+            split_file = f"{resume}/split.json"
+        if split_file:
+            given = read_split_file(split_file, {n: (self.base / n, None) for n in found})
+        shares = dict(zip(("train", "val", "test"), fractions))
+        some = None if resume else per_class
+
+        def divide(scenes):
+            """{split: names}, with `per_class` of each class in train."""
+            self.groups = groups_of(list(scenes), scene)
+            splits = complete_splits(scenes, given, shares, self.groups, split_seed)
+            if some:
+                splits["train"] = few(splits["train"], scenes, some, seed)
+            return splits
+
         # Pixels of all images, kept on disk as one array.
         self.keep = uncached if cache == "off" else Cache(cache)
-        decode = partial(decode_scenes, side=size, **self.reading)
-        paths = tuple(self.base / name for name in scenes)
-        tag = f"scenes 1 {size} {self.reading}"
-        self.pixels, digests = self.keep(paths, decode, tag)
         self.all = list(scenes)
         at = {name: row for row, name in enumerate(scenes)}
+        measured = self.percentiles and not resume
+        if measured:
+            told = self.measure_range(divide(scenes)["train"])
+        faulty, copies = self.decode(scenes, size)
 
-        # What cannot be used.
-        faulty, copies = faults(self.base, scenes, digests, self.reading)
+        # What cannot be used. Without it other images may be drawn for training, of which the
+        # percentiles shall be.
+        if measured and (faulty or copies):
+            good = {n: c for n, c in scenes.items() if n not in faulty | copies}
+            before = self.reading["input_range"]
+            told = self.measure_range(divide(good)["train"])
+            if self.reading["input_range"] != before:
+                faulty, copies = self.decode(scenes, size)
+        if measured:
+            self.notes += told
         if faulty and not skip_bad:
             raise BadInput(f"{next(iter(faulty.values()))} ({len(faulty)} such files; --skip-bad "
                            "leaves them out)")
@@ -364,19 +396,13 @@ class Scenes:
         self.left_out = faulty | copies
         scenes = {n: c for n, c in scenes.items() if n not in self.left_out}
 
-        self.groups = groups_of(list(scenes), scene)
-        shares = dict(zip(("train", "val", "test"), fractions))
-        if split_file:
-            given = read_split_file(split_file, {n: (self.base / n, None) for n in found})
         if not given and not scene:
             self.notes.append("random split without --group-regex: neighbouring scenes may stand "
                               "on both sides")
-        self.splits = complete_splits(scenes, given, shares, self.groups, split_seed)
+        self.splits = divide(scenes)
         self.names = classes or sorted({scenes[n] for n in self.splits["train"]})
         self.notes += [f"WARNING {line}"
                        for line in check_classes(self.splits, scenes, self.names)]
-        if per_class and not fixed:
-            self.splits["train"] = few(self.splits["train"], scenes, per_class, seed)
         self.reports = "test" if self.splits.get("test") else "val"
 
         number = {name: i for i, name in enumerate(self.names)}
@@ -384,6 +410,20 @@ class Scenes:
         for split, names in self.splits.items():
             self.rows[split] = np.array([at[n] for n in names], np.int64)
             self.y[split] = torch.tensor([number[scenes[n]] for n in names], dtype=torch.int64)
+
+    def decode(self, scenes: dict[str, str], size: int | None) -> tuple[dict, dict]:
+        """Sets .pixels of all images -> faults()."""
+        decode = partial(decode_scenes, side=size, **self.reading)
+        paths = tuple(self.base / name for name in scenes)
+        self.pixels, digests = self.keep(paths, decode, f"scenes 2 {size} {self.reading}")
+        return faults(self.base, scenes, digests, self.reading)
+
+    def measure_range(self, train: list[str]) -> list[str]:
+        """Puts numbers in the place of percentiles -> notes."""
+        images = [(self.base / name, None) for name in train]
+        self.reading["input_range"], notes = percentile_range(
+            self.percentiles, images, self.reading["bands"])
+        return notes
 
     def images(self, split: str) -> np.ndarray:
         """(n, S, S, 3) uint8 of a split."""
@@ -395,7 +435,7 @@ class Scenes:
                   for split, names in self.splits.items()}
         return dict(classes=[{"name": c} for c in self.names], dataset=self.dataset,
                     root=str(self.base), chosen_on="val", reported=self.reports,
-                    reading=self.reading, stored=self.pixels.shape[1], splits=splits)
+                    reading=self.reading, percentiles=self.percentiles, stored=self.pixels.shape[1], splits=splits)
 
 
 def check_asked(base: Path, classes: list[str] | None, found: dict[str, str]) -> None:

@@ -17,6 +17,7 @@ from .datasets import (
     load_splits, read_description, read_list, unknown_files)
 from .files import not_used
 from .io import Labels, read_valid
+from .ranges import percentile_range, range_of_run
 from .samplers import rich, share_of
 
 
@@ -25,7 +26,8 @@ class Source:
 
     dataset: a name of data/public.py, "folder" or "demo"; without it "folder" if there is a root, else "demo".
     split_file: a run's split.json instead of the data set's splits. val_frac: part of train to hold out.
-    final: hold nothing out. bands, input_range: as in dataset.json, which they override.
+    final: hold nothing out. bands, input_range: as in dataset.json, which they override. Of
+    percentiles .reading has the numbers, and .percentiles what was asked for, such as "p2-98".
     cache: folder for decoded images, "off", or None for the usual one.
     resume: a run folder, whose split.json counts: files may have been added since.
     need: splits that must be there. need_masks=False: no image needs a mask (labels are points).
@@ -35,7 +37,7 @@ class Source:
     def __init__(self, dataset: str | None = None, root: str | Path | None = None,
                  variant: str | None = None, split_file: str | Path | None = None,
                  val_frac: float | None = None, final: bool = False,
-                 bands: list[int] | None = None, input_range: list[float] | None = None,
+                 bands: list[int] | None = None, input_range: list | str | None = None,
                  cache: str | None = None, resume: str | None = None, need: tuple[str, ...] = ("train", "val"),
                  need_masks: bool = True, skip_bad: bool = False):
         self.kind = dataset or ("folder" if root else "demo")
@@ -60,6 +62,9 @@ class Source:
         self.names = self.labels.names
         self.reading = dict(bands=bands or self.description.get("bands"),
                             input_range=input_range or self.description.get("input_range"))
+        self.percentiles = None
+        if isinstance(self.reading["input_range"], str):
+            self.percentiles = self.reading["input_range"]
         self.cache = {} if cache == "off" else dict(cache=Cache(cache))
 
         # {name: (image, mask)} or {name: (image, mask, box)} of all images. Of a split file, images
@@ -70,6 +75,11 @@ class Source:
             need = tuple(split for split in need if split != "val")
         self.splits = load_splits(self.root, self.description, self.pairs, split_file, val_frac,
                                   need=need, final=final)
+        self.notes = []
+        if self.percentiles and resume:
+            self.reading["input_range"] = range_of_run(resume)
+        elif self.percentiles and "train" in need:
+            self.measure_range()
         self.left_out = {}  # {name: why}
         if skip_bad:
             self.leave_out_bad(need_masks)
@@ -102,6 +112,14 @@ class Source:
             return public.describe(self.kind, self.root, variant)
         return read_description(self.root)
 
+    def measure_range(self) -> None:
+        """Puts numbers in the place of percentiles: those of the training images."""
+        images = {}  # {(file, box): None}
+        for image, _, *box in self.files("train").values():
+            images[image, box[0] if box else None] = None
+        self.reading["input_range"], self.notes = percentile_range(
+            self.percentiles, list(images), self.reading["bands"])
+
     def leave_out_bad(self, need_masks: bool) -> None:
         """Takes images and masks that cannot be read out of the splits: all are read now."""
         def fault(pair):
@@ -128,9 +146,10 @@ class Source:
                 raise BadInput(f"{self.left_out[names[0]]} (so --skip-bad leaves nothing of {split})")
 
     def headline(self) -> str:
-        """Name, classes and numbers of images, and a line for each warning and each image left out."""
+        """Name, classes and numbers of images, and a line for each note, warning and image left out."""
         sizes = ", ".join(f"{len(names)} {split}" for split, names in self.splits.items())
         lines = [f"data    {self.name}, {len(self.names)} classes, images: {sizes}"]
+        lines += [f"        {line}" for line in self.notes]
         lines += [f"        WARNING {line}" for line in self.warnings]
         lines += [f"        left out: {why}" for why in dict.fromkeys(self.left_out.values())]
         return "\n".join(lines)
@@ -195,6 +214,7 @@ class Source:
         return dict(classes=self.labels.classes, ignore=self.labels.ignore, dataset=self.name,
                     root=str(self.root), source=self.kind, variant=self.description.get("variant"),
                     chosen_on=self.picks, reported=self.reports, reading=self.reading,
+                    percentiles=self.percentiles,
                     report=self.further, splits=splits)
 
 

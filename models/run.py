@@ -30,6 +30,7 @@ from torch import nn
 from torch.nn.parallel import DistributedDataParallel
 
 from data.common import BadInput, as_text, nfc, print_anything
+from data.ranges import parse_range
 
 from .checkpoint import load_state
 from .weights import BadWeights
@@ -129,14 +130,23 @@ def bands(text: str) -> list[int]:
     return [int(w) for w in words]
 
 
+class InputRange(argparse.Action):
+    """--input-range LOW HIGH, a pair for each of three bands, or percentiles: data/ranges.py."""
+
+    def __call__(self, parser, args, words, option_string=None):
+        try:
+            setattr(args, self.dest, parse_range(words))
+        except BadInput as e:
+            parser.error(str(e))
+
+
 def check_rising(parser: argparse.ArgumentParser, args: argparse.Namespace, *names: str) -> None:
     """Ends the program unless each of these flags, if given, is two finite numbers, the lower one first."""
     for name in names:
         pair = getattr(args, name)
         if not pair:
             continue
-        equal = pair[0] == pair[1] and name == "input_range"  # would divide by 0
-        if equal or not -math.inf < pair[0] <= pair[1] < math.inf:
+        if not -math.inf < pair[0] <= pair[1] < math.inf:
             parser.error(f"--{name.replace('_', '-')} {pair[0]} {pair[1]}: expected the lower "
                          "number first")
 

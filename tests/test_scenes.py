@@ -4,6 +4,7 @@ import shutil
 
 import numpy as np
 import pytest
+import tifffile
 import torch
 from PIL import Image
 
@@ -256,12 +257,13 @@ def test_classes_have_the_order_asked_for(root):
     assert first and all(name.startswith("water/") for name in first)
 
 
-def test_few_images_per_class_leave_val_and_test_alone(root):
+def test_few_images_per_class_leave_val_and_test_alone(root, tmp_path):
     whole, part = Scenes(root, cache="off"), Scenes(root, cache="off", per_class=2)
     assert part.splits["test"] == whole.splits["test"] and part.splits["val"] == whole.splits["val"]
     assert torch.bincount(part.y["train"]).tolist() == [2, 2, 2]
-    fixed = Scenes(root, cache="off", per_class=2, fixed=True)  # a run's own split
-    assert fixed.splits == whole.splits
+    write(tmp_path / "run/split.json", whole.splits)
+    again = Scenes(root, cache="off", per_class=2, resume=str(tmp_path / "run"))  # a run's own split
+    assert again.splits == whole.splits
 
 
 def test_a_split_file_counts_and_shares_do_otherwise(root, tmp_path):
@@ -320,6 +322,50 @@ def test_bands_and_size_reach_the_pixels(root):
     turned = Scenes(root, cache="off", bands=[3, 2, 1])
     np.testing.assert_array_equal(turned.pixels, plain.pixels[..., ::-1])
     assert Scenes(root, cache="off", size=12).pixels.shape == (50, 12, 12, 3)
+
+
+def deep_scenes(root, n=8):
+    """Two classes of 16-bit TIFFs, each of another brightness -> {name: pixels}."""
+    rng = np.random.default_rng(1)
+    pixels = {}
+    for i in range(2 * n):
+        a = rng.integers(500 * i, 500 * i + 400, (8, 8, 3)).astype(np.uint16)
+        name = f"{'ab'[i % 2]}/{i}.tif"
+        (root / name).parent.mkdir(parents=True, exist_ok=True)
+        tifffile.imwrite(root / name, a, photometric="rgb")
+        pixels[name] = a
+    return pixels
+
+
+def as_bytes(pixels, pairs):
+    """The definition of an input range, in float64."""
+    low, high = np.array(pairs).T
+    return ((pixels - low) / (high - low) * 255).clip(0, 255)
+
+
+@pytest.mark.parametrize("spoilt", [False, True])
+def test_percentiles_are_those_of_the_training_images_that_are_used(tmp_path, spoilt):
+    pixels = deep_scenes(tmp_path / "d")
+    if spoilt:  # a copy and a broken file change who is drawn
+        shutil.copy(tmp_path / "d/a/0.tif", tmp_path / "d/a/copy.tif")
+        (tmp_path / "d/b/broken.tif").write_bytes((tmp_path / "d/b/1.tif").read_bytes()[:300])
+    d = Scenes(tmp_path / "d", cache="off", input_range="p2-98", skip_bad=True, split_seed=3)
+    assert len(d.left_out) == 2 * spoilt
+    train = np.stack([pixels[name] for name in d.splits["train"]]).reshape(-1, 3)
+    want = np.percentile(train, (2, 98), axis=0).T
+    np.testing.assert_allclose(d.reading["input_range"], want)
+    for name, row in zip(d.splits["val"], d.images("val")):
+        assert np.abs(row - as_bytes(pixels[name], want)).max() <= 0.51
+    assert d.about()["percentiles"] == "p2-98" and d.notes[-2].startswith("input range p2-98 of ") or spoilt
+
+
+def test_a_run_that_goes_on_reads_with_its_own_numbers(tmp_path):
+    deep_scenes(tmp_path / "d")
+    first = Scenes(tmp_path / "d", cache="off", input_range="p2-98")
+    write(tmp_path / "run/split.json", first.splits)
+    write(tmp_path / "run/protocol.json", first.about() | {"reading": dict(bands=None, input_range=[0, 9000])})
+    again = Scenes(tmp_path / "d", cache="off", input_range="p2-98", resume=str(tmp_path / "run"))
+    assert again.reading["input_range"] == [0, 9000] and again.about()["percentiles"] == "p2-98"
 
 
 def test_a_run_is_told_what_it_needs(root):

@@ -3,6 +3,7 @@ import json
 
 import numpy as np
 import pytest
+import tifffile
 import torch
 from PIL import Image
 
@@ -153,6 +154,58 @@ def test_the_input_range_of_the_description_and_of_the_flag_which_wins(tmp_path,
     assert d.reading["input_range"] == [low, high]
     want = ((deep.astype(float) - low) / (high - low) * 255).clip(0, 255)
     assert np.abs(arrays(d)[0][0] - want[..., None]).max() <= 1
+
+
+def deep_set(root):
+    """Four training images of two bands, 16 bits and nodata 0, one val image far brighter -> pixels of train."""
+    make_set(root, dict(train=4, val=1), bands=[2, 1, 1])
+    rng = np.random.default_rng(2)
+    pixels = []
+    for file in sorted(root.glob("*/images/*.png")):
+        a = rng.integers(100, 4000, (12, 16, 2)).astype(np.uint16) * [1, 3]
+        a[:3] = 0
+        if "val" in file.parts:
+            a = a + 40000
+        else:
+            pixels.append(a[3:].reshape(-1, 2))
+        file.unlink()
+        tifffile.imwrite(file.with_suffix(".tif"), a.astype(np.uint16), photometric="minisblack", planarconfig="contig",
+                         extratags=[(42113, "s", 0, "0", True)])
+    d = read_json(root / "dataset.json")
+    write(root / "dataset.json", d | {"images": "*/images/*.tif"})
+    return np.concatenate(pixels)
+
+
+def test_percentiles_of_the_training_images_become_numbers_that_a_run_keeps(tmp_path):
+    pixels = deep_set(tmp_path)
+    d = Source(root=tmp_path, cache="off", input_range="p5-90")
+    one, two = np.percentile(pixels, (5, 90), axis=0).T
+    np.testing.assert_allclose(d.reading["input_range"], [two, one, one])
+    assert d.about()["percentiles"] == "p5-90" and json.loads(json.dumps(d.about()))["reading"] == d.reading
+    assert f"input range p5-90 of 4 training images: band 2 {two[0]:g} to {two[1]:g}, band 1" in d.headline()
+    image, mask = arrays(d)[0]
+    assert image[3:].min() == 0 and image[3:].max() == 255 and (mask[:3] == IGNORE).all()
+
+    # The description may say so, too; a run that goes on has its own numbers, as its own split.
+    write(tmp_path / "dataset.json", read_json(tmp_path / "dataset.json") | {"input_range": "p5-90"})
+    assert Source(root=tmp_path, cache="off").reading == d.reading
+    write(tmp_path / "run/split.json", d.splits)
+    write(tmp_path / "run/protocol.json", {"reading": dict(bands=[2, 1, 1], input_range=[1, 2])})
+    again = Source(root=tmp_path, cache="off", resume=str(tmp_path / "run"))
+    assert again.reading["input_range"] == [1, 2]
+    write(tmp_path / "run/protocol.json", {})
+    assert "run/protocol.json: no input range" in refusal(root=tmp_path, cache="off", resume=str(tmp_path / "run"))
+
+
+def test_percentiles_of_tiles_are_those_of_their_boxes(tmp_path):
+    deep_set(tmp_path)
+    file = tmp_path / "train/images/2.tif"
+    a = tifffile.imread(file)
+    write(tmp_path / "dataset.json", read_json(tmp_path / "dataset.json") | {
+        "tiles": 4, "splits": {"train": "train/images/2_5", "val": "val/*"}})
+    d = Source(root=tmp_path, cache="off", input_range="p0-100")  # the second tile of the second row
+    want = [a[4:8, 4:8, b].min() for b in (1, 0, 0)], [a[4:8, 4:8, b].max() for b in (1, 0, 0)]
+    np.testing.assert_array_equal(np.transpose(d.reading["input_range"]), want)
 
 
 def test_without_either_images_are_read_as_they_are(tmp_path):

@@ -7,7 +7,6 @@
 Exit code 2 where training would go wrong.
 """
 import argparse
-import math
 import sys
 from pathlib import Path
 
@@ -20,12 +19,13 @@ from data.common import BadInput, print_anything
 from data.datasets import read_description
 from data.files import check_folder
 from data.public import SETS, describe
+from data.ranges import parse_range, reading_flags
 
 
 def parse_args(argv=None):
     p = argparse.ArgumentParser(description=__doc__, prog="python -m data.check",
                                 formatter_class=argparse.RawDescriptionHelpFormatter)
-    p.add_argument("root", type=Path, help="folder that holds images and masks, in any sub-folders")
+    p.add_argument("root", type=Path, nargs="?", help="folder that holds images and masks, in any sub-folders")
     p.add_argument("--limit", type=int,
                    help="read only this many files, evenly spread (default: all)")
     p.add_argument("--dataset", default="folder", choices=["folder", *SETS],
@@ -34,9 +34,10 @@ def parse_args(argv=None):
     p.add_argument("--bands", type=band_numbers,
                    help="the three to read from images with more, from 1: 4,1,2; "
                         'a draft keeps them (default: "bands" in dataset.json)')
-    p.add_argument("--input-range", type=float, nargs=2, metavar=("LOW", "HIGH"),
-                   help="values that become 0 and 255; a draft keeps them "
-                        '(default: "input_range" in dataset.json)')
+    p.add_argument("--input-range", nargs="+", metavar=("LOW", "HIGH"),
+                   help="values that become 0 and 255: two numbers, six for three bands, or "
+                        "percentiles of the training images such as p2-98; a draft keeps the "
+                        'numbers (default: "input_range" in dataset.json)')
     p.add_argument("--masks", metavar="FOLDER",
                    help="draft with the masks in this folder, where there are several")
     p.add_argument("--force", action="store_true",
@@ -44,10 +45,15 @@ def parse_args(argv=None):
     args = p.parse_args(argv)
     if args.bands and (len(args.bands) != 3 or min(args.bands) < 1):
         p.error(f"--bands {args.bands}: expected three numbers from 1, such as 4,1,2")
+    if args.root is None and args.input_range:  # --input-range 0 3000 ROOT
+        args.root = Path(args.input_range.pop())
+    if args.root is None:
+        p.error("name the folder that holds images and masks")
     if args.input_range:
-        low, high = args.input_range
-        if not -math.inf < low < high < math.inf:
-            p.error(f"--input-range {args.input_range}: expected the lower value first")
+        try:
+            args.input_range = parse_range(args.input_range)
+        except BadInput as e:
+            p.error(str(e))
     return args
 
 
@@ -73,20 +79,12 @@ def main(argv=None) -> int:
                            "there; type --force to write it anew")
         else:
             description = read_description(args.root)
-        return check(args.root, description | typed, args.limit, args.dataset, flags_of(args))
+        # What the commands to type next must repeat; dataset.json holds the rest.
+        flags = reading_flags(args.bands, args.input_range)
+        return check(args.root, description | typed, args.limit, args.dataset, flags)
     except (BadInput, OSError) as e:
         print(f"error: {e}", file=sys.stderr)
         return 2
-
-
-def flags_of(args) -> list[str]:
-    """What the commands to type next must repeat; dataset.json holds the rest."""
-    flags = []
-    if args.bands:
-        flags += ["--bands", ",".join(map(str, args.bands))]
-    if args.input_range:
-        flags += ["--input-range", *map(str, args.input_range)]
-    return flags
 
 
 if __name__ == "__main__":

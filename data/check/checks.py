@@ -11,6 +11,7 @@ from ..datasets import (ONE_IMAGE, check_command, class_counts, hold_out, in_thr
                         unlabelled)
 from ..files import not_used
 from ..io import Labels
+from ..ranges import percentile_range
 from .complaints import Complaints, attempt
 from .ground import check_ground
 from .images import Finding, check_images, inspect_pair
@@ -39,7 +40,8 @@ def check(root: Path, description: dict, limit: int | None, source: str, flags: 
         check_scenes(description["scene"], homes, complaints)
 
     # Then the files, each read once.
-    findings = read_files(pairs, labels, description, limit, complaints)
+    reading = reading_of(description, tiles, homes, complaints)
+    findings = read_files(pairs, labels, reading, limit, complaints)
     if "tiles" in description:  # a file belongs to several splits: its tiles are counted
         check_images(findings, defaultdict(list), complaints)
         counts = attempt(tile_counts, tiles, homes, splits, labels, limit)
@@ -76,16 +78,36 @@ def next_commands(root: Path, description: dict, source: str, flags: list[str],
     return " ".join([*again, *flags]), " ".join(train)
 
 
-def read_files(pairs: dict, labels: Labels, description: dict, limit: int | None,
+def read_files(pairs: dict, labels: Labels, reading: dict, limit: int | None,
                complaints: Complaints) -> dict[str, Finding]:
     """{name: what was found}, of all pairs or an even sample of `limit`."""
     names = even_sample(list(pairs), limit)
     if len(names) < len(pairs):
         complaints.note("limit", f"only {len(names)} of {len(pairs)} images and masks were read "
                                  "(--limit)")
-    reading = {key: description.get(key) for key in ("bands", "input_range")}
     found = in_threads(lambda n: inspect_pair(*pairs[n], labels, reading), names, "files")
     return dict(zip(names, found))
+
+
+def reading_of(description: dict, tiles: dict[str, tuple], homes: dict[str, list[str]],
+               complaints: Complaints) -> dict:
+    """"bands" and "input_range", whose percentiles become numbers: those of the training images."""
+    reading = {key: description.get(key) for key in ("bands", "input_range")}
+    word = reading["input_range"]
+    if isinstance(word, str):
+        images = {}  # {(file, box): None}
+        for n in names_in("train", homes):
+            image, _, *box = tiles[n]
+            images[image, box[0] if box else None] = None
+        found = attempt(percentile_range, word, list(images), reading["bands"])
+        reading["input_range"] = None
+        if isinstance(found, BadInput):
+            complaints.error("range", found)
+        else:
+            reading["input_range"], (_, *constant) = found
+            for line in constant:
+                complaints.warning("range", line)
+    return reading
 
 
 def names_in(split: str, homes: dict[str, list[str]]) -> list[str]:
