@@ -1,7 +1,9 @@
 """Images, labels, data sets and scores. Nothing here knows a network.
 
 common                     the ignore index, the error a user can mend, the atomic writer, progress
-files io cache             what folders hold; reading files without guessing; decoded images on disk
+files                      what folders hold, and what lists and tables call it
+tiff raster                windows of any TIFF, with GDAL's values; any picture file as it is stored
+io ranges cache            images and masks without guessing; input ranges; decoded images on disk
 datasets public demo       dataset.json, seven public sets, procedural scenes
 source scenes points       a data set, opened: images and masks; class folders; point labels
 crops augment samplers     what happens to a sample on its way to the network, and which is drawn

@@ -26,7 +26,7 @@ import numpy as np
 
 from .common import BadInput
 
-FORMAT = 2  # raise it when decoding changes: what another version has decoded is then not taken
+FORMAT = 3  # raise it when decoding changes: what another version has decoded is then not taken
 HEADER = 512  # bytes: JSON [[dtype, shape], ...], then spaces; the arrays follow
 KEEP_FREE = 4 * 2**30  # bytes, for the checkpoints that may go to the same disk
 ABANDONED = 600  # seconds without a write, after which the .tmp of a killed process is removed
