@@ -4,10 +4,12 @@ import re
 from pathlib import Path
 
 from ..common import BadInput, even_sample, write
-from ..datasets import check_command, find_pairs, in_threads, match_pairs, split_names
+from ..datasets import (check_command, find_pairs, in_threads, load_splits, match_pairs,
+                        split_names)
 from .complaints import Complaints, attempt
 from .patterns import draft_patterns
 from .proposal import folder_splits, listed_splits, propose_hold_out
+from .reading import draft_reading
 from .values import Values, count_values, draft_classes, scan, values_table
 
 
@@ -24,9 +26,14 @@ def draft(root: Path, limit: int | None, typed: dict) -> int:
 
     values = read_values(root, description, pairs, limit, complaints)
     print(*values_table(root, values), sep="\n")
-    description["classes"], description["ignore"] = draft_classes(values, complaints)
-    description |= typed
-    description |= draft_splits(root, pairs, complaints)
+    description |= draft_classes(values, complaints)
+    splits = draft_splits(root, pairs, complaints)
+    parts = attempt(lambda: load_splits(root, description | splits, pairs, need=()))
+    train = [] if isinstance(parts, BadInput) else parts.get("train", [])
+    reading, flags = draft_reading([image for image, _ in pairs.values()],
+                                   [(pairs[n][0], None) for n in train], typed, complaints)
+    description |= reading
+    description |= splits
 
     # What training would stop at is said now, beside everything else.
     unpaired = attempt(find_pairs, root, description)
@@ -38,7 +45,7 @@ def draft(root: Path, limit: int | None, typed: dict) -> int:
     text = as_text(description).encode("utf-8", "backslashreplace")
     write(root / "dataset.json", text)
     print(f"wrote {root / 'dataset.json'}")
-    again = check_command(root)
+    again = " ".join([check_command(root), *flags])
     return complaints.show(len(pairs), again, good=f"Name the classes in it, then: {again}")
 
 
