@@ -188,7 +188,7 @@ def open_data(args, meta, folder):
     if set(here) != set(names):
         raise BadInput(f"{d.root}: the classes {', '.join(here)}; the model knows "
                        f"{', '.join(names)}")
-    d.labels = Labels([here[name] for name in names], d.labels.ignore)
+    d.labels = Labels([here[name] for name in names], d.labels.ignore, d.labels.threshold)
     d.names = names
     if args.split in d.description.get("unlabelled", ()) and args.split not in d.splits:
         raise BadInput(f"{d.root}: no masks for {args.split}; predict it: python predict.py "

@@ -137,12 +137,12 @@ def mask_image(ids, labels, label_out):
     # class ids (H, W) -> palette image of ids, or RGB image of the masks' own colours
     if label_out == "train":
         return id_image(ids, labels.colors)
-    if labels.by_color:
-        return Image.fromarray(labels.decode(ids))
+    raw = labels.decode(ids)
+    if raw.ndim == 3 or raw.dtype != np.uint8:  # colours, or ids above 255, for which no palette is
+        return Image.fromarray(raw)
     colors = np.zeros((256, 3), np.uint8)
-    for c, color in zip(labels.classes, labels.colors):
-        colors[c["id"]] = color
-    return id_image(labels.decode(ids), colors)
+    colors[labels.raw] = labels.colors
+    return id_image(raw, colors)
 
 
 def predict_masks(args, images, rank, world, device):
@@ -150,12 +150,12 @@ def predict_masks(args, images, rank, world, device):
     say = print if rank == 0 else lambda *words, **how: None
     net, meta = nets.load_run(args.run, args.weights)
     net.to(device)
-    labels, out = Labels(meta["classes"], meta["ignore"]), Path(args.out)
+    labels, out = Labels.of(meta), Path(args.out)
     amp = use_bf16(args, meta, device)
     overlap = meta["overlap"] if args.overlap is None else args.overlap
     values = []
     for i, c in enumerate(labels.classes):
-        raw = c.get("id", c.get("color"))
+        raw = c["color"] if labels.by_color else int(labels.raw[i])
         value = raw if args.label_out == "raw" else i
         values.append(dict(value=value, train_id=i, **c))
     check_outputs(out, images, values)
@@ -169,7 +169,7 @@ def predict_masks(args, images, rank, world, device):
         try:
             image, valid = read_valid(file, **meta["reading"])
             holes = valid is not None and not valid.all()
-            if holes and args.label_out == "raw" and not labels.ignore:
+            if holes and args.label_out == "raw" and labels.void is None:
                 raise BadInput(f"{file}: transparent pixels, and no value of the masks means no "
                                "class; type --label-out train, which writes 255 there")
         except BadInput as e:

@@ -369,7 +369,7 @@ def main(args):
                         command=facts["command"])
     # What must be equal on resume, or it would be another run.
     same = dict(world=world, weights=info["sha256"], amp=amp,
-                labels=[d.labels.classes, d.labels.ignore],
+                labels=d.labels.parts,
                 teacher=kd_about.get("sha256"))
     # Random numbers have no state to restore: each is drawn from the number of its step or sample.
     if args.resume:

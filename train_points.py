@@ -351,7 +351,7 @@ def main(args):
     seen = torch.zeros(K, K, dtype=torch.int64, device=device)
     # What must be equal on resume, or it would be another run.
     same = dict(world=world, weights=info["sha256"], amp=amp,
-                labels=[d.labels.classes, d.labels.ignore])
+                labels=d.labels.parts)
     # Random numbers have no state to restore: each is drawn from the number of its step or sample.
     if args.resume:
         last = checkpoint.load_state(out / "last.pt")

@@ -3,7 +3,7 @@
     description = read_description("D")                      D/dataset.json, or public.describe(...)
     pairs = find_pairs("D", description)                     {name: (image, mask)}
     splits = load_splits("D", description, pairs, seed=0)    {"train": names, "val": names, ...}
-    labels = Labels(description["classes"], description["ignore"])
+    labels = Labels.of(description)
     x, y, name = SegDataset(pairs, labels, norm="imagenet")[0]
 
 A `folder` data set carries the description as dataset.json in its root (data/check drafts it):
@@ -18,6 +18,7 @@ those of the second two, and so on. Further keys, none of them needed:
     "bands"        [4, 1, 2]: the three to read from images with more, from 1; --bands overrides it
     "input_range"  [0, 3000]: the values that become 0 and 255; a pair for each of the three bands;
                    or "p2-98", percentiles of the training images; --input-range overrides it
+    "threshold"    127: masks are soft, greys above it are the class of "id" 1, others that of 0
     "select"       0.2: the share of train held out to choose the weights
     "scene"        regex for the scene in a name, its first group if it has one: a hold-out keeps
                    scenes whole, and data/check finds those in two splits
@@ -90,7 +91,7 @@ def read_description(root: str | Path) -> dict:
     # A set without a name is called like its folder, and its runs go to runs/<name>.
     d = {"name": as_text(Path(root).resolve().name), "ignore": [], **d}
     try:
-        names = Labels(d["classes"], d["ignore"]).names
+        names = Labels.of(d).names
     except BadInput as e:
         raise BadInput(f"{path}: {e}") from None
     if not d["splits"].keys() <= {"train", "val", "test", "select"}:
@@ -575,7 +576,7 @@ class SegDataset(torch.utils.data.Dataset):
         self.input_range = input_range
         self.cache = cache
         # What besides the files decides the decoded arrays.
-        self.tag = f"{labels.classes} {labels.ignore} {bands} {input_range}"
+        self.tag = " ".join(map(str, [*labels.parts, bands, input_range]))
         # The file read last: the next tile is often of the same one.
         self.last_paths = None
         self.last_arrays = None

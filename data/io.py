@@ -17,6 +17,7 @@ from .tiff import Window
 UNKNOWN = 254  # marks mask values that no class and no ignore entry names; never leaves this file
 
 MAX_PIXELS = 2_000_000_000  # more of them do not fit into memory
+MAX_ID = 2**53  # float64 holds whole numbers up to here
 SAY_RANGE = ('say which values become 0 and 255: --input-range LOW HIGH, or "input_range": '
              "[LOW, HIGH] in dataset.json")
 
@@ -157,7 +158,9 @@ def read_labels(path: str | Path) -> tuple[np.ndarray, np.ndarray | None]:
     a = raster.read()
     valid = None
     if not raster.indexed:
-        nodata, raster.nodata = raster.nodata, None  # a value of the table, "ignore" names it
+        nodata = raster.nodata
+        if nodata is not None and is_id(nodata):
+            raster.nodata = None  # a value of the table, "ignore" names it
         valid = valid_pixels(raster, a)
         raster.nodata = nodata
     if raster.alpha and raster.alpha == a.shape[2]:
@@ -186,12 +189,17 @@ def whole_numbers(a: np.ndarray, valid: np.ndarray | None, path: str | Path) -> 
     if a.dtype.kind == "f":
         if valid is not None:
             a = np.where(valid[..., None], a, 0)
-        if (a != np.rint(a)).any() or np.abs(a).max(initial=0) > 2**53:
+        if (a != np.rint(a)).any() or np.abs(a).max(initial=0) > MAX_ID:
             raise BadInput(f"{path}: a mask of {a.dtype} values {a.min()}..{a.max()}; "
                            "expected whole numbers")
     a = a.astype(np.int64)
     fits = a.size == 0 or (a.min() >= 0 and a.max() <= 255)
     return a.astype(np.uint8) if fits else a
+
+
+def is_id(value: int | float) -> bool:
+    """Can a label table name this value of a mask?"""
+    return abs(value) <= MAX_ID and value == round(value)  # NaN is not
 
 
 def palette_of(path: str | Path) -> np.ndarray | None:
@@ -256,11 +264,12 @@ class Labels:
     """Label table: file ids or colours <-> class ids 0..K-1 and IGNORE.
 
     classes: [{"name": "road", "id": 3, "color": "#ff0000"}, ...]; without "id" the colour is what
-    the file holds. ignore: ids or colours that become IGNORE. Both are plain types, so that the
-    table travels in JSON and in best.safetensors.
+    the file holds. ignore: ids or colours that become IGNORE. threshold: of soft masks, whose greys
+    above it are id 1 and all others id 0. All are plain types, so that the table travels in JSON
+    and in best.safetensors. raw: what predictions write for each class, where it is an id.
     """
 
-    def __init__(self, classes: list[dict], ignore: list = ()):
+    def __init__(self, classes: list[dict], ignore: list = (), threshold: float | None = None):
         # The first class decides whether the masks hold ids or colours.
         value = "id" if classes and isinstance(classes[0], dict) and "id" in classes[0] else "color"
         for c in classes:
@@ -278,6 +287,45 @@ class Labels:
                   for i, c in enumerate(self.classes)]
         self.colors = np.array(colors, np.uint8)  # (K, 3), also what predictions are painted with
         self.table = self.lookup_table(colors)
+        self.threshold = threshold
+        if threshold is not None:
+            self.check_threshold()
+        if not self.by_color:
+            self.raw = np.array([c["id"] for c in self.classes], np.int64)
+            if threshold is not None:  # the greys of 0 and 1
+                self.raw *= max(v for v in range(256) if v not in self.ignore)
+        self.void = self.ignored_value()
+
+    @classmethod
+    def of(cls, description: dict) -> "Labels":
+        """The table of a dataset.json, or of a run that was trained with it."""
+        return cls(description["classes"], description["ignore"], description.get("threshold"))
+
+    @property
+    def parts(self) -> list:
+        """What the table is made of: two of them are equal if these are."""
+        more = [] if self.threshold is None else [self.threshold]
+        return [self.classes, self.ignore, *more]
+
+    def check_threshold(self) -> None:
+        """A threshold tells two classes apart, and both sides of it are greys."""
+        t = self.threshold
+        if type(t) not in (int, float) or not 0 <= t < 255:
+            raise BadInput(f'"threshold" is {t!r}; expected a grey from 0 to 254, such as 127')
+        ids = [c.get("id") for c in self.classes]
+        if self.by_color or sorted(ids) != [0, 1]:
+            raise BadInput(f'"threshold" with the classes {self.classes}; expected two: "id": 0 for '
+                           f'greys up to {t:g}, and "id": 1 for those above')
+
+    def ignored_value(self) -> int | str | None:
+        """What a prediction writes where there is no class: of "ignore" the first that its type holds."""
+        if self.by_color:
+            return self.ignore[0] if self.ignore else None
+        highest = 255 if self.raw.max() <= 255 else 65535
+        fitting = [v for v in self.ignore if 0 <= v <= highest and v not in self.raw]
+        if self.ignore and highest not in self.raw:
+            fitting.append(highest)
+        return int(fitting[0]) if fitting else None
 
     def lookup_table(self, colors: list[tuple]) -> tuple[np.ndarray, np.ndarray]:
         """All values of a mask, packed colours or ids, in rising order; the class id or IGNORE of each."""
@@ -286,7 +334,7 @@ class Labels:
             whole = True
         else:
             raw = [c["id"] for c in self.classes] + self.ignore
-            whole = all(type(i) in (int, float) and i == round(i) for i in raw)
+            whole = all(type(i) in (int, float) and is_id(i) for i in raw)
         # A value that means two things would silently go to the last one.
         if not whole or len(set(raw)) < len(raw):
             raise BadInput(f"label table with the values {raw}; expected each once, whole numbers")
@@ -300,16 +348,24 @@ class Labels:
         if values.dtype == np.uint8:  # four times as fast
             return self.look_up(np.arange(256))[values]
         known, ids = self.table
+        if self.threshold is not None:
+            void = np.isin(values, self.ignore)
+            values = (values > self.threshold).astype(np.int64)
         place = np.searchsorted(known, values).clip(max=len(known) - 1)
-        return np.where(known[place] == values, ids[place], np.uint8(UNKNOWN))
+        found = np.where(known[place] == values, ids[place], np.uint8(UNKNOWN))
+        if self.threshold is not None:
+            found[void] = IGNORE
+        return found
 
     def load(self, path: str | Path) -> np.ndarray:
         """Mask file -> (H, W) uint8 class ids and IGNORE; an unknown value stops and is named."""
         mask, valid = read_labels(path)
         if self.by_color:
             values = pack(self.as_colors(mask, path))
-        else:
+        elif self.threshold is None:
             values = self.as_ids(mask, path)
+        else:
+            values = self.as_ids(self.as_greys(mask, path), path)
         ids = self.look_up(values)
         if valid is not None:
             ids[~valid] = IGNORE
@@ -333,6 +389,23 @@ class Labels:
                            'table lists colours; give every class its "id" in dataset.json')
         return palette[mask]
 
+    def as_greys(self, mask: np.ndarray, path: str | Path) -> np.ndarray:
+        """A mask file that should hold greys from 0 to 255: of a palette its colours."""
+        palette = palette_of(path)
+        if palette is not None:
+            return palette[mask]
+        bits = open_raster(path).bits
+        if bits < 8:
+            return mask * np.uint8(255 // (2 ** bits - 1))  # all values that there can be
+        if mask.min(initial=0) < 0 or mask.max(initial=0) > 255:
+            known = np.isin(mask, self.ignore)
+            rest = mask[~known & ((mask < 0) | (mask > 255))]
+            if rest.size:
+                raise BadInput(f"{path}: a mask of values {mask.min()}..{mask.max()}, but "
+                               '"threshold" in dataset.json goes with greys from 0 to 255; export '
+                               'it with 8 bits, or name what is no grey in "ignore"')
+        return mask
+
     def as_ids(self, mask: np.ndarray, path: str | Path) -> np.ndarray:
         """(H, W) of a mask file that should hold ids, which may be saved as grey RGB."""
         if mask.ndim == 2:
@@ -345,22 +418,22 @@ class Labels:
     def decode(self, ids: np.ndarray) -> np.ndarray:
         """Class ids -> the file's own ids (H, W), uint8 or uint16, or colours (H, W, 3) uint8.
 
-        IGNORE becomes the first ignored value that an image of that type can hold.
+        IGNORE becomes .void.
         """
-        if not self.ignore and (ids == IGNORE).any():
+        if self.void is None and (ids == IGNORE).any():
             raise BadInput("pixels without a class, and no value in the masks means that; "
                            "--label-out train writes 255")
         if self.by_color:
             table = np.zeros((256, 3), np.uint8)
             table[:len(self.colors)] = self.colors
-            table[IGNORE] = parse_color(self.ignore[0] if self.ignore else "#000000")
+            table[IGNORE] = parse_color(self.void or "#000000")
             return table[ids]
-        raw = np.array([c["id"] for c in self.classes], np.int64)
+        raw = self.raw
         highest = 255 if raw.max() <= 255 else 65535
         if raw.min() < 0 or raw.max() > highest:
             raise BadInput(f"class ids {raw.min()} to {raw.max()}: a PNG holds 0 to 65535; "
                            "--label-out train writes 0, 1, ...")
-        void = [v for v in self.ignore if 0 <= v <= highest]
-        table = np.full(256, void[0] if void else highest, np.uint8 if highest == 255 else np.uint16)
+        void = highest if self.void is None else self.void
+        table = np.full(256, void, np.uint8 if highest == 255 else np.uint16)
         table[:len(raw)] = raw
         return table[ids]

@@ -58,7 +58,7 @@ class Source:
         self.root = Path(root).resolve()
         self.description = self.describe(variant)
         self.name = self.description["name"]
-        self.labels = Labels(self.description["classes"], self.description["ignore"])
+        self.labels = Labels.of(self.description)
         self.names = self.labels.names
         self.reading = dict(bands=bands or self.description.get("bands"),
                             input_range=input_range or self.description.get("input_range"))
@@ -211,7 +211,8 @@ class Source:
         """What a run's files say of its data: enough to open it again, and to tell other splits from these."""
         splits = {split: hashlib.sha256(as_bytes("\n".join(names))).hexdigest()[:16]
                   for split, names in self.splits.items()}
-        return dict(classes=self.labels.classes, ignore=self.labels.ignore, dataset=self.name,
+        return dict(classes=self.labels.classes, ignore=self.labels.ignore,
+                    threshold=self.labels.threshold, dataset=self.name,
                     root=str(self.root), source=self.kind, variant=self.description.get("variant"),
                     chosen_on=self.picks, reported=self.reports, reading=self.reading,
                     percentiles=self.percentiles,

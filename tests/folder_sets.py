@@ -66,4 +66,4 @@ def described(root):
     """What train_seg.py makes of dataset.json."""
     d = read_description(root)
     pairs = find_pairs(root, d)
-    return d, pairs, Labels(d["classes"], d["ignore"]), split_names(root, d, pairs)
+    return d, pairs, Labels.of(d), split_names(root, d, pairs)

@@ -4,13 +4,16 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+import rasterio
+import tifffile
 from folder_sets import BLACK, GREEN, RED, described, put, rng, run, save, trainable  # noqa: F401: a fixture
 from PIL import Image
 
 from data.check.complaints import Complaints
 from data.check.proposal import natural, propose_hold_out
 from data.common import write
-from data.datasets import class_counts, hold_out, read_description, scenes_of, script_command
+from data.datasets import (
+    check_command, class_counts, hold_out, load_splits, read_description, scenes_of, script_command)
 
 DUBAI = Path(__file__).parents[2] / "shared/data/dubai"
 
@@ -306,6 +309,172 @@ def test_binary_masks_have_two_classes(tmp_path, rng, capsys):
     d, out = draft_of(tmp_path, rng, capsys, ((0, 0, 255), None), ((BLACK, (255, 255, 255)), None))
     assert d["classes"] == [{"name": "id_0", "id": 0}, {"name": "id_255", "id": 255}] and d["ignore"] == []
     assert "1 grey, 1 grey RGB" in out and "ids 0 and 255: binary masks" in out
+
+
+def geotiff(path, a, nodata=None, **more):
+    """(H, W) or (H, W, n) by GDAL."""
+    a = a.reshape(*a.shape[:2], -1)
+    path.parent.mkdir(parents=True, exist_ok=True)
+    h, w, n = a.shape
+    with rasterio.open(path, "w", "GTiff", w, h, n, dtype=a.dtype, nodata=nodata, **more) as f:
+        f.write(np.moveaxis(a, -1, 0))
+
+
+@pytest.mark.parametrize("dtype, nodata, ignore", [
+    ("uint8", 0, [0]), ("int16", -9999, [-9999]), ("uint16", 65535, [65535]), ("float32", -9999, [-9999]),
+    ("uint8", 77, [77]), ("float32", np.nan, []), ("float32", -3.4e38, [])])
+def test_the_nodata_tag_of_masks_is_proposed_as_ignore(dtype, nodata, ignore, tmp_path, rng, capsys):
+    ids = rng.permutation(np.arange(192) % 4).reshape(12, 16)
+    tag_occurs = dtype != "uint8" or nodata == 0
+    a = ids.astype(dtype)
+    if tag_occurs:
+        a[ids == 0] = nodata
+    for i in range(2):
+        put(rng, tmp_path / f"images/{i}.png")
+        geotiff(tmp_path / f"masks/{i}.tif", a, nodata)
+    code, out = run(capsys, tmp_path)
+    d, pairs, labels, _ = described(tmp_path)
+    assert code == 0 and d["ignore"] == ignore
+    assert [c["id"] for c in d["classes"]] == ([1, 2, 3] if tag_occurs else [0, 1, 2, 3])
+    assert (f"value {nodata} is nodata by a tag of the masks" in out) == bool(ignore)
+    want = np.where(ids > 0, ids - 1, 255) if tag_occurs else ids
+    for _, mask in pairs.values():
+        np.testing.assert_array_equal(labels.load(mask), want)
+    assert run(capsys, tmp_path)[0] == 0
+
+
+def test_a_tag_that_no_byte_can_be_is_none(tmp_path, rng, capsys):
+    put(rng, tmp_path / "images/a.png")
+    (tmp_path / "masks").mkdir()
+    tifffile.imwrite(tmp_path / "masks/a.tif", np.arange(192, dtype=np.uint8).reshape(12, 16) % 3,
+                     extratags=[(42113, "s", 0, "-9999", True)])
+    run(capsys, tmp_path)
+    assert read_description(tmp_path)["ignore"] == []
+
+
+def test_a_tag_that_leaves_one_class_stays_a_class_and_colours_have_tags_too(tmp_path, rng, capsys):
+    put(rng, tmp_path / "images/a.png")
+    geotiff(tmp_path / "masks/a.tif", np.arange(192).reshape(12, 16).astype(np.uint8) % 2 * 255, 0)
+    out = run(capsys, tmp_path)[1]
+    d = read_description(tmp_path)
+    assert [c["id"] for c in d["classes"]] == [0, 255] and d["ignore"] == [] and "less than two classes are left" in out
+    index = np.arange(192).reshape(12, 16) % 3
+    geotiff(tmp_path / "masks/a.tif", np.uint8([BLACK, RED, GREEN])[index], 0)
+    out = run(capsys, tmp_path, "--force")[1]
+    d = read_description(tmp_path)
+    assert {c["color"] for c in d["classes"]} == {"#FF0000", "#00FF00"} and d["ignore"] == ["#000000"]
+
+
+def test_transparent_pixels_of_masks_are_no_class(tmp_path, rng, capsys):
+    put(rng, tmp_path / "images/a.png")
+    grey = np.arange(192).reshape(12, 16).astype(np.uint8) % 3
+    path = tmp_path / "masks/a.png"
+    path.parent.mkdir()
+    Image.fromarray(np.dstack([grey, 255 * (grey < 2).astype(np.uint8)]), "LA").save(path)
+    run(capsys, tmp_path)
+    assert [c["id"] for c in read_description(tmp_path)["classes"]] == [0, 1]
+
+
+def soft_masks(size=64, edge=6.0):
+    """Half planes whose edges fade from white to black over some pixels."""
+    y, x = np.mgrid[:size, :size]
+    for angle in (0.3, 1.2, 2.4):
+        distance = (x - size / 2) * np.cos(angle) + (y - size / 2) * np.sin(angle)
+        yield (255 / (1 + np.exp(-8 * distance / edge))).round().astype(np.uint8)
+
+
+def test_soft_masks_get_a_threshold_and_binary_ones_none(tmp_path, rng, capsys):
+    wide = list(soft_masks())
+    for i, a in enumerate(wide):
+        put(rng, tmp_path / f"images/{i}.png", size=a.shape)
+        save(tmp_path / f"masks/{i}.png", a)
+    assert len(np.unique(wide)) > 90
+    code, out = run(capsys, tmp_path)
+    d, pairs, labels, _ = described(tmp_path)
+    assert code == 0 and (d["threshold"], d["ignore"]) == (127, [])
+    assert d["classes"] == [{"name": "id_0", "id": 0}, {"name": "id_1", "id": 1}]
+    grey = np.stack(wide)
+    share = ((grey < 16) | (grey > 239)).mean()
+    assert f"{len(np.unique(grey))} greys, of which those below 16 and above 239 cover {share:.1%}" in out
+    assert class_counts(pairs, labels).tolist() == [[(a <= 127).sum(), (a > 127).sum(), 0] for a in wide]
+    code, out = run(capsys, tmp_path)
+    assert code == 0 and f"{(grey <= 127).mean():.2%}"[:4] in out
+    for i, a in enumerate(wide):
+        save(tmp_path / f"masks/{i}.png", a // 128 * 255)
+    run(capsys, tmp_path, "--force")
+    d = read_description(tmp_path)
+    assert "threshold" not in d and [c["id"] for c in d["classes"]] == [0, 255]
+
+
+@pytest.mark.parametrize("values", [
+    [*range(21), 255], [0, 64, 128, 191, 255], [*range(0, 200, 5), 255], [0] * 900 + [255] * 900 + [*range(20)]],
+    ids=["voc", "steps", "many ids", "ids that are rare"])
+def test_ids_are_no_soft_masks(values, tmp_path, rng, capsys):
+    d, _ = draft_of(tmp_path, rng, capsys, (values, None), size=(60, 60))
+    assert "threshold" not in d and [c["id"] for c in d["classes"]] == sorted(set(values))
+
+
+# ---- drafts: how the images are read
+
+def test_images_of_16_bits_get_percentiles_of_train_as_numbers(tmp_path, rng, capsys):
+    pixels = []
+    for i in range(10):
+        a = rng.integers(1, 3000 + 100 * i, (12, 16, 3)).astype(np.uint16)
+        a[:2] = 0
+        geotiff(tmp_path / f"images/{i}.tif", a, nodata=0)
+        put(rng, tmp_path / f"images/{i}_.png", tmp_path / f"masks/{i}.png")
+        (tmp_path / f"images/{i}_.png").unlink()
+        pixels.append(a[2:].reshape(-1, 3))
+    code, out = run(capsys, tmp_path)
+    d, pairs, _, _ = described(tmp_path)
+    train = load_splits(tmp_path, d, pairs)["train"]  # a fifth is held out
+    assert code == 0 and len(train) == 8
+    chosen = np.concatenate([pixels[int(name[-1])] for name in train])
+    np.testing.assert_allclose(d["input_range"], np.percentile(chosen, (2, 98), axis=0).T)
+    assert "note: 10 images are uint16: input range p2-98 of 8 training images: band 1" in out
+    assert run(capsys, tmp_path)[0] == 0
+    run(capsys, tmp_path, "--force", "--input-range", "p0-50")
+    d = read_description(tmp_path)
+    np.testing.assert_allclose(d["input_range"], np.percentile(chosen, (0, 50), axis=0).T)
+    write(tmp_path / "dataset.json", d | {"input_range": "p0-50"})
+    code, out = run(capsys, tmp_path)
+    assert code == 0 and not out.splitlines()[-1].count("--input-range")
+    code, out = run(capsys, "--input-range", "p1-99", tmp_path)  # the folder may stand behind
+    assert code == 0 and out.endswith(f"--root {tmp_path} --val-frac 0.2 --input-range p1-99\n") or "select" in d
+
+
+def test_bands_are_drafted_where_the_header_names_the_colours(tmp_path, rng, capsys):
+    for i in range(2):
+        put(rng, tmp_path / f"images/{i}.png", tmp_path / f"masks/{i}.png")
+        (tmp_path / f"images/{i}.png").unlink()
+
+    def images(dtype="uint8", bands=4, high=250, **more):
+        for i in range(2):
+            geotiff(tmp_path / f"images/{i}.tif", rng.integers(1, high, (12, 16, bands)).astype(dtype), **more)
+        code, out = run(capsys, tmp_path, "--force")
+        return code, out, read_description(tmp_path)
+
+    for photometric in ({}, {"photometric": "RGB"}):  # infrared as alpha, which GDAL writes by default; and without
+        code, out, d = images(**photometric)
+        assert code == 0 and d["bands"] == [1, 2, 3] and "first are red, green and blue by its header" in out
+        assert run(capsys, tmp_path)[0] == 0
+    for bands, numbers in ((4, "1,2,3"), (2, "1,2,2"), (6, "1,2,3")):
+        code, out, d = images("uint16", bands, 4000, photometric="MINISBLACK")
+        assert code == 2 and "bands" not in d and "input_range" not in d
+        assert f"{bands} bands (BlackIsZero), and the file does not say which are red" in out
+        assert out.endswith(f"then type: {check_command(tmp_path)} --force --bands {numbers}\n")
+        code, out = run(capsys, *out.split()[-4:])
+        d = read_description(tmp_path)
+        assert code == 0 and d["bands"] == [int(n) for n in numbers.split(",")] and len(d["input_range"]) == 3
+        assert run(capsys, tmp_path)[0] == 0
+
+    # An alpha that is a mask is no band; nor is one asked for where bytes are three.
+    for i in range(2):
+        a = rng.integers(0, 255, (12, 16, 4)).astype(np.uint8)
+        a[..., 3] = a[..., 3] // 128 * 255
+        geotiff(tmp_path / f"images/{i}.tif", a)
+    code, out = run(capsys, tmp_path, "--force")
+    assert code == 0 and not {"bands", "input_range"} & read_description(tmp_path).keys()
 
 
 def test_likely_void_stays_a_class_and_is_named(tmp_path, rng, capsys):

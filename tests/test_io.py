@@ -7,6 +7,7 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+import rasterio
 from PIL import Image
 
 from data.check.images import inspect_pair
@@ -266,3 +267,67 @@ def test_default_colours_differ_from_each_other_and_from_the_red_of_errors():
     pale = [lab(c) for c in ("#FFFFFF", "#000000", "#CDCDCD", "#EEEEEE")]  # paper, ink, the stripes of "no label"
     assert min(math.dist(a, b) for a in first for b in pale) > 25
     assert Labels(BY_ID).colors.tolist() == [list(bytes.fromhex(c[1:])) for c in colors[:3]]
+
+
+# ---- soft masks
+
+ROADS = [{"name": "road", "id": 1}, {"name": "land", "id": 0}]  # in any order
+
+
+def test_greys_above_the_threshold_are_id_1(tmp_path):
+    grey = np.arange(256, dtype=np.uint8).reshape(16, 16)
+    for name, a in (("g.png", grey), ("rgb.png", np.dstack([grey] * 3)), ("deep.tif", grey.astype(np.uint16))):
+        ids = Labels(ROADS, threshold=127).load(save(tmp_path / name, a))
+        np.testing.assert_array_equal(ids, np.where(grey > 127, 0, 1))  # road is class 0
+    palette = Image.fromarray(255 - grey).convert("P")  # of greys, its indices run the other way
+    palette.putpalette(np.repeat(np.arange(255, -1, -1), 3).astype(np.uint8).tobytes())
+    palette.putdata(grey.ravel().tolist())
+    palette.save(tmp_path / "p.png")
+    shown = np.asarray(palette.convert("L"))
+    np.testing.assert_array_equal(Labels(ROADS, threshold=99.5).load(tmp_path / "p.png") == 0, shown > 99.5)
+    Image.fromarray(grey > 99).save(tmp_path / "bit.png")  # 1 bit: 0 and 1 are black and white
+    np.testing.assert_array_equal(Labels(ROADS, threshold=127).load(tmp_path / "bit.png") == 0, grey > 99)
+    assert "a colour mask" in refusal(Labels(ROADS, threshold=127).load, save(tmp_path / "c.png", RGB))
+
+
+def test_soft_masks_go_back_as_black_and_white(tmp_path):
+    ids = np.array([[0, 1, 1, 255]], np.uint8)
+    labels = Labels(ROADS, [200], 127)
+    raw = labels.decode(ids)
+    assert raw.tolist() == [[255, 0, 0, 200]]  # road is class 0
+    np.testing.assert_array_equal(labels.load(save(tmp_path / "a.png", raw)), ids)
+    assert Labels(ROADS, [255], 127).decode(ids).tolist() == [[254, 0, 0, 255]]
+    assert Labels(ROADS, [], 127).decode(ids[:, :3]).tolist() == [[255, 0, 0]]
+    for ignore in ([], [-9999]):  # no grey means "no class"
+        assert "--label-out train writes 255" in refusal(Labels(ROADS, ignore, 127).decode, ids)
+
+
+def test_a_value_beside_the_greys_must_be_ignored(tmp_path):
+    file = save(tmp_path / "a.tif", np.array([[0, 255, 300]], np.uint16))
+    assert "0..300" in refusal(Labels(ROADS, threshold=127).load, file)
+    assert Labels(ROADS, [300], 127).load(file).tolist() == [[1, 0, IGNORE]]
+
+
+@pytest.mark.parametrize("classes, threshold, said", [
+    (ROADS, -1, "a grey from 0 to 254"), (ROADS, 255, "a grey"), (ROADS, "127", "a grey"), (ROADS, True, "a grey"),
+    (ROADS[:1], 127, 'expected two: "id": 0 for greys up to 127'), ([*ROADS, {"name": "x", "id": 2}], 127, "two"),
+    ([{"name": "a", "id": 0}, {"name": "b", "id": 255}], 127, "expected two"),
+    ([{"name": "a", "color": "#000000"}, {"name": "b", "color": "#ffffff"}], 127, "expected two")])
+def test_a_threshold_goes_with_two_ids(classes, threshold, said):
+    assert said in refusal(Labels, classes, [], threshold)
+
+
+def test_a_table_travels_whole():
+    labels = Labels(ROADS, [7], 127)
+    again = Labels.of({"classes": ROADS, "ignore": [7], "threshold": 127, "name": "roads"})
+    assert labels.parts == again.parts == [ROADS, [7], 127]
+    assert Labels.of({"classes": ROADS, "ignore": []}).parts == [ROADS, []]
+
+
+def test_nodata_that_no_table_can_name_is_no_data(tmp_path):
+    a = np.array([[1, 2], [-3.4e38, 2]], np.float32)
+    with rasterio.open(tmp_path / "a.tif", "w", "GTiff", 2, 2, 1, dtype="float32", nodata=-3.4e38) as f:
+        f.write(a, 1)
+    labels = Labels([{"name": "a", "id": 1}, {"name": "b", "id": 2}])
+    assert labels.load(tmp_path / "a.tif").tolist() == [[0, 1], [IGNORE, 1]]
+    assert "whole numbers" in refusal(Labels, [{"name": "a", "id": float("inf")}])

@@ -28,7 +28,7 @@ def check(root: Path, description: dict, limit: int | None, source: str, flags: 
     next.
     """
     complaints = Complaints()
-    labels = Labels(description["classes"], description["ignore"])
+    labels = Labels.of(description)
 
     # Names alone: pairs, splits, scenes.
     pairs, splits = check_pairs(root, description, complaints)

@@ -4,11 +4,13 @@ import re
 from pathlib import Path
 
 from ..common import BadInput, as_text, even_sample, write
-from ..datasets import check_command, find_pairs, in_threads, match_pairs, split_names
+from ..datasets import (check_command, find_pairs, in_threads, load_splits, match_pairs,
+                        split_names)
 from ..public import SETS
 from .complaints import Complaints, attempt
 from .patterns import draft_patterns
 from .proposal import folder_splits, listed_splits, propose_hold_out
+from .reading import draft_reading
 from .values import Values, count_values, draft_classes, scan, values_table
 
 MAX_CLASS_LIST = 2**20  # bytes; annotations of a whole set are no class list
@@ -29,9 +31,14 @@ def draft(root: Path, limit: int | None, masks: str | None, typed: dict) -> int:
 
     values = read_values(root, description, pairs, limit, complaints)
     print(*values_table(root, values), sep="\n")
-    description["classes"], description["ignore"] = draft_classes(values, complaints)
-    description |= typed
-    description |= draft_splits(root, pairs, complaints)
+    description |= draft_classes(values, complaints)
+    splits = draft_splits(root, pairs, complaints)
+    parts = attempt(lambda: load_splits(root, description | splits, pairs, need=()))
+    train = [] if isinstance(parts, BadInput) else parts.get("train", [])
+    reading, flags = draft_reading([image for image, _ in pairs.values()],
+                                   [(pairs[n][0], None) for n in train], typed, complaints)
+    description |= reading
+    description |= splits
     if "ann_dir" in str(description["masks"]):
         explain_mmseg(description["classes"], complaints)
 
@@ -45,7 +52,7 @@ def draft(root: Path, limit: int | None, masks: str | None, typed: dict) -> int:
     text = one_key_a_line(description).encode("utf-8", "backslashreplace")
     write(root / "dataset.json", text)
     print(f"wrote {root / 'dataset.json'}")
-    again = check_command(root)
+    again = " ".join([check_command(root), *flags])
     return complaints.show(len(pairs), again, good=f"Name the classes in it, then: {again}")
 
 
