@@ -46,6 +46,7 @@ def draft_patterns(root: Path, complaints: Complaints) -> dict:
 def find_pictures(root: Path, complaints: Complaints) -> tuple[list[Path], list[Path]]:
     """Images and masks, relative to root, told apart by the words in their folders and names."""
     pictures, others = images_in(root)
+    others = [file for file in others if file != root / "dataset.json"]  # of an earlier draft
     files = [file.relative_to(root) for file in pictures]
     if not files:
         found = f"; {not_used(others)}" if others else ""
