@@ -295,7 +295,7 @@ def test_what_is_wrong_with_sampling(forks, tmp_path, difficulty):
     (["--cycle", 4, 2], "--cycle is gone: train_kd.py has --restarts STEPS MULT"),
     (["--mixup", 0.5], "--mixup is gone: train_seg.py and train_cls.py mix images"),
     (["--teacher-weights", "a"], "--teacher-weights is gone"),
-    (["--model", "unetformer"], "--arch goes with --model vit, not unetformer")])
+    (["--model", "unetformer", "--arch", "nano8"], "--arch goes with --model vit, not unetformer")])
 def test_flags_that_do_not_go_together(forks, tmp_path, flags, said):
     assert said in refused(forks, tmp_path, "--alpha", 0, *flags)
 

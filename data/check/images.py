@@ -21,7 +21,7 @@ from .complaints import Complaints, attempt
 class Finding:
     """What is known of one pair."""
     errors: dict = dataclasses.field(default_factory=dict)  # {kind: line}
-    mode: str | None = None  # RGB, palette, ... of an image that can be read
+    mode: str | None = None  # RGB, palette, ... of an image of which no bands were chosen
     digest: tuple | None = None  # equal for equal pictures; None for one of a single colour
     turned: bool = False  # by its EXIF tag
     counts: np.ndarray | int = 0  # (K+1,) pixels
@@ -33,7 +33,8 @@ def inspect_pair(image: Path, mask: Path | None, labels: Labels | None, reading:
     x = valid = None
     try:
         x, valid = read_valid(image, **reading)
-        finding.mode = open_raster(image).photometric
+        if not reading["bands"]:
+            finding.mode = open_raster(image).photometric
         finding.turned = is_turned(image)
         if (x != x[0, 0]).any():  # the empty margins of mosaics are all alike
             finding.digest = x.shape, hashlib.blake2b(x.reshape(-1)).digest()

@@ -55,6 +55,7 @@ def find_pictures(root: Path, chosen: str | None, complaints: Complaints) -> tup
     `chosen`: as for draft_patterns.
     """
     pictures, others = images_in(root)
+    others = [file for file in others if file != root / "dataset.json"]  # of an earlier draft
     files = [file.relative_to(root) for file in pictures]
     if not files:
         found = f"; {not_used(others)}" if others else ""
