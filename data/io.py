@@ -149,20 +149,24 @@ def read_mask(path: str | Path) -> np.ndarray:
     return read_labels(path)[0]
 
 
-def read_labels(path: str | Path) -> tuple[np.ndarray, np.ndarray | None]:
-    """read_mask(), and (H, W) bool or None: False where transparent, masked or not a number."""
+def read_labels(path: str | Path) -> tuple[np.ndarray, np.ndarray | None, np.ndarray | None]:
+    """read_mask(); (H, W) bool or None: False where transparent, masked or not a number; the palette.
+
+    (256, 3) uint8 colours of a palette image, None for every other.
+    """
     raster = open_raster(path)
     if raster.lossy:
         raise BadInput(f"{path}: compressed as {raster.compression}, which blurs labels at every "
                        "edge; export the masks anew, as PNG or as TIFF with deflate")
     a = raster.read()
-    valid = None
-    if not raster.indexed:
-        nodata = raster.nodata
-        if nodata is not None and is_id(nodata):
+    valid = colors = None
+    if raster.indexed:
+        colors = np.zeros((256, 3), np.uint8)
+        colors[:len(raster.palette)] = raster.palette[:256]
+    else:
+        if raster.nodata is not None and is_id(raster.nodata):
             raster.nodata = None  # a value of the table, "ignore" names it
         valid = valid_pixels(raster, a)
-        raster.nodata = nodata
     if raster.alpha and raster.alpha == a.shape[2]:
         shown = a[..., -1] > 0
         a = a[..., :-1]
@@ -172,14 +176,14 @@ def read_labels(path: str | Path) -> tuple[np.ndarray, np.ndarray | None]:
                        "expected one band of ids or three of colours")
     a = whole_numbers(a, valid, path)
     if a.shape[2] == 1:
-        return a[..., 0], valid
+        return a[..., 0], valid, colors
     # Colours of 16 bits that some programs make of 8: each value times 257, or as it was.
     if a.dtype != np.uint8 and not (a % 257).any():
         a = (a // 257).astype(np.uint8)
     if a.dtype != np.uint8:
         raise BadInput(f"{path}: a colour mask of values {a.min()}..{a.max()}; "
                        "expected 0..255: export it with 8 bits a band")
-    return a, valid
+    return a, valid, colors
 
 
 def whole_numbers(a: np.ndarray, valid: np.ndarray | None, path: str | Path) -> np.ndarray:
@@ -200,18 +204,6 @@ def whole_numbers(a: np.ndarray, valid: np.ndarray | None, path: str | Path) -> 
 def is_id(value: int | float) -> bool:
     """Can a label table name this value of a mask?"""
     return abs(value) <= MAX_ID and value == round(value)  # NaN is not
-
-
-def palette_of(path: str | Path) -> np.ndarray | None:
-    """(256, 3) uint8 colours of a palette image, None for every other."""
-    raster = open_raster(path)
-    if not raster.indexed:
-        return None
-    raster.read()
-    listed = raster.palette
-    colors = np.zeros((256, 3), np.uint8)
-    colors[:len(listed)] = listed[:256]
-    return colors
 
 
 def id_image(ids: np.ndarray, colors: np.ndarray) -> Image.Image:
@@ -359,13 +351,13 @@ class Labels:
 
     def load(self, path: str | Path) -> np.ndarray:
         """Mask file -> (H, W) uint8 class ids and IGNORE; an unknown value stops and is named."""
-        mask, valid = read_labels(path)
+        mask, valid, palette = read_labels(path)
         if self.by_color:
-            values = pack(self.as_colors(mask, path))
+            values = pack(self.as_colors(mask, palette, path))
         elif self.threshold is None:
             values = self.as_ids(mask, path)
         else:
-            values = self.as_ids(self.as_greys(mask, path), path)
+            values = self.as_ids(self.as_greys(mask, palette, path), path)
         ids = self.look_up(values)
         if valid is not None:
             ids[~valid] = IGNORE
@@ -379,19 +371,19 @@ class Labels:
                            'add them to "classes" or "ignore" in dataset.json or data/public.py')
         return ids
 
-    def as_colors(self, mask: np.ndarray, path: str | Path) -> np.ndarray:
+    def as_colors(self, mask: np.ndarray, palette: np.ndarray | None,
+                  path: str | Path) -> np.ndarray:
         """(H, W, 3) of a mask file that should hold colours, by its palette if it has one."""
         if mask.ndim == 3:
             return mask
-        palette = palette_of(path)
         if palette is None:
             raise BadInput(f"{path}: one band of ids {np.unique(mask)[:8].tolist()}, but the label "
                            'table lists colours; give every class its "id" in dataset.json')
         return palette[mask]
 
-    def as_greys(self, mask: np.ndarray, path: str | Path) -> np.ndarray:
+    def as_greys(self, mask: np.ndarray, palette: np.ndarray | None,
+                 path: str | Path) -> np.ndarray:
         """A mask file that should hold greys from 0 to 255: of a palette its colours."""
-        palette = palette_of(path)
         if palette is not None:
             return palette[mask]
         bits = open_raster(path).bits

@@ -3,7 +3,7 @@
     raster = open_raster("a.tif")                # the header; told by content, whatever the suffix
     raster.shape, raster.dtype                   (H, W, bands), uint16
     pixels = raster.read(bands=[4, 1, 2])        (H, W, 3) of dtype; bands count from 1
-    valid = raster.valid(pixels)                 (H, W) bool, or None where the file cannot say
+    valid = valid_pixels(raster, pixels)         (H, W) bool, or None where the file cannot say
 
 TIFFs are read by data/tiff.py, all other formats by Pillow, whole.
 """
@@ -15,7 +15,7 @@ import numpy as np
 from PIL import Image, ImageFile
 
 from .common import BadInput
-from .tiff import Georef, Tiff, Window, is_nodata, mask_file, read_world_file
+from .tiff import Georef, Tiff, Window, both, data_pixels, mask_beside, read_world_file
 
 Image.MAX_IMAGE_PIXELS = None  # Pillow's limit of 179 million refuses normal orthophotos
 ImageFile.LOAD_TRUNCATED_IMAGES = False
@@ -53,7 +53,8 @@ class Picture:
     """A PNG, JPEG, WebP, BMP, ... with the attributes of a Tiff.
 
     indexed: are the pixels indices of a palette? palette: its (256, 3) uint8 colours after read();
-    opacity: (256,) uint8 beside it, or None. alpha: number of the alpha band, or None. lossy: does
+    opacity: (256,) uint8 beside it, or None. opaque: (H, W) bool after read() where one colour is
+    transparent, else None. alpha: number of the alpha band, or None. lossy: does
     the compression change values?
     """
     nodata = None
@@ -76,7 +77,7 @@ class Picture:
         self.palette = None  # of an indexed one once it is read: Pillow decodes to tell it
         # Some PNGs declare one colour, or entries of their palette, to be transparent.
         self.key = image.info.get("transparency")
-        self.opacity = None
+        self.opacity = self.opaque = None
         if self.indexed and self.key is not None:
             self.opacity = opacity_of(self.key)
 
@@ -95,9 +96,10 @@ class Picture:
         except Exception as e:
             raise BadInput(f"{self.path}: damaged or truncated ({str(e)[:100]}); "
                            "copy the file again or take it out") from None
-        if window:
-            top, left, h, w = window
-            a = a[top:top + h, left:left + w]
+        # By all bands, whichever are asked for. Of colours of 16 bits nobody has seen one.
+        if self.key is not None and not self.indexed and self.dtype != np.uint16:
+            self.opaque = (a != np.array(self.key, np.int64)).any(-1)
+        a = part(a, window)
         return a if bands is None else a[..., [b - 1 for b in bands]]
 
     def decode(self) -> np.ndarray:
@@ -116,13 +118,7 @@ class Picture:
 
     def mask(self, window: Window | None = None) -> np.ndarray | None:
         """(h, w) bool by the file NAME.msk beside it, None without."""
-        beside = mask_file(self.path)
-        if beside is None:
-            return None
-        if beside.shape[:2] != self.shape[:2]:
-            raise BadInput(f"{beside.path}: {beside.shape[0]} x {beside.shape[1]} pixels, but its "
-                           f"image has {self.shape[0]} x {self.shape[1]}; take the mask away")
-        return (beside.read(window) != 0).any(-1)
+        return mask_beside(self.path, self.shape[:2], window)
 
     @property
     def georef(self) -> Georef | None:
@@ -130,11 +126,13 @@ class Picture:
         transform = read_world_file(self.path)
         return Georef(transform, None, {}) if transform else None
 
-    def transparent(self, pixels: np.ndarray) -> np.ndarray | None:
-        """(h, w, bands) of all bands -> where they are the one transparent colour, or None."""
-        if self.key is None or self.indexed or self.dtype == np.uint16:
-            return None
-        return (pixels == np.array(self.key, np.int64)).all(-1)
+
+def part(a: np.ndarray, window: Window | None) -> np.ndarray:
+    """The window of an array (H, W, ...), or all of it."""
+    if not window:
+        return a
+    top, left, h, w = window
+    return a[top:top + h, left:left + w]
 
 
 def valid_pixels(raster: "Tiff | Picture", pixels: np.ndarray,
@@ -144,19 +142,10 @@ def valid_pixels(raster: "Tiff | Picture", pixels: np.ndarray,
     As GDAL has it: by the mask page; without one by the file NAME.msk; without that, a pixel is
     nodata if all its bands are. Beyond GDAL: a transparent colour, NaN and infinity are no data.
     """
-    rules = []
     seen = raster.mask(window or (0, 0, *raster.shape[:2]))
-    if seen is not None:
-        rules.append(seen)
-    elif raster.nodata is not None:
-        rules.append(~is_nodata(pixels, raster.nodata).all(-1))
-    if isinstance(raster, Picture):
-        hidden = raster.transparent(pixels)
-        if hidden is not None:
-            rules.append(~hidden)
-    if pixels.dtype.kind == "f":
-        rules.append(np.isfinite(pixels).all(-1))
-    return np.logical_and.reduce(rules) if rules else None
+    valid = data_pixels(pixels, seen, raster.nodata)
+    opaque = getattr(raster, "opaque", None)
+    return valid if opaque is None else both(valid, part(opaque, window))
 
 
 # ---- what Pillow does not tell

@@ -597,16 +597,8 @@ class Tiff:
         pixels = self.read(window, [*bands, self.alpha] if veiled else bands)
         values = pixels[..., :len(bands)]
 
-        rules = []
-        if seen is not None:
-            rules.append(seen)
-        elif self.nodata is not None:
-            rules.append(~is_nodata(values, self.nodata).all(-1))
-        if veiled:
-            rules.append(pixels[..., -1] > 0)
-        if self.dtype.kind == "f":
-            rules.append(np.isfinite(values).all(-1))
-        return values, np.logical_and.reduce(rules) if rules else None
+        valid = data_pixels(values, seen, self.nodata)
+        return values, both(valid, pixels[..., -1] > 0) if veiled else valid
 
     def valid(self, window: Window | None = None, bands: list[int] | None = None):
         """The second of what read_valid() returns; decodes no pixels where none are asked."""
@@ -618,13 +610,7 @@ class Tiff:
         """(h, w) bool by the mask page or the .msk file, True = data; None without either."""
         if self.mask_page is not None:
             return self.mask_page.read(window, [1])[..., 0] != 0
-        beside = mask_file(self.path)
-        if beside is None:
-            return None
-        if beside.shape[:2] != self.shape[:2]:
-            raise BadInput(f"{beside.path}: {beside.shape[0]} x {beside.shape[1]} pixels, but its "
-                           f"image has {self.shape[0]} x {self.shape[1]}; take the mask away")
-        return (beside.read(window) != 0).any(-1)
+        return mask_beside(self.path, self.shape[:2], window)
 
     def inside(self, window: Window | None) -> Window:
         """The window, if it lies in the image; the whole image for None."""
@@ -713,6 +699,38 @@ def mask_file(path: str | Path) -> Tiff | None:
     """The mask that GDAL keeps beside an image of any format: a.png.msk is a TIFF."""
     beside = Path(f"{path}.msk")
     return Tiff(beside) if beside.is_file() else None
+
+
+def mask_beside(path: str | Path, size: tuple[int, int], window: Window | None
+                ) -> np.ndarray | None:
+    """(h, w) bool by the .msk file of an image of that size (H, W), True = data; None without one."""
+    beside = mask_file(path)
+    if beside is None:
+        return None
+    if beside.shape[:2] != size:
+        raise BadInput(f"{beside.path}: {beside.shape[0]} x {beside.shape[1]} pixels, but its "
+                       f"image has {size[0]} x {size[1]}; take the mask away")
+    return (beside.read(window) != 0).any(-1)
+
+
+def data_pixels(pixels: np.ndarray, seen: np.ndarray | None,
+                nodata: int | float | None) -> np.ndarray | None:
+    """Which pixels (h, w, n) are data, (h, w) bool, or None where all are.
+
+    By a mask `seen` (h, w); without one, a pixel is nodata if all its bands are. NaN and infinity
+    are no data in any case.
+    """
+    valid = seen
+    if seen is None and nodata is not None:
+        valid = ~is_nodata(pixels, nodata).all(-1)
+    if pixels.dtype.kind == "f":
+        valid = both(valid, np.isfinite(pixels).all(-1))
+    return valid
+
+
+def both(valid: np.ndarray | None, more: np.ndarray) -> np.ndarray:
+    """Where two rules hold; None is a rule that always does."""
+    return more if valid is None else valid & more
 
 
 # ---- georeference

@@ -73,6 +73,8 @@ def test_one_transparent_colour_of_a_png_is_not_valid(tmp_path, mode):
     want = [[image.getpixel((x, y)) != key for x in range(7)] for y in range(9)]
     np.testing.assert_array_equal(valid, want)
     assert not valid[2, 3]
+    if mode != "L":  # the colour counts, whichever bands are read
+        np.testing.assert_array_equal(read_valid(tmp_path / "a.png", [3, 1, 2])[1], want)
 
 
 def test_read_image_refuses_what_would_be_a_guess(tmp_path):

@@ -11,7 +11,7 @@ from typing import NamedTuple
 import numpy as np
 
 from ..common import BadInput
-from ..io import UNKNOWN, is_id, pack, palette_of, read_labels
+from ..io import UNKNOWN, is_id, pack, read_labels
 from ..raster import open_raster
 from .complaints import Complaints
 
@@ -48,8 +48,7 @@ class Values(NamedTuple):
 
 def scan(path: Path) -> Scan:
     """Count the values of a mask, where they are data."""
-    mask, valid = read_labels(path)
-    palette = palette_of(path)
+    mask, valid, palette = read_labels(path)
     if palette is not None:
         kind = "palette"
     elif mask.ndim == 2:
