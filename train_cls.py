@@ -66,7 +66,8 @@ def parse_args(argv=None):
                            "percentiles of the training images such as p2-98")
     data.add_argument("--size", type=between(8, 2**12, int),
                       help="side of the network's input (the images' own; with --weights 224)")
-    data.add_argument("--shift", type=WHOLE, default=4, help="random shift in training, pixels")
+    data.add_argument("--crop", type=between(0.1, 1), default=0.75,
+                      help="side of a random window in training, as a part of the image's")
     data.add_argument("--mixup", type=SHARE, default=0.0, help="probability per batch")
     data.add_argument("--cutmix", type=SHARE, default=0.0, help="probability per batch")
     data.add_argument("--cache", help="folder for decoded images, or off (~/.cache/nanors)")
@@ -107,8 +108,10 @@ def parse_args(argv=None):
     opt.add_argument("--weight-decay", type=RATE, default=0.05, help="of AdamW")
     opt.add_argument("--warmup", type=WHOLE, default=50, help="steps of rising rate")
     opt.add_argument("--schedule", default="cosine", choices=["cosine", "poly"], help="of the rate")
-    opt.add_argument("--label-smoothing", type=between(0, 0.9), default=0.0,
+    opt.add_argument("--label-smoothing", type=between(0, 0.9), default=0.1,
                      help="of the cross-entropy")
+    opt.add_argument("--ema", type=between(0, 0.99999), default=0.998,
+                     help="decay of averaged weights, which are kept; 0 = off")
     opt.add_argument("--amp", default="auto", choices=["auto", "bf16", "off"],
                      help="auto: bf16 where it is fast")
 
@@ -249,6 +252,8 @@ def train(args, d, net, here, s):
     groups = nets.param_groups(net, args.lr, args.backbone_lr, args.layer_decay, args.weight_decay)
     opt = torch.optim.AdamW(groups, lr=args.lr, betas=BETAS, fused=True)
     params = [p for p in net.parameters() if p.requires_grad]
+    ema = run.Ema(net, args.ema) if args.ema else None
+    judged = ema.net if ema else net  # what is evaluated and kept
     model = run.parallel(net, device)  # the same network, whose gradients are averaged over ranks
     rows, labels = d.rows["train"], d.y["train"]
     batch = args.batch_size * world
@@ -261,6 +266,8 @@ def train(args, d, net, here, s):
         last = checkpoint.load_state(out / "last.pt")
         run.check_same(out, last, same)
         net.load_state_dict(last["net"])
+        if ema:
+            ema.net.load_state_dict(last["ema"])
         opt.load_state_dict(last["opt"])
         vars(s).update(last["state"])
         say(f"resume  {out} at step {s.step} of {steps}, best val accuracy {s.best:.4f}")
@@ -270,8 +277,12 @@ def train(args, d, net, here, s):
             write(out / "log.jsonl", json_lines(s.history))
             write(out / "curves.png", plots.curves(s.history, f"{out.name}: {here.title}"))
             checkpoint.save_state(out / "last.pt", net=net.state_dict(), opt=opt.state_dict(),
+                                  ema=ema.net.state_dict() if ema else None,
                                   state=vars(s), args=vars(args), **same)
 
+    # A CNN takes windows as they are, a ViT at the size that its weights were trained for.
+    window = max(1, round(args.crop * d.pixels.shape[1]))
+    side = round(args.crop * here.size) if args.mode == "cnn" else here.size
     say(f"loop    {steps} steps of {batch}, {args.epochs} epochs")
     draws = StepSampler(len(rows), args.batch_size, steps, args.seed, s.step, rank, world)
     draws = iter(draws)
@@ -285,8 +296,8 @@ def train(args, d, net, here, s):
         rng = np.random.default_rng((3, args.seed, step))
         index, draw = map(list, zip(*next(draws)))
         x = torch.from_numpy(d.pixels[rows[index]]).to(device)  # (B, S, S, 3) uint8
-        x = augment_scenes(x, draw, args.seed, args.shift)
-        x = prepare(x, NORMS[here.norm], here.size)
+        x = augment_scenes(x, draw, args.seed, window)
+        x = prepare(x, NORMS[here.norm], side)
         y, other, share = labels[index].to(device), None, 1.0  # (B,)
         if rng.random() < args.cutmix:
             x, y, other, share = augment.cutmix_scenes(x, y, rng)
@@ -314,6 +325,8 @@ def train(args, d, net, here, s):
         if math.isfinite(grad_norm):
             s.bad = 0
             opt.step()
+            if ema:
+                ema.update(step)
         else:
             s.bad += 1
             if s.bad == 5:
@@ -335,13 +348,13 @@ def train(args, d, net, here, s):
                 f"lr {row['lr']:.2e}  {s.speed:.0f} images/s  ETA {rest}", flush=True)
         due = s.step % args.eval_every == 0 or last_step
         if due:
-            p = probabilities(net, d.images("val"), here, args.batch_size)
+            p = probabilities(judged, d.images("val"), here, args.batch_size)
             value = accuracy(p, d.y["val"])
             s.history.append(dict(step=s.step, val_accuracy=value))
             say(f"step {s.step:5d}  val accuracy {value:.4f}", flush=True)
             if value > s.best:
                 s.best = value
-                save_best(net, here, s.step, value)
+                save_best(judged, here, s.step, value)
         if due or stopping:
             save_last()
         if stopping:
@@ -406,6 +419,8 @@ def main(args):
 
     if args.mode == "cnn":
         spec = dict(name="cnn", cnn=args.cnn, stem=args.stem, classes=K)
+        if args.cnn == "nano":
+            spec["fold"] = 2
     elif args.features == "mean":
         spec = dict(name="mean", features="mean", classes=K)
     else:

@@ -279,28 +279,26 @@ def faults(base: Path, scenes: dict[str, str], digests: np.ndarray,
     return bad, copies
 
 
-def augment_scenes(x: Tensor, draws: list[int], seed: int, shift: int = 4) -> Tensor:
-    """(B, S, S, 3) uint8 on any device -> the same, turned, flipped and shifted by up to `shift` pixels.
+def augment_scenes(x: Tensor, draws: list[int], seed: int, side: int) -> Tensor:
+    """(B, S, S, 3) uint8 on any device -> (B, side, side, 3): random windows, turned and flipped.
 
-    One of the 8 symmetries of the square, mirrored at the border, all in one gather. What a sample
-    gets is a function of (seed, its draw) alone.
+    One of the 8 symmetries of the square, all in one gather. What a sample gets is a function of
+    (seed, its draw) alone.
     """
     B, S = x.shape[:2]
-    shift = min(shift, S - 1)
-    # Per sample: transposed? flipped along y, along x? shifted along y, along x?
-    sides = [2, 2, 2, 2 * shift + 1, 2 * shift + 1]
+    # Per sample: transposed? flipped along y, along x? first row and column of the window
+    sides = [2, 2, 2, S - side + 1, S - side + 1]
     dice = [np.random.default_rng((2, seed, draw)).integers(sides) for draw in draws]
     dice = torch.from_numpy(np.stack(dice)).to(x.device)  # (B, 5)
     transposed = dice[:, 0, None, None] == 1
     flipped = dice[:, 1:3, None] == 1
-    moved = dice[:, 3:, None]
+    first = dice[:, 3:, None]
 
-    # Which row and which column each pixel comes from, (B, 2, S), mirrored at both ends.
-    place = (torch.arange(S, device=x.device) + moved - shift).abs()
-    place = S - 1 - (S - 1 - place).abs()
-    place = torch.where(flipped, S - 1 - place, place)
-    rows = place[:, 0, :, None].expand(B, S, S)
-    columns = place[:, 1, None, :].expand(B, S, S)
+    # Which row and which column each pixel comes from, (B, 2, side).
+    place = torch.arange(side, device=x.device)
+    place = torch.where(flipped, side - 1 - place, place) + first
+    rows = place[:, 0, :, None].expand(B, side, side)
+    columns = place[:, 1, None, :].expand(B, side, side)
     rows = torch.where(transposed, rows.mT, rows)
     columns = torch.where(transposed, columns.mT, columns)
     return x[torch.arange(B, device=x.device)[:, None, None], rows, columns]

@@ -42,7 +42,8 @@ def build(spec: dict) -> nn.Module:
     """spec -> network with random weights, for segmentation or classification."""
     name = spec["name"]
     if name == "cnn":
-        return cnn(spec["cnn"], spec["stem"], spec["classes"])
+        # Runs of before this network folded its input say nothing of it.
+        return cnn(spec["cnn"], spec["stem"], spec["classes"], spec.get("fold", 1))
     if "features" in spec:
         return build_classifier(spec)
     if name != "vit":
@@ -172,6 +173,7 @@ def check_spec(spec: dict, state: dict) -> None:
             raise BadWeights(f"{name} is {str(spec[name])[:60]}")
 
     need("cnn", lambda name: name in classify.CNNS)
+    need("fold", lambda n: n == 2)
     need("options", lambda options: options in [known for _, _, known in NETS.values()])
     need("head", lambda name: name in HEADS)
     need("version", lambda number: number == VERSION)

@@ -170,7 +170,7 @@ def test_twins_are_equal_pictures(tmp_path):
 
 def test_augmented_scenes_are_symmetries_and_do_not_depend_on_the_batch():
     x = torch.randint(0, 255, (40, 9, 9, 3), dtype=torch.uint8)
-    out = augment_scenes(x, list(range(40)), seed=3, shift=0)
+    out = augment_scenes(x, list(range(40)), seed=3, side=9)
     kinds = set()
     for a, b in zip(x.numpy(), out.numpy()):  # the eight symmetries by NumPy's own turns
         for turn in range(4):
@@ -179,21 +179,20 @@ def test_augmented_scenes_are_symmetries_and_do_not_depend_on_the_batch():
                 if np.array_equal(b, turned[:, ::-1] if flip else turned):
                     kinds.add((turn, flip))
     assert len(kinds) == 8
-    assert torch.equal(augment_scenes(x[5:7], [5, 6], seed=3, shift=0), out[5:7])
-    moved = augment_scenes(x, list(range(40)), seed=3, shift=3)
-    assert moved.shape == x.shape and not torch.equal(moved, out)
+    assert torch.equal(augment_scenes(x[5:7], [5, 6], seed=3, side=9), out[5:7])
 
 
-def test_a_shift_mirrors_at_the_border():
-    rows = torch.arange(9).view(1, 9, 1, 1).expand(40, 9, 9, 3)  # the number of the row
-    moved = augment_scenes(rows, list(range(40)), seed=3, shift=3)
-    down, right = moved.diff(dim=1).abs(), moved.diff(dim=2).abs()
-    # Neighbours stay neighbours in one direction, where a wrap-around would jump; in the other they
-    # are equal.
-    assert (down <= 1).all() and (right <= 1).all()
-    assert ((down == 0).flatten(1).all(1) ^ (right == 0).flatten(1).all(1)).all()
-    lows, highs = {int(m.min()) for m in moved}, {int(m.max()) for m in moved}
-    assert lows > {0} and highs > {8}  # some have lost their first or last row
+def test_windows_lie_anywhere_inside_and_equally_often():
+    places = torch.arange(81).view(1, 9, 9, 1).expand(3000, 9, 9, 3)  # every pixel's own place
+    out = augment_scenes(places, list(range(3000)), seed=3, side=7)[..., 0]
+    rows, columns = out // 9, out % 9
+    tops, lefts = rows.flatten(1).amin(1), columns.flatten(1).amin(1)
+    counts = torch.bincount(3 * tops + lefts, minlength=9)
+    assert len(counts) == 9 and counts.min() > 280  # of 333, spread 17
+    # Each window has all of its own pixels: 7 x 7 neighbours.
+    for window, top, left in zip(out[:50], tops, lefts):
+        inside = places[0, top:top + 7, left:left + 7, 0]
+        assert sorted(window.flatten().tolist()) == inside.flatten().tolist()
 
 
 def test_prepare_is_the_normalisation_of_the_segmentation_scripts():
