@@ -24,6 +24,8 @@ from PIL import Image
 
 IGNORE = 255  # the one ignore index: unlabelled, void, padding
 SILENT = 10.0  # seconds before progress() says anything
+SHORT = reprlib.Repr()  # of user's values in messages, which may be of any length and depth
+SHORT.maxstring = SHORT.maxother = 200
 MAX_TEXT = 2**30  # bytes; an image or a weight file given for a list would fill the memory
 
 
@@ -89,7 +91,7 @@ def read_text(path: str | Path, errors: str = "strict") -> str:
     except FileNotFoundError:
         raise BadInput(f"{path}: no such file") from None
     except (OSError, ValueError) as e:  # ValueError: of a name that no file can have
-        raise BadInput(f"{str(path)!r}: cannot be read ({getattr(e, 'strerror', e)})") from None
+        raise BadInput(f"{path}: cannot be read ({getattr(e, 'strerror', e)})") from None
     marked = data.startswith((codecs.BOM_UTF16_LE, codecs.BOM_UTF16_BE))
     try:
         return data.decode("utf-16" if marked else "utf-8-sig", errors)
@@ -110,7 +112,7 @@ def read_json(path: str | Path, shape: type = dict, expected: str = "{...}"):
     except (ValueError, RecursionError) as e:
         raise BadInput(f"{path}: not valid JSON ({e})") from None
     if not fits(found, shape):
-        raise BadInput(f"{path}: holds {reprlib.repr(found)}; expected JSON {expected}")
+        raise BadInput(f"{path}: holds {SHORT.repr(found)}; expected JSON {expected}")
     return found
 
 

@@ -30,7 +30,6 @@ those of the second two, and so on. Further keys, none of them needed:
 import math
 import os
 import re
-import reprlib
 from collections import Counter
 from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
@@ -43,7 +42,7 @@ from shlex import quote
 import numpy as np
 import torch
 
-from .common import (IGNORE, BadInput, as_text, even_sample, nfc, progress, read_json,
+from .common import (IGNORE, SHORT, BadInput, as_text, even_sample, nfc, progress, read_json,
                      read_text)
 from .files import Names, check_folder, is_image, match
 from .io import Labels, open_image, read_valid
@@ -84,7 +83,7 @@ def read_description(root: str | Path) -> dict:
     check_folder(root)
     if not path.exists():
         raise BadInput(f"{path}: no such file; draft it with: {check_command(root)}")
-    d = read_json(path)
+    d = read_json(path, dict, '{"images": ...}')
     check_needed_keys(d, path)
     # A set without a name is called like its folder, and its runs go to runs/<name>.
     d = {"name": as_text(Path(root).resolve().name), "ignore": [], **d}
@@ -132,7 +131,7 @@ def check_optional_keys(d: dict, names: list[str], path: Path) -> None:
         except TypeError:  # a number where a list should be, or the like
             good = False
         if not good:
-            raise BadInput(f'{path}: "{key}" is {reprlib.repr(d[key])}; expected {expected}')
+            raise BadInput(f'{path}: "{key}" is {SHORT.repr(d[key])}; expected {expected}')
 
 
 def is_folder_name(value) -> bool:
@@ -308,7 +307,7 @@ def split_names(root: str | Path, description: dict,
         if isinstance(rules, str):
             rules = [rules]
         if not isinstance(rules, list) or not all(isinstance(rule, str) for rule in rules):
-            raise BadInput(f"split {split!r} is {reprlib.repr(rules)}; expected patterns or a "
+            raise BadInput(f"split {split!r} is {SHORT.repr(rules)}; expected patterns or a "
                            ".txt file; for a share, --val-frac")
         chosen = set()
         for rule in rules:
@@ -356,7 +355,7 @@ def read_list(path: Path, pairs: dict[str, tuple], optional: bool = False) -> li
         if name is not None:
             listed.append(name)
         elif not optional:
-            raise BadInput(f"{path}: {line!r} is no image here, or several; "
+            raise BadInput(f"{path}: {SHORT.repr(line)} is no image here, or several; "
                            f"names look like {next(iter(pairs))!r}")
     return listed
 
@@ -461,7 +460,7 @@ def read_split_file(path: str | Path, pairs: dict[str, tuple]) -> dict[str, list
         splits[split] = [names.find(text) for text in listed]
         for text, name in zip(listed, splits[split]):
             if name is None:
-                raise BadInput(f"{path}: {text!r} is no image here, or several; "
+                raise BadInput(f"{path}: {SHORT.repr(text)} is no image here, or several; "
                                f"names look like {next(iter(pairs))!r}")
     try:
         return check_disjoint(splits)

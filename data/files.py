@@ -15,7 +15,7 @@ from collections import Counter
 from collections.abc import Iterator
 from pathlib import Path, PurePosixPath
 
-from .common import BadInput, nfc
+from .common import SHORT, BadInput, nfc
 
 SUFFIXES = (".png", ".jpg", ".jpeg", ".tif", ".tiff", ".bmp", ".webp")  # what counts as a picture
 # What macOS, Windows and network disks leave in folders: @eaDir holds thumbnails, called *.jpg.
@@ -233,7 +233,7 @@ class Names:
             if name is None:
                 continue
             if not self.is_mask(line[gap.end():], name):
-                raise BadInput(f"{line!r}: the mask of {name} is {self.pairs[name][1]}; correct the "
+                raise BadInput(f"{SHORT.repr(line)}: the mask of {name} is {self.pairs[name][1]}; correct the "
                                'line, or "masks" in dataset.json')
             return name
         return None

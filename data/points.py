@@ -17,7 +17,6 @@ import hashlib
 import io
 import json
 import os
-import reprlib
 from collections import defaultdict
 from concurrent.futures import ThreadPoolExecutor
 from functools import lru_cache
@@ -27,7 +26,7 @@ import numpy as np
 import torch
 from numpy.random import Generator
 
-from .common import IGNORE, BadInput, as_bytes, nfc, read_json, read_text, write
+from .common import IGNORE, SHORT, BadInput, as_bytes, nfc, read_json, read_text, write
 from .datasets import SegDataset, normalise
 from .files import Names
 from .io import Labels, open_image, pixels, read_valid
@@ -73,11 +72,11 @@ def read_points(path: str | Path, files: dict[str, tuple], names: list[str]) -> 
         name = known.find(image)
         if name is None:
             like = next(iter(files))
-            raise BadInput(f"{where}: {image!r} is no image of the data set, or several; "
+            raise BadInput(f"{where}: {SHORT.repr(image)} is no image of the data set, or several; "
                            f"names look like {like!r}")
         c = number.get(nfc(label))
         if c is None:
-            raise BadInput(f"{where}: unknown class {label!r}; expected one of: {', '.join(names)}")
+            raise BadInput(f"{where}: unknown class {SHORT.repr(label)}; expected one of: {', '.join(names)}")
         if name not in sizes:
             # Of a broken image nothing is used: opening the data set has stopped at it or left it out.
             with contextlib.suppress(BadInput):
@@ -129,7 +128,7 @@ def as_number(value, where: str) -> float:
     try:
         return float(value)
     except (TypeError, ValueError, OverflowError):
-        raise BadInput(f"{where}: {reprlib.repr(value)} is no number; "
+        raise BadInput(f"{where}: {SHORT.repr(value)} is no number; "
                        "expected x and y in pixels") from None
 
 
@@ -163,7 +162,7 @@ def read_rows(path: Path) -> tuple[list[tuple], str | None]:
 
 def read_features(path: Path) -> tuple[list[tuple], str | None]:
     """The rows of a GeoJSON, and its "crs", which GIS programs write."""
-    found = read_json(path)
+    found = read_json(path, dict, "of a FeatureCollection")
     features = found.get("features")
     system = found.get("crs")
     if isinstance(system, dict) and isinstance(system.get("properties"), dict):
@@ -215,7 +214,7 @@ def read_table(path: Path) -> tuple[list[tuple], str | None]:
         return [], f"the columns {', '.join(on_map)}"
     for column in COLUMNS:
         if column not in columns:
-            there = ", ".join(columns) or "an empty file"
+            there = SHORT.repr(header.strip()) if header else "an empty file"
             raise BadInput(f"{path} line 1: no column {column!r} in {there}; "
                            "expected a header with image,x,y,class")
     return rows, None
