@@ -44,7 +44,7 @@ import torch
 
 from .common import (IGNORE, SHORT, BadInput, as_text, even_sample, nfc, progress, read_json,
                      read_text)
-from .files import Names, check_folder, is_image, match
+from .files import SUFFIXES, Names, check_folder, is_image, match
 from .io import Labels, open_image, read_valid
 
 # Mean and standard deviation of red, green and blue that the weights were trained with.
@@ -206,7 +206,8 @@ def unknown_files(root: str | Path, description: dict) -> list[Path]:
     for key in ("images", "masks"):
         patterns = description[key]
         for pattern in [patterns] if isinstance(patterns, str) else patterns:
-            found += [file for file, _ in match(root, pattern) if not is_wanted(file, pattern)]
+            if not pattern.lower().endswith(SUFFIXES):  # else it wants all that it fits
+                found += [file for file, _ in match(root, pattern) if not is_wanted(file, pattern)]
     return sorted(set(found))
 
 

@@ -7,7 +7,6 @@
 """
 import functools
 import glob
-import math
 import os
 import posixpath
 import re
@@ -54,31 +53,34 @@ def image_name(file: Path) -> str:
     return (file.with_suffix("") if is_image(file) else file).as_posix()
 
 
-def walk(folder: str | Path, depth: float = math.inf) -> Iterator[Path]:
-    """All files below a folder in the order of their paths, at most so many levels deep.
+def walk(folder: str | Path, levels: list[re.Pattern] | None = None) -> Iterator[Path]:
+    """All files below a folder in the order of their paths, or those whose parts fit `levels`.
 
     Links to folders are followed, but for those to a folder that they lie in.
     """
-    return below(Path(folder), ancestors(folder), depth)
+    return below(Path(folder), ancestors(folder), levels)
 
 
-def below(folder: Path, above: set[str], depth: float) -> Iterator[Path]:
+def below(folder: Path, above: set[str], levels: list[re.Pattern] | None) -> Iterator[Path]:
     """walk() of a folder; `above`: the real paths of the folders that were passed on the way."""
     try:
         entries = sorted(os.scandir(folder), key=lambda entry: entry.name)
     except OSError as e:
         raise BadInput(f"{folder}: cannot be read ({e.strerror}); make it readable, or move it "
                        "away") from None
+    deeper = levels[1:] if levels else None
     for entry in entries:
-        path = folder / entry.name
-        if is_hidden(entry.name):
+        fits = levels is None or levels[0].fullmatch(nfc(entry.name))
+        if is_hidden(entry.name) or not fits:
             continue
+        path = folder / entry.name
         if not is_folder(entry):
-            yield path
-        elif depth > 1:
+            if not deeper:
+                yield path
+        elif levels is None or deeper:
             real = os.path.realpath(path)
             if real not in above:  # else the walk would go round for ever
-                yield from below(path, above | {real}, depth - 1)
+                yield from below(path, above | {real}, deeper)
 
 
 def ancestors(folder: str | Path) -> set[str]:
@@ -141,8 +143,8 @@ def match(root: str | Path, pattern: str) -> Iterator[tuple[Path, str]]:
         base = base / parts[0]
         parts = parts[1:]
     rest = "/".join(parts)
-    depth = math.inf if "**" in rest else len(parts)
-    for file in walk(base, depth):
+    levels = None if "**" in rest else [star_regex(part) for part in parts]
+    for file in walk(base, levels):
         stars = star_key(rest, "/".join(file.parts[len(base.parts):]))
         if stars is not None:
             yield file, stars

@@ -1,6 +1,7 @@
 """data/files.py: what a folder holds, what patterns and words of a command line mean; oracles: glob, definitions."""
 import glob
 import os
+import re
 from pathlib import Path
 
 import pytest
@@ -25,13 +26,15 @@ def test_hidden_and_system_files(names, hidden):
     assert [name for name in names if is_hidden(name) != hidden] == []
 
 
-def test_a_walk_goes_by_the_order_of_paths_and_so_many_levels_deep(tmp_path):
+def test_a_walk_goes_by_the_order_of_paths_and_may_be_told_what_fits(tmp_path):
     names = ["b/1.png", "a.png", "a/z.png", "a/b/c/1.png", "A.txt", "b.png", "a/b.png", "a-b/1.png", "a/b-c/1.png"]
     touch(tmp_path, *names)
-    for depth in (1, 2, 3, 9):
-        want = sorted(tmp_path / name for name in names if name.count("/") < depth)
-        assert list(walk(tmp_path, depth)) == want
-    assert len(list(walk(tmp_path))) == len(names)
+    assert list(walk(tmp_path)) == sorted(tmp_path / name for name in names)
+    any_name, starts_with_a = re.compile(".*"), re.compile("a.*")
+    for levels, want in (([any_name], [n for n in names if "/" not in n]),
+                         ([starts_with_a, any_name], ["a-b/1.png", "a/b.png", "a/z.png"]),
+                         ([starts_with_a, any_name, any_name], ["a/b-c/1.png"])):
+        assert list(walk(tmp_path, levels)) == sorted(tmp_path / name for name in want)
 
 
 def test_links_to_nothing_are_files_that_cannot_be_read_not_left_out(tmp_path):
