@@ -78,7 +78,7 @@ def as_bytes(text: str) -> bytes:
 
 
 def read_text(path: str | Path, errors: str = "strict") -> str:
-    """A text file of the user: UTF-8 with a byte order mark or without, or UTF-16 with one, as PowerShell writes.
+    """A text file of the user: UTF-8, or UTF-16 with a byte order mark, as PowerShell writes.
 
     errors="surrogateescape" keeps bytes that are not UTF-8 as Python has them in names of files.
     """
@@ -100,7 +100,7 @@ def read_text(path: str | Path, errors: str = "strict") -> str:
 
 
 def read_json(path: str | Path, shape: type = dict, expected: str = "{...}"):
-    """What a JSON file of the user holds: a value of `shape`, such as dict[str, list[str]], else BadInput.
+    """What a JSON file of the user holds, of `shape`, such as dict[str, list[str]]; else BadInput.
 
     `expected` is the shape in words. NaN and a name that stands twice in an object are no JSON.
     """
@@ -155,7 +155,7 @@ def json_lines(rows: list[dict]) -> str:
 
 
 def print_anything() -> None:
-    """At the start of every program: a letter that the terminal's encoding lacks is shown as \\u6c34, no traceback."""
+    """Call it first in a program: a letter that the terminal lacks is shown as \\u6c34, no traceback."""
     for stream in (sys.stdout, sys.stderr):
         if hasattr(stream, "reconfigure"):
             stream.reconfigure(errors="backslashreplace")

@@ -143,6 +143,7 @@ def match(root: str | Path, pattern: str) -> Iterator[tuple[Path, str]]:
         base = base / parts[0]
         parts = parts[1:]
     rest = "/".join(parts)
+    # Without ** every part has its level, and folders that do not fit are not walked.
     levels = None if "**" in rest else [star_regex(part) for part in parts]
     for file in walk(base, levels):
         stars = star_key(rest, "/".join(file.parts[len(base.parts):]))
@@ -159,6 +160,7 @@ def star_key(pattern: str, path: str) -> str | None:
 @functools.lru_cache
 def star_regex(pattern: str) -> re.Pattern:
     """Every star and bracket as a group, the rest as text; "[[]" stands for a bracket itself."""
+    # The groups are what pairs an image with its mask. Python's fnmatch has none.
     wild = {"**/": "((?:.*/)?)", "**": "(.*)", "*": "([^/]*)", "?": "([^/])"}
     regex = ""
     for token in re.split(r"(\*\*/|\*\*|\*|\?|\[!?\]?[^]]*\])", nfc(pattern)):
@@ -175,7 +177,7 @@ def star_regex(pattern: str) -> re.Pattern:
 
 
 def typed(word: str) -> list[Path]:
-    """The files and folders that a word of a command line means: itself if there, else by its stars.
+    """The files and folders that a word of a command line means: itself if there, or by its stars.
 
     Folders that are there may have brackets in their names; shells do not always fill in stars.
     """
@@ -216,6 +218,7 @@ class Names:
         """The name, or None: nothing is cut off that is not the suffix of an image."""
         if text in self.pairs:
             return text
+        # Lists of Windows have backslashes; "/images/a.png" may mean the root of the data set.
         slashed = posixpath.normpath(text.replace("\\", "/"))
         for path in (text, slashed, slashed.lstrip("/")):
             name = self.known.get(nfc(path)) or self.known.get(nfc(self.bare(path)))
@@ -235,7 +238,8 @@ class Names:
             if name is None:
                 continue
             if not self.is_mask(line[gap.end():], name):
-                raise BadInput(f"{SHORT.repr(line)}: the mask of {name} is {self.pairs[name][1]}; correct the "
+                mask = self.pairs[name][1]
+                raise BadInput(f"{SHORT.repr(line)}: the mask of {name} is {mask}; correct the "
                                'line, or "masks" in dataset.json')
             return name
         return None
@@ -246,7 +250,7 @@ class Names:
         return rest if suffix.lower() in self.suffixes else path
 
     def is_mask(self, text: str, name: str) -> bool:
-        """Is this the path of the image's mask, or its end? An image without a mask may have any."""
+        """Is this the path of the image's mask, or its end? An image without one may have any."""
         mask = self.pairs[name][1]
         path = nfc(self.bare(posixpath.normpath(text.replace("\\", "/"))))
         if mask is None or self.bare(real_place(path)) == self.bare(real_place(str(mask))):
@@ -269,6 +273,9 @@ def real_place(path: str) -> str:
     return nfc(Path(real_folder(folder), name).as_posix())
 
 
-@functools.lru_cache
+@functools.lru_cache  # a list names the same folder in every line
 def real_folder(folder: str) -> str:
-    return os.path.realpath(folder)
+    try:
+        return os.path.realpath(folder)
+    except ValueError:  # of a name that no folder can have
+        return folder

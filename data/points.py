@@ -61,12 +61,8 @@ def read_points(path: str | Path, files: dict[str, tuple], names: list[str]) -> 
     sizes = {}
     found = {}  # {name: {(x, y): class id}}
     rows, system = read_rows(Path(path))
-    if system is None and within_a_pixel(rows):
-        system = "degrees, it seems: all points of an image lie within one pixel"
-    # What converts them through the georeference of the images belongs here.
-    if system:
-        raise BadInput(f"{path}: coordinates in {system}; expected pixels: x, the column, and y, "
-                       "the row, from 0 at the top left of each image; convert them first")
+    # What converts coordinates through the georeference of the images belongs here.
+    check_pixels(path, rows, system)
     for row, image, x, y, label in rows:
         where = f"{path} {row}"
         name = known.find(image)
@@ -76,12 +72,11 @@ def read_points(path: str | Path, files: dict[str, tuple], names: list[str]) -> 
                            f"names look like {like!r}")
         c = number.get(nfc(label))
         if c is None:
-            raise BadInput(f"{where}: unknown class {SHORT.repr(label)}; expected one of: {', '.join(names)}")
+            raise BadInput(f"{where}: unknown class {SHORT.repr(label)}; "
+                           f"expected one of: {', '.join(names)}")
         if name not in sizes:
-            # Of a broken image nothing is used: opening the data set has stopped at it or left it out.
-            with contextlib.suppress(BadInput):
-                sizes[name] = size_of(files[name])
-        if name not in sizes:
+            sizes[name] = size_of(files[name])
+        if sizes[name] is None:
             continue
         pixel = pixel_of(x, y, sizes[name], name, where)
         # The same point twice is one; a pixel has one class.
@@ -99,13 +94,17 @@ def read_points(path: str | Path, files: dict[str, tuple], names: list[str]) -> 
     return points
 
 
-def size_of(file: tuple) -> tuple[int, int]:
-    """(H, W) of an image or of the box of it that counts."""
+def size_of(file: tuple) -> tuple[int, int] | None:
+    """(H, W) of an image or of the box of it that counts; None of one that cannot be read."""
     image, _, *box = file
     if box:
         _, _, h, w = box[0]
         return h, w
-    W, H = open_image(image, deep=True).size
+    # Opening the data set has stopped at a broken image, or left it out: no point of it is used.
+    try:
+        W, H = open_image(image, deep=True).size
+    except BadInput:
+        return None
     return H, W
 
 
@@ -132,8 +131,17 @@ def as_number(value, where: str) -> float:
                        "expected x and y in pixels") from None
 
 
+def check_pixels(path: str | Path, rows: list[tuple], system: str | None) -> None:
+    """BadInput where coordinates are those of a map: the file says so, or the points do."""
+    if system is None and within_a_pixel(rows):
+        system = "degrees, it seems: all points of an image lie within one pixel"
+    if system:
+        raise BadInput(f"{path}: coordinates in {system}; expected pixels: x, the column, and y, "
+                       "the row, from 0 at the top left of each image; convert them first")
+
+
 def within_a_pixel(rows: list[tuple]) -> bool:
-    """Do all points of an image lie within one pixel, three or more in the file? They are no clicks."""
+    """Do all points of an image lie within one pixel, three or more in the file? No clicks do."""
     places = defaultdict(set)
     for _, image, x, y, _ in rows:
         with contextlib.suppress(TypeError, ValueError, OverflowError):
@@ -191,7 +199,7 @@ def read_features(path: Path) -> tuple[list[tuple], str | None]:
 
 
 def read_table(path: Path) -> tuple[list[tuple], str | None]:
-    """The rows of a CSV, whose delimiter is what its header has most of, and the columns of a map."""
+    """The rows of a CSV, whose delimiter is what its header has most of; its columns of a map."""
     text = read_text(path, "surrogateescape")
     # Spreadsheets write commas, semicolons or tabs, by language.
     header = text.split("\n", 1)[0]

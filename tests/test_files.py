@@ -135,7 +135,7 @@ def pairs(tmp_path):
     ("T 1//b", "T 1/b"), ("T 2/../T 1/a", "T 1/a"), ("ROOT/T 1/a.tif", "T 1/a"), ("ROOT/T 1/a", "T 1/a"),
     ("ROOT/T 1/c.5", None), ("ROOT", None), ("ROOT/x/e\u0301 1.tif", "x/é 1"),
     ("LINK/T 2/a.tif", "T 2/a"), ("/home/alice/T 1/a.tif", None), ("C:\\set\\T 1\\a.tif", None),
-    ("x/e\u0301 1", "x/é 1"), ("e\u0301 1.tif", "x/é 1"), ("x/e 1", None)])
+    ("x/e\u0301 1", "x/é 1"), ("e\u0301 1.tif", "x/é 1"), ("x/e 1", None), ("/a\0/T 1/a.tif", None)])
 def test_nothing_of_a_name_is_cut_but_the_suffix_of_an_image(pairs, tmp_path, text, name):
     (tmp_path.with_name(tmp_path.name + "-link")).symlink_to(tmp_path)
     text = text.replace("ROOT", str(tmp_path)).replace("LINK", f"{tmp_path}-link")

@@ -74,7 +74,7 @@ def no_train(splits: dict) -> str:
 
 
 def rules_for(some: list[str], names: list[str]) -> set[str]:
-    """Rules for some of the names and no other: folders, or names where a folder holds others, too."""
+    """Rules for some of the names and no other: folders, or names where others lie in one, too."""
     mixed = {"."}
     for other in set(names) - set(some):
         mixed.update(str(folder) for folder in PurePosixPath(other).parents)
