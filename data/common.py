@@ -24,6 +24,8 @@ from PIL import Image
 
 IGNORE = 255  # the one ignore index: unlabelled, void, padding
 SILENT = 10.0  # seconds before progress() says anything
+SHORT = reprlib.Repr()  # of user's values in messages, which may be of any length and depth
+SHORT.maxstring = SHORT.maxother = 200
 MAX_TEXT = 2**30  # bytes; an image or a weight file given for a list would fill the memory
 
 
@@ -76,7 +78,7 @@ def as_bytes(text: str) -> bytes:
 
 
 def read_text(path: str | Path, errors: str = "strict") -> str:
-    """A text file of the user: UTF-8 with a byte order mark or without, or UTF-16 with one, as PowerShell writes.
+    """A text file of the user: UTF-8, or UTF-16 with a byte order mark, as PowerShell writes.
 
     errors="surrogateescape" keeps bytes that are not UTF-8 as Python has them in names of files.
     """
@@ -89,7 +91,7 @@ def read_text(path: str | Path, errors: str = "strict") -> str:
     except FileNotFoundError:
         raise BadInput(f"{path}: no such file") from None
     except (OSError, ValueError) as e:  # ValueError: of a name that no file can have
-        raise BadInput(f"{str(path)!r}: cannot be read ({getattr(e, 'strerror', e)})") from None
+        raise BadInput(f"{path}: cannot be read ({getattr(e, 'strerror', e)})") from None
     marked = data.startswith((codecs.BOM_UTF16_LE, codecs.BOM_UTF16_BE))
     try:
         return data.decode("utf-16" if marked else "utf-8-sig", errors)
@@ -98,7 +100,7 @@ def read_text(path: str | Path, errors: str = "strict") -> str:
 
 
 def read_json(path: str | Path, shape: type = dict, expected: str = "{...}"):
-    """What a JSON file of the user holds: a value of `shape`, such as dict[str, list[str]], else BadInput.
+    """What a JSON file of the user holds, of `shape`, such as dict[str, list[str]]; else BadInput.
 
     `expected` is the shape in words. NaN and a name that stands twice in an object are no JSON.
     """
@@ -110,7 +112,7 @@ def read_json(path: str | Path, shape: type = dict, expected: str = "{...}"):
     except (ValueError, RecursionError) as e:
         raise BadInput(f"{path}: not valid JSON ({e})") from None
     if not fits(found, shape):
-        raise BadInput(f"{path}: holds {reprlib.repr(found)}; expected JSON {expected}")
+        raise BadInput(f"{path}: holds {SHORT.repr(found)}; expected JSON {expected}")
     return found
 
 
@@ -153,7 +155,7 @@ def json_lines(rows: list[dict]) -> str:
 
 
 def print_anything() -> None:
-    """At the start of every program: a letter that the terminal's encoding lacks is shown as \\u6c34, no traceback."""
+    """Call it first in a program: a letter that the terminal lacks is shown as \\u6c34, no traceback."""
     for stream in (sys.stdout, sys.stderr):
         if hasattr(stream, "reconfigure"):
             stream.reconfigure(errors="backslashreplace")

@@ -18,7 +18,6 @@ import io
 import json
 import os
 import re
-import reprlib
 import shlex
 from collections import defaultdict
 from concurrent.futures import ThreadPoolExecutor
@@ -29,7 +28,7 @@ import numpy as np
 import torch
 from numpy.random import Generator
 
-from .common import IGNORE, BadInput, as_bytes, nfc, read_json, read_text, write
+from .common import IGNORE, SHORT, BadInput, as_bytes, nfc, read_json, read_text, write
 from .crops import nearest
 from .datasets import SegDataset, normalise
 from .files import Names
@@ -78,16 +77,18 @@ def read_points(path: str | Path, files: dict[str, tuple], names: list[str]) -> 
             x, y = on_image(as_number(x, where), as_number(y, where), system, files.get(name), path)
         if name is None:
             like = next(iter(files))
-            raise BadInput(f"{where}: {image!r} is no image of the data set, or several; "
+            raise BadInput(f"{where}: {SHORT.repr(image)} is no image of the data set, or several; "
                            f"names look like {like!r}")
         c = number.get(nfc(label))
         if c is None:
-            raise BadInput(f"{where}: unknown class {label!r}; expected one of: {', '.join(names)}")
+            raise BadInput(f"{where}: unknown class {SHORT.repr(label)}; "
+                           f"expected one of: {', '.join(names)}")
         if name not in sizes:
             # Of a broken image nothing is used: opening the data set has stopped at it or left it out.
+            sizes[name] = None
             with contextlib.suppress(BadInput):
                 sizes[name] = size_in(files[name])
-        if name not in sizes:
+        if sizes[name] is None:
             continue
         pixel = pixel_of(x, y, sizes[name], name, where)
         # The same point twice is one; a pixel has one class.
@@ -175,12 +176,12 @@ def as_number(value, where: str) -> float:
     try:
         return float(value)
     except (TypeError, ValueError, OverflowError):
-        raise BadInput(f"{where}: {reprlib.repr(value)} is no number; "
+        raise BadInput(f"{where}: {SHORT.repr(value)} is no number; "
                        "expected x and y in pixels") from None
 
 
 def within_a_pixel(rows: list[tuple]) -> bool:
-    """Do all points of an image lie within one pixel, three or more in the file? They are no clicks."""
+    """Do all points of an image lie within one pixel, three or more in the file? No clicks do."""
     places = defaultdict(set)
     for _, image, x, y, _ in rows:
         with contextlib.suppress(TypeError, ValueError, OverflowError):
@@ -209,7 +210,7 @@ def read_rows(path: Path) -> tuple[list[tuple], str | None]:
 
 def read_features(path: Path) -> tuple[list[tuple], str | None]:
     """The rows of a GeoJSON, and its "crs", which GIS programs write."""
-    found = read_json(path)
+    found = read_json(path, dict, "of a FeatureCollection")
     features = found.get("features")
     system = found.get("crs")
     if isinstance(system, dict) and isinstance(system.get("properties"), dict):
@@ -238,7 +239,7 @@ def read_features(path: Path) -> tuple[list[tuple], str | None]:
 
 
 def read_table(path: Path) -> tuple[list[tuple], str | None]:
-    """The rows of a CSV, whose delimiter is what its header has most of, and the columns of a map."""
+    """The rows of a CSV, whose delimiter is what its header has most of; its columns of a map."""
     text = read_text(path, "surrogateescape")
     # Spreadsheets write commas, semicolons or tabs, by language.
     header = text.split("\n", 1)[0]
@@ -269,7 +270,7 @@ def columns_of(path: Path, there: list[str]) -> tuple[list[str], str | None]:
             return columns, f"the columns {east[0]}, {north[0]}"
     for column in COLUMNS:
         if column not in there:
-            shown = ", ".join(there) or "an empty file"
+            shown = SHORT.repr(", ".join(there)) if there else "an empty file"
             raise BadInput(f"{path} line 1: no column {column!r} in {shown}; "
                            "expected a header with image,x,y,class")
     return list(COLUMNS), None

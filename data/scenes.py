@@ -71,10 +71,10 @@ def find_scenes(root: str | Path) -> tuple[Path, dict[str, str], dict[str, list[
         scenes[place.as_posix()] = nfc(place.parts[level])
         if official:
             splits.setdefault(SPLITS[place.parts[0].lower()], []).append(place.as_posix())
-    if not scenes:
-        raise BadInput(f"{base}: no images in sub-folders; expected {base}/CLASS/NAME.jpg, or "
-                       f"{base}/train/CLASS/...")
     notes = [not_used(others)] if others else []
+    if not scenes:
+        raise BadInput("; ".join([f"{base}: no images in sub-folders", *notes, "expected "
+                                  f"{base}/CLASS/NAME.jpg, or {base}/train/CLASS/..."]))
     if loose:
         notes.append(f"{len(loose)} images lie in no class folder, first {loose[0]}")
     places = tops
@@ -349,8 +349,9 @@ class Scenes:
         check_asked(self.base, classes, found)
         if empty and not classes:
             if not skip_bad:
-                raise BadInput(f"{self.base}: class folder {empty[0]!r} holds no image; fill it or "
-                               "remove it, or name the classes to take: --classes A B C")
+                why = "; ".join([f"class folder {empty[0]!r} holds no image", *notes])
+                raise BadInput(f"{self.base}: {why}; fill it or remove it, or name the classes to "
+                               "take: --classes A B C")
             self.notes.append(f"left out: {', '.join(empty)}: class folders without an image")
         scenes = {n: c for n, c in found.items() if not classes or c in classes}
 

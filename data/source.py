@@ -13,8 +13,8 @@ from . import demo, public
 from .cache import Cache
 from .common import BadInput, as_bytes, progress
 from .datasets import (
-    SegDataset, check_masks, check_size, check_sizes, class_counts, count_ids, find_pairs, in_threads,
-    load_splits, read_description, read_list, unknown_files)
+    SegDataset, check_masks, check_size, check_sizes, class_counts, count_ids, find_pairs,
+    in_threads, load_splits, read_description, read_list, unknown_files)
 from .files import not_used
 from .io import Labels, read_valid
 from .ranges import percentile_range, range_of_run
@@ -83,11 +83,10 @@ class Source:
         self.left_out = {}  # {name: why}
         if skip_bad:
             self.leave_out_bad(need_masks)
+        used = {n: self.pairs[n] for names in self.splits.values() for n in names}
         if need_masks:
-            for split in self.splits:
-                check_masks(self.files(split), self.description)
+            check_masks(used, self.description)
         if "train" in need:
-            used = {n: self.pairs[n] for names in self.splits.values() for n in names}
             self.sizes = check_sizes(used)  # {image file: (H, W)}
         # The split that chooses the weights, and the one that is reported: the same one only where
         # there is no other with labels.
@@ -134,16 +133,14 @@ class Source:
                 return str(e)
             return None
 
-        names = [name for split in self.splits.values() for name in split]
-        pairs = list(dict.fromkeys(self.pairs[name][:2] for name in names))
+        pair_of = {n: self.pairs[n][:2] for names in self.splits.values() for n in names}
+        pairs = list(dict.fromkeys(pair_of.values()))  # tiles share theirs
         faults = dict(zip(pairs, in_threads(fault, pairs, "images")))
-        for name in names:
-            if faults[self.pairs[name][:2]]:
-                self.left_out[name] = faults[self.pairs[name][:2]]
+        self.left_out = {n: faults[pair] for n, pair in pair_of.items() if faults[pair]}
         for split, names in self.splits.items():
             self.splits[split] = [name for name in names if name not in self.left_out]
             if names and not self.splits[split]:
-                raise BadInput(f"{self.left_out[names[0]]} (so --skip-bad leaves nothing of {split})")
+                raise BadInput(f"{self.left_out[names[0]]} (--skip-bad leaves nothing of {split})")
 
     def headline(self) -> str:
         """Name, classes and numbers of images, and a line for each note, warning and image left out."""

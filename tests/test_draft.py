@@ -166,6 +166,15 @@ def test_the_draft_takes_official_lists_for_splits(tmp_path, rng, capsys):
     assert read_description(tmp_path)["splits"] == {"train": "*"}
 
 
+def test_folders_without_one_to_learn_from_are_an_error_at_once(tmp_path, rng, capsys):
+    for i in range(4):
+        split = ("val", "test")[i % 2]
+        put(rng, tmp_path / f"{split}/img/{i}.png", tmp_path / f"{split}/gt/{i}.png")
+    for _ in range(2):
+        code, out = run(capsys, tmp_path)
+        assert code == 2 and 'no train split, only val, test; name the images to learn from under "train"' in out
+
+
 def test_a_draft_is_never_overwritten_without_force(tmp_path, rng, capsys):
     put(rng, tmp_path / "images/a.png", tmp_path / "masks/a.png")
     run(capsys, tmp_path)

@@ -49,7 +49,8 @@ def draft_patterns(root: Path, chosen: str | None, complaints: Complaints) -> di
     return {"images": [image for image, _ in patterns], "masks": [mask for _, mask in patterns]}
 
 
-def find_pictures(root: Path, chosen: str | None, complaints: Complaints) -> tuple[list[Path], list[Path]]:
+def find_pictures(root: Path, chosen: str | None,
+                  complaints: Complaints) -> tuple[list[Path], list[Path]]:
     """Images and masks, relative to root, told apart by the words in their folders and names.
 
     `chosen`: as for draft_patterns.
@@ -91,7 +92,8 @@ def in_folder(root: Path, folder: str, files: list[Path]) -> list[Path]:
     found = [p for p in files if f"/{folder}/" in f"/{p.parent.as_posix()}/"]
     if not found:
         names = sorted({p.parent.as_posix() for p in files})
-        raise BadInput(f"{root}: no picture in a folder {folder!r}; there are {', '.join(names[:9])}")
+        raise BadInput(f"{root}: no picture in a folder {folder!r}; "
+                       f"there are {', '.join(names[:9])}")
     return found
 
 
