@@ -46,7 +46,7 @@ import torch
 
 from .common import (IGNORE, SHORT, BadInput, as_text, even_sample, nfc, progress, read_json,
                      read_text)
-from .files import SUFFIXES, Names, check_folder, is_image, match
+from .files import SUFFIXES, Names, about_encoding, check_folder, is_image, match
 from .io import Labels, read_valid, size_of
 from .ranges import is_range
 
@@ -356,7 +356,7 @@ def read_list(path: Path, pairs: dict[str, tuple], optional: bool = False) -> li
             listed.append(name)
         elif not optional:
             raise BadInput(f"{path}: {SHORT.repr(line)} is no image here, or several; "
-                           f"names look like {next(iter(pairs))!r}")
+                           f"names look like {next(iter(pairs))!r}{about_encoding(line)}")
     return listed
 
 

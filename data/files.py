@@ -197,6 +197,13 @@ def typed(word: str) -> list[Path]:
 
 # ---- names in lists and tables
 
+def about_encoding(text: str) -> str:
+    """The end of a message about a text that was not UTF-8, as read with surrogateescape."""
+    if text.isascii() or not re.search("[\udc80-\udcff]", text):
+        return ""
+    return "; the file is not UTF-8 text: save it again, in a spreadsheet as CSV UTF-8"
+
+
 class Names:
     """The images of a data set, by all that lists, tables and split files call them.
 
