@@ -10,6 +10,7 @@ import glob
 import os
 import posixpath
 import re
+import shlex
 from collections import Counter
 from collections.abc import Iterator
 from pathlib import Path, PurePosixPath
@@ -17,6 +18,8 @@ from pathlib import Path, PurePosixPath
 from .common import SHORT, BadInput, nfc
 
 SUFFIXES = (".png", ".jpg", ".jpeg", ".tif", ".tiff", ".bmp", ".webp")  # what counts as a picture
+# Images of GIS programs that are not read here, and that GDAL turns into TIFFs.
+OF_GDAL = (".jp2", ".j2k", ".img", ".vrt", ".ecw", ".sid", ".bil", ".bsq", ".gif")
 # What macOS, Windows and network disks leave in folders: @eaDir holds thumbnails, called *.jpg.
 SYSTEM_FILES = {"__macosx", "icon\r", "thumbs.db", "ehthumbs.db", "desktop.ini", "$recycle.bin",
                 "system volume information", "lost+found", "@eadir", "#recycle"}
@@ -106,18 +109,36 @@ def folders(folder: Path) -> list[Path]:
 
 
 def images_in(folder: str | Path) -> tuple[list[Path], list[Path]]:
-    """The images below a folder, and its other files."""
+    """The images below a folder, and its other files.
+
+    What lies beside an image under its name, a.tif.msk or a.tif.aux.xml, is neither.
+    """
     images, others = [], []
     for file in walk(folder):
-        (images if is_image(file) else others).append(file)
+        if is_image(file):
+            images.append(file)
+        elif not any(map(is_image, longer_names(file))):
+            others.append(file)
     return images, others
+
+
+def longer_names(file: Path) -> list[Path]:
+    """The files that one is called after and that are there: a.tif.aux.xml -> [a.tif]."""
+    parts = file.name.split(".")
+    names = [file.with_name(".".join(parts[:n])) for n in range(2, len(parts))]
+    return [name for name in names if name.is_file()]
 
 
 def not_used(files: list[Path]) -> str:
     """The files that a walk passes over, in one line: how many, of which suffixes, the first."""
     kinds = Counter(file.suffix or "without suffix" for file in files)
     counts = ", ".join(f"{n} {kind}" for kind, n in kinds.most_common(5))
-    return f"{len(files)} files are no images by their suffix: {counts}; first {files[0]}"
+    line = f"{len(files)} files are no images by their suffix: {counts}; first {files[0]}"
+    foreign = [file for file in files if file.suffix.lower() in OF_GDAL]
+    if not foreign:
+        return line
+    words = ["gdal_translate", "-co", "COMPRESS=DEFLATE", foreign[0], foreign[0].with_suffix(".tif")]
+    return f"{line}; images are converted with {shlex.join(map(str, words))}"
 
 
 # ---- patterns

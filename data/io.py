@@ -124,8 +124,9 @@ def three_bands(a: np.ndarray, bands: list[int] | None, found: str) -> np.ndarra
     if a.shape[2] == 1:
         a = np.repeat(a, 3, axis=2)
     if a.shape[2] != 3:
-        raise BadInput(f"{found}; expected 3: say which with --bands, such as 1,2,3, "
-                       'or "bands": [1, 2, 3] in dataset.json')
+        such = [1, 2, min(3, a.shape[2])]
+        raise BadInput(f"{found}; expected 3: say which with --bands, such as "
+                       f'{",".join(map(str, such))}, or "bands": {such} in dataset.json')
     return a
 
 
@@ -136,7 +137,8 @@ def to_bytes(a: np.ndarray, input_range: list, path: str | Path) -> np.ndarray:
     low, high = np.moveaxis(np.array(input_range, kind), -1, 0)
     if a.dtype == np.uint8 and np.max(high) > 255:
         raise BadInput(f"{path}: 8 bits, for which --input-range {np.min(low):g} {np.max(high):g}, "
-                       'or "input_range" in dataset.json, cannot be meant; leave it out')
+                       'or "input_range" in dataset.json, cannot be meant; leave it out, or the '
+                       "image where others have more bits")
     a = np.nan_to_num(a.astype(kind))  # nodata of floats becomes black, and is not valid
     share = np.clip((a - low) / (high - low), 0, 1)
     return (share * 255 + 0.5).astype(np.uint8)

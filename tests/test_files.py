@@ -58,7 +58,8 @@ def test_only_the_suffix_of_an_image_is_cut(tmp_path, path, name):
 def test_files_not_used_are_counted_by_suffix(tmp_path):
     files = [tmp_path / name for name in ("b.jp2", "a.txt", "c.jp2", "README")]
     assert not_used(files) == ("4 files are no images by their suffix: 2 .jp2, 1 .txt, 1 without suffix; first "
-                               f"{tmp_path}/b.jp2")
+                               f"{tmp_path}/b.jp2; images are converted with gdal_translate -co COMPRESS=DEFLATE "
+                               f"{tmp_path}/b.jp2 {tmp_path}/b.tif")
 
 
 # ---- patterns
