@@ -25,8 +25,9 @@ from pathlib import Path
 import numpy as np
 
 from .common import BadInput
+from .files import with_companions
 
-FORMAT = 3  # raise it when decoding changes: what another version has decoded is then not taken
+FORMAT = 4  # raise it when decoding changes: what another version has decoded is then not taken
 HEADER = 512  # bytes: JSON [[dtype, shape], ...], then spaces; the arrays follow
 KEEP_FREE = 4 * 2**30  # bytes, for the checkpoints that may go to the same disk
 ABANDONED = 600  # seconds without a write, after which the .tmp of a killed process is removed
@@ -73,7 +74,7 @@ class Cache:
         # Size and time are part of the name, so that a changed file is decoded again.
         stats = []
         try:
-            for path in paths:
+            for path in with_companions(paths):
                 stat = os.stat(path)
                 stats.append((os.path.abspath(path), stat.st_size, stat.st_mtime_ns))
         except OSError:

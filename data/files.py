@@ -12,7 +12,7 @@ import posixpath
 import re
 import shlex
 from collections import Counter
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from pathlib import Path, PurePosixPath
 
 from .common import SHORT, BadInput, nfc
@@ -120,6 +120,15 @@ def images_in(folder: str | Path) -> tuple[list[Path], list[Path]]:
         elif not any(map(is_image, longer_names(file))):
             others.append(file)
     return images, others
+
+
+def with_companions(images: Iterable[str | Path]) -> list[str | Path]:
+    """Images, and the files beside them that say what of them is data: a.tif.msk, a.tif.aux.xml."""
+    files = []
+    for image in images:
+        beside = [f"{image}{suffix}" for suffix in (".msk", ".aux.xml")]
+        files += [image, *filter(os.path.exists, beside)]
+    return files
 
 
 def longer_names(file: Path) -> list[Path]:
