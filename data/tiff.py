@@ -677,24 +677,27 @@ def read_nodata(directory: Directory, bands: int) -> int | float | tuple | None:
         if tag is None:
             raise BadInput(f"{path}: the nodata tag is {text[:40]!r}, expected a number; set it: "
                            f"gdal_edit.py -a_nodata NUMBER {shlex.quote(str(path))}")
-    items = parse_xml(metadata, path).iter("Item") if "NODATA_VALUES" in metadata else ()
-    return nodata_beside(path, bands, [i.text for i in items if i.get("name") == NODATA_VALUES], tag)
+    listed = ""
+    if NODATA_VALUES in metadata:
+        items = {i.get("name"): i.text for i in parse_xml(metadata, path).iter("Item")}
+        listed = items.get(NODATA_VALUES) or ""
+    return nodata_beside(path, bands, listed, tag)
 
 
-def nodata_beside(path: str | Path, bands: int, metadata: list[str | None] = (),
+def nodata_beside(path: str | Path, bands: int, metadata: str = "",
                   tag: int | float | None = None) -> int | float | tuple | None:
     """As read_nodata(), of an image of any format; metadata and tag: what the image itself says."""
     of_band = dict.fromkeys(range(1, bands + 1), tag)
     beside = Path(f"{path}.aux.xml")
     if beside.is_file():
         root = parse_xml(beside.read_text("utf-8", "replace"), beside)
-        metadata = [i.text for i in root.iterfind("Metadata/MDI")
-                    if i.get("key") == NODATA_VALUES] or metadata
+        more = {i.get("key"): i.text for i in root.iterfind("Metadata/MDI")}
+        metadata = more.get(NODATA_VALUES) or metadata
         for band in root.iterfind("PAMRasterBand"):
-            text = band.findtext("NoDataValue")
-            if text is not None:
-                of_band[int(as_value(band.get("band", "")) or 0)] = as_value(text)
-    values = [as_value(word) for text in metadata for word in (text or "").split()]
+            text, number = band.findtext("NoDataValue"), band.get("band", "")
+            if text is not None and number.isdecimal():
+                of_band[int(number)] = as_value(text)
+    values = [as_value(word) for word in metadata.split()]
     if len(values) != bands or None in values:  # GDAL leaves out such lists, too
         values = [of_band[b] for b in range(1, bands + 1)]
     same = len({str(value) for value in values}) == 1  # NaN is not equal to itself
