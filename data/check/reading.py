@@ -5,6 +5,8 @@
 import shlex
 from pathlib import Path
 
+import numpy as np
+
 from ..common import BadInput, even_sample
 from ..datasets import in_threads
 from ..ranges import IMAGES, percentile_range, reading_flags, some_pixels
@@ -42,8 +44,12 @@ def draft_reading(images: list[Path], train: list[tuple[Path, Window | None]], t
                              "--bands", numbers]
         if odd:
             reading["bands"] = [1, 2, 3]
-            complaints.note("bands", f"{odd[0].path}: {colours_of(odd[0])} bands, of which the "
-                            'first are red, green and blue by its header: "bands" in the draft')
+            veil = ""
+            if odd[0].alpha:  # else it would have been left out, and the image read without a choice
+                veil = (f"; band {odd[0].alpha} is called alpha, but has more values than 0 and "
+                        f"{np.iinfo(odd[0].dtype).max}, so it hides no pixel")
+            complaints.note("bands", f"{odd[0].path}: {colours_of(odd[0])} bands, of which the first"
+                            f' are red, green and blue by its header: "bands" in the draft{veil}')
 
     bands = reading.get("bands")
     few = [r for r in rasters if bands and colours_of(r) < max(bands)]
