@@ -441,7 +441,8 @@ def test_images_of_several_kinds_have_no_one_range(tmp_path, rng, capsys):
         (tmp_path / f"images/{i}.png").unlink()
     code, out = run(capsys, tmp_path)
     assert code == 2 and f"3 of 8 bits, first {tmp_path}/images/0.tif, 3 of whole numbers of more bits" in out
-    assert f"gdal_translate -ot Byte -scale LOW HIGH 0 255 {tmp_path}/images/1.tif" in out
+    assert f"gdal_translate -ot Byte -scale LOW HIGH 0 255 {tmp_path}/images/1.tif NEW.tif" in out
+    assert out.endswith(f"data.check {tmp_path} --force\n")
     assert "input_range" not in (tmp_path / "dataset.json").read_text()
     for i in (1, 3, 5):
         with rasterio.open(tmp_path / f"images/{i}.tif") as file:
