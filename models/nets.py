@@ -11,7 +11,7 @@ from pathlib import Path
 
 from torch import nn
 
-from data.common import BadInput
+from data.common import BadInput, number
 from data.datasets import NORMS
 
 from . import classify, deeplab, efficientnet_unet, unetformer
@@ -174,7 +174,7 @@ def check_spec(spec: dict, state: dict) -> None:
     need("cnn", lambda name: name in classify.CNNS)
     need("options", lambda options: options in [known for _, _, known in NETS.values()])
     need("head", lambda name: name in HEADS)
-    need("version", lambda number: number == VERSION)
+    need("version", lambda n: n == VERSION)
     need("features", lambda kind: kind in ("cls", "cls+patch", "mean"))
     need("k", lambda k: isinstance(k, int) and k > 0)
     need("temperature", lambda t: t > 0)
@@ -224,11 +224,16 @@ def size_line(net: nn.Module) -> str:
 
 def unfreeze(net: nn.Module, blocks: str) -> bool:
     """--unfreeze: "all", or how many of a ViT's last blocks train -> is its backbone frozen? CNNs always train."""
-    if blocks != "all" and not blocks.isdecimal():
-        raise BadInput(f"--unfreeze {blocks}: expected a number of blocks, or all")
-    number = None if blocks == "all" else int(blocks)
+    count = None
+    if blocks != "all":
+        try:
+            count = number(blocks, int)
+        except ValueError:
+            count = -1
+        if count < 0:
+            raise BadInput(f"--unfreeze {blocks}: expected a number of blocks, or all")
     if isinstance(net, (Segmenter, Classifier)):
-        return net.unfreeze(number) == 0
+        return net.unfreeze(count) == 0
     return False
 
 
