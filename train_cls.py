@@ -260,9 +260,10 @@ def train(args, d, net, here, s):
     if args.resume:
         last = checkpoint.load_state(out / "last.pt")
         run.check_same(out, last, same)
+        checkpoint.check_tensors(last["net"], net.state_dict())
         net.load_state_dict(last["net"])
-        opt.load_state_dict(last["opt"])
-        vars(s).update(last["state"])
+        checkpoint.restore_optimizer(opt, last["opt"])
+        checkpoint.take_up(s, last["state"])
         say(f"resume  {out} at step {s.step} of {steps}, best val accuracy {s.best:.4f}")
 
     def save_last():

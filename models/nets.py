@@ -20,7 +20,8 @@ from .classify import ChannelMeans, Classifier, Knn, cnn
 from .heads import HEADS, VERSION, Segmenter
 from .vit import PRESETS, ViT, arch_name, spread_taps
 from .weights import (
-    RESNET, RESNET_PARTS, BadWeights, config_of, fill, is_url, load_vit, open_weights, select)
+    RESNET, RESNET_PARTS, BadWeights, config_of, fill, is_url, load_vit, open_weights, select,
+    short)
 
 # What --model may name beside vit: class, loader of published files, arguments of the class.
 NETS = {
@@ -30,6 +31,9 @@ NETS = {
     "ftunetformer": (unetformer.FTUNetFormer, unetformer.load_pretrained, {}),
     "effunet": (efficientnet_unet.EfficientNetUnet, efficientnet_unet.load_pretrained, {}),
 }
+# What a spec may hold.
+SPEC = {"name", "cnn", "stem", "classes", "options", "backbone", "head", "version", "taps",
+        "feat_norm", "features", "bank", "k", "temperature"}
 # How the names of backbone parameters begin, which --backbone-lr is for: of a ViT "backbone.",
 # the others are those of CNNs.
 TRUNKS = ("backbone.", "encoder.", "stem.", "stages.", "conv1.", "bn1.", "layer")
@@ -143,7 +147,7 @@ def load_run(run: str | Path, weights: str | None = None,
         check_spec(meta["model"], state)
         net = build(meta["model"])
     except Exception as e:  # of any kind, by what the header holds
-        raise BadWeights(f"{run}: the network in its header does not fit its tensors ({e}); copy "
+        raise BadWeights(f"{run}: the network in its header does not fit its tensors ({short(e)}); copy "
                          "the file from its run again") from None
     fill(net, state, dict(path=run))
     return net.eval(), meta
@@ -178,7 +182,12 @@ def check_spec(spec: dict, state: dict) -> None:
     need("features", lambda kind: kind in ("cls", "cls+patch", "mean"))
     need("k", lambda k: isinstance(k, int) and k > 0)
     need("temperature", lambda t: t > 0)
-    need("classes", lambda n: isinstance(n, int) and 0 < n <= 2**16)
+    need("classes", lambda n: type(n) is int and 0 < n <= 2**16)
+    need("feat_norm", lambda value: type(value) is bool)
+    need("stem", lambda stem: stem in ("small", "imagenet"))
+    strange = spec.keys() - SPEC
+    if strange:
+        raise BadWeights(f"{min(strange)!r:.60} is unknown")
     if "bank" in spec:
         labels = set(state["head.labels"].tolist())
         need("bank", lambda n: n == len(state["head.labels"]))

@@ -33,7 +33,8 @@ from torch.nn.parallel import DistributedDataParallel
 from data.common import (
     MAX_PIXELS, PIXELS_VARIABLE, BadInput, as_text, check_words, escaped, nfc, number,
     print_anything)
-from data.ranges import band_numbers, parse_range
+from data.datasets import are_bands
+from data.ranges import band_numbers, is_range, parse_range
 
 from .checkpoint import load_state
 from .weights import BadWeights
@@ -192,6 +193,11 @@ def parse(parser: Parser, argv: list[str] | None = None, movable: tuple[str, ...
     if not isinstance(stored, dict) or stored.keys() != vars(args).keys():
         raise BadInput(f"{args.resume}/last.pt: of another script, or of an earlier version of this "
                        "one; go on with the code that began it, or start a new run")
+    for action in parser._actions:
+        value = stored.get(action.dest)
+        if action.dest in stored and not could_be_typed(action, value):
+            raise BadInput(f"{args.resume}/last.pt: {action.option_strings[-1]} is "
+                           f"{str(value)[:60]!r} in it; start a new run")
     parser.set_defaults(**stored | {"resume": args.resume, "out": args.resume})
     args = parser.parse_args(argv)
     if Path(args.out).resolve() != Path(args.resume).resolve():
@@ -208,6 +214,30 @@ def parse(parser: Parser, argv: list[str] | None = None, movable: tuple[str, ...
         raise BadInput(f"{args.resume}: was trained with {name} = {was}, not {now}{more}; leave the "
                        "flag out, or start a new run")
     return args
+
+
+def could_be_typed(action: argparse.Action, value) -> bool:
+    """Is this a value that the flag can have, by its default, choices or type?"""
+    if value is None or type(value) is type(action.default) and value == action.default:
+        return True
+    if action.nargs == 0:
+        return type(value) is bool
+    if isinstance(action, InputRange) or action.type is bands:
+        return is_range(value) if isinstance(action, InputRange) else are_bands(value)
+    values = value if isinstance(value, (list, tuple)) else [value]
+    if isinstance(action.nargs, int) and len(values) != action.nargs:
+        return False
+    for one in values:
+        if action.choices and one not in action.choices:
+            return False
+        if action.type is None and not isinstance(one, str):
+            return False
+        try:
+            if action.type and action.type(str(one)) != one:
+                return False
+        except argparse.ArgumentTypeError:
+            return False
+    return True
 
 
 @contextlib.contextmanager
