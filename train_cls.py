@@ -28,7 +28,7 @@ import torch.distributed as dist
 import torch.nn.functional as F
 
 from data import augment, metrics, plots
-from data.common import BadInput, json_lines, minutes, write
+from data.common import BadInput, escaped, json_lines, minutes, write
 from data.datasets import NORMS
 from data.samplers import StepSampler
 from data.scenes import Scenes, augment_scenes, prepare
@@ -386,7 +386,7 @@ def main(args):
     K = len(d.names)
     out = run.folder(args.out, f"runs/{d.dataset}-{args.mode}", args.resume)
     say(f"data    {d.base}: {len(d.all)} images, {d.pixels.shape[1]} x {d.pixels.shape[2]}")
-    for line in d.notes:
+    for line in map(escaped, d.notes):
         say(f"        {line}")
     sizes = ", ".join(f"{len(names)} {split}" for split, names in d.splits.items())
     say(f"        {K} classes, {sizes}")

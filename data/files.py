@@ -15,9 +15,10 @@ from collections import Counter
 from collections.abc import Iterator
 from pathlib import Path, PurePosixPath
 
-from .common import BadInput, nfc
+from .common import BadInput, escaped, in_time, nfc
 
 SUFFIXES = (".png", ".jpg", ".jpeg", ".tif", ".tiff", ".bmp", ".webp")  # what counts as a picture
+MATCH_TIME = 10  # seconds that a pattern may take for a name
 # What macOS, Windows and network disks leave in folders: @eaDir holds thumbnails, called *.jpg.
 SYSTEM_FILES = {"__macosx", "icon\r", "thumbs.db", "ehthumbs.db", "desktop.ini", "$recycle.bin",
                 "system volume information", "lost+found", "@eadir", "#recycle"}
@@ -115,7 +116,7 @@ def not_used(files: list[Path]) -> str:
     """The files that a walk passes over, in one line: how many, of which suffixes, the first."""
     kinds = Counter(file.suffix or "without suffix" for file in files)
     counts = ", ".join(f"{n} {kind}" for kind, n in kinds.most_common(5))
-    return f"{len(files)} files are no images by their suffix: {counts}; first {files[0]}"
+    return f"{len(files)} files are no images by their suffix: {counts}; first {escaped(str(files[0]))}"
 
 
 # ---- patterns
@@ -150,7 +151,9 @@ def match(root: str | Path, pattern: str) -> Iterator[tuple[Path, str]]:
 
 def star_key(pattern: str, path: str) -> str | None:
     """What the stars stand for: "T */*.png", "T 2/a.png" -> "2/a"; None where nothing fits."""
-    found = star_regex(pattern).fullmatch(nfc(path))
+    with in_time(MATCH_TIME, f"{pattern!r}: too many stars to compare with {path!r}; write a "
+                             "pattern of fewer"):
+        found = star_regex(pattern).fullmatch(nfc(path))
     return "/".join(found.groups()) if found else None
 
 

@@ -10,7 +10,7 @@ from pathlib import Path
 import numpy as np
 from PIL import Image
 
-from .common import IGNORE, BadInput, check_pixels
+from .common import IGNORE, BadInput, check_pixels, escaped
 from .raster import open_raster, valid_pixels
 from .tiff import Window
 
@@ -266,6 +266,9 @@ class Labels:
             if not isinstance(c, dict) or "name" not in c or value not in c:
                 raise BadInput(f'label table with the class {c}; expected "name" and "id" in every '
                                'class, or "name" and "color" in every class')
+            name = c["name"]
+            if not isinstance(name, str) or not name.strip() or escaped(name) != name:
+                raise BadInput(f"label table with the class name {name!r}; expected text in one line")
         self.classes = [dict(c) for c in classes]
         self.ignore = list(ignore) if isinstance(ignore, (list, tuple)) else [ignore]
         self.names = [c["name"] for c in self.classes]

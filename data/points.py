@@ -29,7 +29,7 @@ import numpy as np
 import torch
 from numpy.random import Generator
 
-from .common import IGNORE, BadInput, as_bytes, nfc, read_json, read_text, write
+from .common import IGNORE, BadInput, as_bytes, nfc, number, read_json, read_text, write
 from .crops import nearest
 from .datasets import SegDataset, normalise
 from .files import Names
@@ -64,7 +64,7 @@ def read_points(path: str | Path, files: dict[str, tuple], names: list[str]) -> 
     them: a point counts from the corner of its box. `names`: the classes.
     """
     known = Names(files)
-    number = {nfc(name): c for c, name in enumerate(names)}
+    class_of = {nfc(name): c for c, name in enumerate(names)}
     # An image's header is read once, however many points it has.
     sizes = {}
     found = {}  # {name: {(x, y): class id}}
@@ -80,7 +80,7 @@ def read_points(path: str | Path, files: dict[str, tuple], names: list[str]) -> 
             like = next(iter(files))
             raise BadInput(f"{where}: {image!r} is no image of the data set, or several; "
                            f"names look like {like!r}")
-        c = number.get(nfc(label))
+        c = class_of.get(nfc(label))
         if c is None:
             raise BadInput(f"{where}: unknown class {label!r}; expected one of: {', '.join(names)}")
         if name not in sizes:
@@ -143,8 +143,8 @@ def epsg_of(system: str) -> int | None:
     """The number in the name of a system of coordinates; None where it names none."""
     if any(word in system for word in ("CRS84", "degrees", "lon", "lng")):
         return WGS84
-    number = re.search(r"EPSG\D+(\d+)", system)
-    return int(number[1]) if number else None
+    code = re.search(r"EPSG\D+(\d{1,9})(?!\d)", system)
+    return int(code[1]) if code else None
 
 
 def size_in(file: tuple) -> tuple[int, int]:
@@ -173,8 +173,12 @@ def pixel_of(x, y, size: tuple[int, int], name: str, where: str) -> tuple[int, i
 
 def as_number(value, where: str) -> float:
     try:
-        return float(value)
-    except (TypeError, ValueError, OverflowError):
+        if isinstance(value, str):
+            return number(value)
+        if type(value) in (int, float):  # not isinstance: True is an int, too
+            return float(value)
+        raise ValueError
+    except (ValueError, OverflowError):
         raise BadInput(f"{where}: {reprlib.repr(value)} is no number; "
                        "expected x and y in pixels") from None
 
@@ -247,8 +251,15 @@ def read_table(path: Path) -> tuple[list[tuple], str | None]:
     table = csv.DictReader(lines, delimiter=delimiter, skipinitialspace=True)
     rows = []
     try:
-        columns, system = columns_of(path, table.fieldnames or [])
+        there = table.fieldnames or []
+        twice = [column for column in COLUMNS if there.count(column) > 1]
+        if twice:
+            raise BadInput(f"{path} line 1: the column {twice[0]!r} stands twice; take one out")
+        columns, system = columns_of(path, there)
         for row in table:
+            if None in row:  # where csv puts what lies behind the last column
+                raise BadInput(f"{path} line {table.line_num}: more fields than the header has; put "
+                               "a name that holds the delimiter in double quotes")
             image, x, y, label = (row[column] for column in columns)
             rows.append((f"line {table.line_num}", str(image), x, y, str(label)))
     except csv.Error as e:

@@ -172,6 +172,7 @@ def range_of_run(run: str | Path) -> list:
     """The numbers with which a run reads its images."""
     path = Path(run) / "protocol.json"
     reading = read_json(path).get("reading")
-    if not isinstance(reading, dict) or not isinstance(reading.get("input_range"), list):
+    limits = reading.get("input_range") if isinstance(reading, dict) else None
+    if not isinstance(limits, list) or not is_range(limits):
         raise BadInput(f"{path}: no input range in its \"reading\"; start a new run")
-    return reading["input_range"]
+    return limits

@@ -60,6 +60,8 @@ def is_reading(value) -> bool:
 
 def are_classes(value) -> bool:
     """Class names in dicts, each once; of segmentation with more in them, see Labels."""
+    if not isinstance(value, list):
+        return False
     names = [c.get("name") if isinstance(c, dict) else None for c in value]
     return all(map(is_text, names)) and len(set(names)) == len(names)
 
@@ -219,6 +221,9 @@ def restore_optimizer(opt: torch.optim.Optimizer, state: dict) -> None:
             for key in now.keys() & group.keys() - {"lr"}:
                 if group[key] != now[key]:
                     raise ValueError(f"{key} is {str(group[key])[:40]}, not {now[key]}")
+        for moments in state["state"].values():
+            if not all(t.is_floating_point() for t in moments.values()):
+                raise ValueError("moments that are no floats")
         opt.load_state_dict(state)
         for p, moments in opt.state.items():
             wanted = dict(step=(), exp_avg=p.shape, exp_avg_sq=p.shape)

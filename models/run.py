@@ -224,7 +224,9 @@ def could_be_typed(action: argparse.Action, value) -> bool:
         return type(value) is bool
     if isinstance(action, InputRange) or action.type is bands:
         return is_range(value) if isinstance(action, InputRange) else are_bands(value)
-    values = value if isinstance(value, (list, tuple)) else [value]
+    if isinstance(value, (list, tuple)) != (action.nargs is not None):
+        return False
+    values = [value] if action.nargs is None else value
     if isinstance(action.nargs, int) and len(values) != action.nargs:
         return False
     for one in values:
