@@ -22,7 +22,7 @@ from torch import Tensor
 
 from .cache import Cache
 from .common import BadInput, as_bytes, as_text, nfc
-from .datasets import compile_regex, read_split_file, uncached
+from .datasets import read_split_file, search_all, uncached
 from .files import check_folder, folders, images_in, not_used
 from .io import in_range, read_image, size_of, stored_colours
 from .ranges import percentile_range, range_of_run
@@ -91,13 +91,11 @@ def groups_of(names: list[str], regex: str | None) -> dict[str, str]:
     """{name: its group}: the regex's first group, or its match; without a regex every name is its own."""
     if not regex:
         return {name: name for name in names}
-    pattern = compile_regex(regex, "--group-regex")
     groups = {}
-    for name in names:
-        match = pattern.search(name)
+    for name, match in search_all(regex, names, "--group-regex").items():
         if match is None:
             raise BadInput(f"--group-regex {regex!r} does not match {name!r}")
-        groups[name] = match[1 if pattern.groups else 0] or ""  # of an optional group
+        groups[name] = match[min(1, match.re.groups)] or ""  # of an optional group
     return groups
 
 

@@ -11,7 +11,7 @@ import numpy as np
 
 from . import demo, public
 from .cache import Cache
-from .common import BadInput, as_bytes, progress
+from .common import BadInput, as_bytes, escaped, progress
 from .datasets import (
     SegDataset, check_masks, check_size, check_sizes, class_counts, count_ids, find_pairs,
     in_threads, load_splits, read_description, read_list, unknown_files)
@@ -148,7 +148,7 @@ class Source:
         lines = [f"data    {self.name}, {len(self.names)} classes, images: {sizes}"]
         lines += [f"        {line}" for line in self.notes]
         lines += [f"        WARNING {line}" for line in self.warnings]
-        lines += [f"        left out: {why}" for why in dict.fromkeys(self.left_out.values())]
+        lines += [f"        left out: {escaped(why)}" for why in dict.fromkeys(self.left_out.values())]
         return "\n".join(lines)
 
     def files(self, split: str) -> dict[str, tuple]:
