@@ -345,9 +345,12 @@ def train(args, d, net, here, s):
         if due or stopping:
             save_last()
         if stopping:
-            say(f"stopped at step {s.step} of {steps}; go on: {run.again(out)}", flush=True)
-            run.end()
-            stop.exit()
+            break
+
+    if stop.told(device):  # in a step, or in the last validation
+        say(f"stopped at step {s.step} of {steps}; go on: {run.again(out)}", flush=True)
+        run.end()
+        stop.exit()
 
     stop.release()
     run.wait()  # until rank 0 has written best.safetensors
@@ -505,5 +508,5 @@ def main(args):
 
 
 if __name__ == "__main__":
-    with run.one_line_errors():
+    with run.one_line_errors(lower="--batch-size or --size"):
         main(parse_args())

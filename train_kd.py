@@ -538,9 +538,12 @@ def main(args):
         if due or stopping:
             save_last()
         if stopping:
-            say(f"stopped at step {s.step} of {args.steps}; go on: {run.again(out)}", flush=True)
-            run.end()
-            stop.exit()
+            break
+
+    if stop.told(device):  # in a step, or in the last validation
+        say(f"stopped at step {s.step} of {args.steps}; go on: {run.again(out)}", flush=True)
+        run.end()
+        stop.exit()
 
     # ---- report: the kept weights on the split that nothing above has looked at
     stop.release()
@@ -569,5 +572,5 @@ def main(args):
 
 
 if __name__ == "__main__":
-    with run.one_line_errors():
+    with run.one_line_errors(lower="--batch-size or --crop"):
         main(parse_args())
