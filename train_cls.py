@@ -255,7 +255,8 @@ def train(args, d, net, here, s):
     warmup = min(args.warmup, steps // 5)  # few-shot runs are short
 
     # Random numbers have no state to restore: each is drawn from the number of its step or sample.
-    same = dict(world=world, weights=here.meta["weights"]["sha256"])
+    same = dict(world=world, weights=here.meta["weights"]["sha256"],
+                stored=here.meta["stored"])
     if args.resume:
         last = checkpoint.load_state(out / "last.pt")
         run.check_same(out, last, same)
@@ -458,6 +459,7 @@ def main(args):
                            amp=amp, out=out, meta=meta, title=title)
     if rank == 0 and not args.resume:
         write(out / "split.json", d.splits)
+        write(out / "files.json", d.fingerprint())
         write(out / "protocol.json", meta | facts | dict(
             flags=vars(args), selection="best val accuracy", left_out=d.left_out))
     began = time.time()
