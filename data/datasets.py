@@ -604,8 +604,9 @@ class SegDataset(torch.utils.data.Dataset):
     A third entry of a pair is a box (top, left, h, w) in both. Where the image is transparent, y is
     IGNORE. Index with i, or with (i, draw) as data/samplers.py does.
 
-    `augment(image, mask, rng) -> image, mask` sees uint8 arrays; its rng is a function of
-    (seed, draw) alone: workers, ranks and resuming cannot change it.
+    `augment(image, mask, rng) -> image, mask` sees uint8 arrays, large ones perhaps as Rows of
+    data/cache.py; its rng is a function of (seed, draw) alone: workers, ranks and resuming cannot
+    change it.
     `cache(paths, decode, tag)` is a data/cache.py Cache, whose arrays nobody may write to.
     """
 
@@ -632,6 +633,11 @@ class SegDataset(torch.utils.data.Dataset):
 
     def read(self, i: int) -> tuple[np.ndarray, np.ndarray]:
         """(H, W, 3) uint8 image, (H, W) uint8 class ids."""
+        image, mask = self.read_lazily(i)
+        return np.asarray(image), np.asarray(mask)
+
+    def read_lazily(self, i: int) -> tuple:
+        """As read(), but large arrays may be Rows of data/cache.py, of which a crop needs only some."""
         image_path, mask_path, *box = self.files[i]
         paths = image_path, mask_path
         if self.last_paths != paths:
@@ -651,7 +657,7 @@ class SegDataset(torch.utils.data.Dataset):
 
     def __getitem__(self, key):
         i, draw = key if isinstance(key, tuple) else (key, 0)
-        image, mask = self.read(i)
+        image, mask = self.read(i) if self.augment is None else self.read_lazily(i)
         if self.augment is not None:
             # The 2 keeps these draws apart from those of other purposes.
             rng = np.random.default_rng((2, self.seed, draw))

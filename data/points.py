@@ -623,7 +623,7 @@ class PointSet(SegDataset):
 
     def __getitem__(self, key):
         i, draw = key if isinstance(key, tuple) else (key, 0)
-        image, mask = self.read(i)
+        image, mask = self.read_lazily(i)
         rng = np.random.default_rng((2, self.seed, draw))  # as SegDataset draws
         image, mask = self.augment(image, mask, rng, self.points[i])
         y = torch.from_numpy(mask.astype(np.int64))

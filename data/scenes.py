@@ -24,6 +24,7 @@ from .cache import Cache
 from .common import BadInput, as_bytes, as_text, nfc
 from .datasets import read_split_file, search_all, uncached
 from .files import check_folder, folders, images_in, not_used
+from .fingerprint import fingerprint, prints_of_run
 from .io import in_range, read_image, size_of, stored_colours
 from .ranges import percentile_range, range_of_run
 
@@ -342,6 +343,10 @@ class Scenes:
         if self.percentiles and resume:
             input_range = range_of_run(resume)
         self.reading = dict(bands=bands, input_range=input_range)
+        self.prints = None  # of files.json of a run that goes on
+        if resume:
+            self.prints, more = prints_of_run(resume, self.base)
+            notes = notes + more
         self.notes = [f"note: {line}" for line in notes]
         classes = classes and [nfc(name) for name in classes]
         check_asked(self.base, classes, found)
@@ -427,6 +432,13 @@ class Scenes:
     def images(self, split: str) -> np.ndarray:
         """(n, S, S, 3) uint8 of a split."""
         return self.pixels[self.rows[split]]
+
+    def fingerprint(self) -> dict:
+        """Of the images of all splits, for a run's files.json."""
+        if self.prints is None:
+            used = [self.base / name for names in self.splits.values() for name in names]
+            self.prints = fingerprint(self.base, used)
+        return self.prints
 
     def about(self) -> dict:
         """What a run's files say of its data."""
