@@ -63,10 +63,9 @@ class Scale:
 
 
 def resize(x: Tensor, size: tuple[int, int]) -> Tensor:
-    """(B, C, h, w) fp32 to another h, w, bilinear; every pixel counts where it shrinks."""
-    if x.shape[-2:] == size:
-        return x
-    return F.interpolate(x, size, mode="bilinear", align_corners=False, antialias=True)
+    """(B, C, h, w) to another h and w; a straight slope stays where it is, there and back."""
+    # Antialiasing would move parts of it by up to .03 pixels.
+    return F.interpolate(x, size, mode="bilinear", align_corners=False)
 
 
 WHOLE = Turn(0, False)  # the image as it is
@@ -131,6 +130,7 @@ class Average(nn.Module):
             seen = view.there(x)
             for member in self.members:
                 logits = view.back(member(seen), size)
+                # Sums of logarithms: a probability of 1e-40 would be 0.
                 log_p = logits.log_softmax(1)
                 total = log_p if total is None else torch.logaddexp(total, log_p)
         return total - math.log(len(self.views) * len(self.members))
@@ -216,7 +216,10 @@ def load_other(run: str | Path, first_run: str | Path, first: dict,
 
 def average_weights(net: nn.Module, run: str | Path, meta: dict, others: list,
                     weights: str | None) -> None:
-    """Puts the mean of this run's and the others' weights into net; runs that no mean suits are a BadInput."""
+    """Puts the mean of this run's and the others' weights into net.
+
+    Runs whose weights have no useful mean are a BadInput.
+    """
     state = net.state_dict()
     states = [state]
     for other in others:
@@ -231,9 +234,11 @@ def average_weights(net: nn.Module, run: str | Path, meta: dict, others: list,
         if class_names(other_meta) != class_names(meta):
             raise BadInput(f"{other}: the classes of {run} in another order; {advice}")
         other_state = other_net.state_dict()
+        # They belong to each network's own activations; new ones need the training images.
         if counted_apart(state, other_state):
             raise BadInput(f"{other}: its BatchNorm has other statistics than that of {run}, and "
                            f"their mean fits no weights; {advice}")
+        # Networks of two starts may do the same with their channels in another order.
         part = unrelated(state, other_state)
         if part:
             raise BadInput(f"{other}: its {part} has nothing in common with that of {run}; a soup "
@@ -257,6 +262,7 @@ def load_runs(run: str | Path, weights: str | None = None, partners: list = (), 
     runs = [(net, meta)]
     for partner in partners:
         runs.append(load_other(partner, run, meta, weights))
+    # Every network sees windows of the size that it was trained on: see Member.
     crop = max(its["crop"] for _, its in runs)
     members = [Member(its_net, its, meta, crop) for its_net, its in runs]
     if any(its["amp"] != "bf16" for _, its in runs):

@@ -25,7 +25,7 @@ from data.datasets import NORMS, normalise
 
 from .vit import ViT
 
-OPSET = 17  # of ONNX; the exporter without dynamo has none newer that it needs
+OPSET = 17  # version of ONNX' operators, which both programs know
 LARGEST = 2**31  # bytes of a protobuf, which an ONNX file is
 SAME = 0.99  # share of pixels whose class the file must share with the network
 IMAGES = 4  # that the two are compared on
@@ -57,7 +57,7 @@ def fix_positions(net: nn.Module, side: int) -> None:
 
 
 def pooling_matrix(n: int, cells: int) -> Tensor:
-    """(cells, n) fp32: row i takes the mean over the part of n pixels that adaptive pooling gives it."""
+    """(cells, n) fp32: row i takes the mean over the pixels that adaptive pooling gives cell i."""
     matrix = np.zeros((cells, n), np.float32)
     for i in range(cells):
         start = i * n // cells
@@ -77,14 +77,13 @@ class FixedSize(TorchFunctionMode):
         if func is F.adaptive_avg_pool2d and args[1] != 1:
             # ONNX pools into cells of equal size alone.
             x, cells = args
-            rows, columns = [pooling_matrix(n, cells) for n in x.shape[-2:]]
+            rows, columns = [pooling_matrix(int(n), cells) for n in x.shape[-2:]]
             return rows @ x @ columns.T
         found = func(*args, **(kwargs or {}))
         # Within a trace these are tensors.
-        if func == Tensor.shape.__get__ or func is Tensor.size and isinstance(found, torch.Size):
-            return torch.Size([int(n) for n in found])
-        if func is Tensor.size:
-            return int(found)
+        if func in (Tensor.shape.__get__, Tensor.size):
+            whole = isinstance(found, torch.Size)  # not of one dimension
+            return torch.Size([int(n) for n in found]) if whole else int(found)
         return found
 
 
@@ -157,7 +156,7 @@ def export(net: nn.Module, meta: dict, path: str | Path, resolution: float) -> d
 
 @torch.inference_mode()
 def compare(runtime, content: bytes, net: nn.Module, meta: dict) -> dict:
-    """The file beside the network on random images: difference (largest, of probabilities), same (share of classes)."""
+    """File and network on random images: largest difference of probabilities, share of equal classes."""
     session = runtime.InferenceSession(content, providers=["CPUExecutionProvider"])
     rng = np.random.default_rng(0)
     side = meta["crop"]
