@@ -7,6 +7,7 @@
 net is called as a run's network is, so models/infer.py slides it over images. An average of
 probabilities answers with its logarithm, whose softmax it is.
 """
+import hashlib
 import math
 from dataclasses import dataclass
 from pathlib import Path
@@ -18,9 +19,10 @@ from torch import Tensor, nn
 from data.common import BadInput, nfc
 from data.datasets import NORMS
 
-from .checkpoint import load_weights
+from .checkpoint import load_weights, weights_file
 from .infer import slide
 from .nets import load_run, name_of
+from .weights import sha256
 
 # B batch, K classes, h w pixels of a window.
 
@@ -247,8 +249,8 @@ def average_weights(net: nn.Module, run: str | Path, meta: dict, others: list,
     net.load_state_dict(soup(states))
 
 
-def load_runs(run: str | Path, weights: str | None = None, partners: list = (), soup: list = (),
-              tta: str | None = None) -> tuple[nn.Module, dict]:
+def load_runs(run: str | Path, weights: str | None = None, partners: list | None = None,
+              soup: list | None = None, tta: str | None = None) -> tuple[nn.Module, dict]:
     """Run folders or files -> network in eval mode, and the first run's meta with crop and amp of all.
 
     weights: backbone of runs saved without it. Without partners and tta it is nets.load_run's
@@ -260,7 +262,7 @@ def load_runs(run: str | Path, weights: str | None = None, partners: list = (), 
     if not partners and tta is None:
         return net, meta
     runs = [(net, meta)]
-    for partner in partners:
+    for partner in partners or ():
         runs.append(load_other(partner, run, meta, weights))
     # Every network sees windows of the size that it was trained on: see Member.
     crop = max(its["crop"] for _, its in runs)
@@ -269,3 +271,16 @@ def load_runs(run: str | Path, weights: str | None = None, partners: list = (), 
         meta["amp"] = "off"
     meta["crop"] = crop
     return Average(members, VIEWS.get(tta, [WHOLE])).eval(), meta
+
+
+def identity(run: str | Path, partners: list | None = None, soup: list | None = None,
+             tta: str | None = None) -> str:
+    """sha256 of the run's weights; of an average the sha256 of all that it is made of."""
+    own = sha256(weights_file(run))
+    if not partners and not soup and tta is None:
+        return own
+    parts = [own, f"tta {tta}"]
+    for what, others in (("soup", soup), ("with", partners)):
+        # Their order changes nothing.
+        parts += sorted(f"{what} {sha256(weights_file(other))}" for other in others or ())
+    return hashlib.sha256("\n".join(parts).encode()).hexdigest()

@@ -1,6 +1,6 @@
 """A trained network as an ONNX file that QGIS' Deepness plug-in and WebODM's GeoDeep open as it is.
 
-    compared = export(net, meta, "model.onnx", resolution=30)     cm per pixel of the training images
+    content, compared = to_onnx(net, meta, resolution=30)     cm per pixel of the training images
 
 Input (1, 3, S, S) float, bytes divided by 255; output (1, K, S, S) probabilities; S is the crop of
 training. Normalisation and softmax are in the graph, since GeoDeep knows neither. What the two
@@ -12,7 +12,6 @@ import importlib
 import io
 import json
 import warnings
-from pathlib import Path
 
 import numpy as np
 import torch
@@ -20,7 +19,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.overrides import TorchFunctionMode
 
-from data.common import BadInput, replace
+from data.common import BadInput
 from data.datasets import NORMS, normalise
 
 from .vit import ViT
@@ -114,15 +113,15 @@ def needed(name: str):
         raise BadInput(f"--export needs the package {name}; type pip install {name}") from None
 
 
-def export(net: nn.Module, meta: dict, path: str | Path, resolution: float) -> dict | None:
-    """Network in eval mode on the CPU and its meta -> the ONNX file, and compare()'s numbers.
+def to_onnx(net: nn.Module, meta: dict, resolution: float) -> tuple[bytes, dict | None]:
+    """Network in eval mode on the CPU and its meta -> bytes of the ONNX file, and compare()'s numbers.
 
-    None without onnxruntime. A file that answers otherwise than the network is not written.
+    None without onnxruntime. A file that answers otherwise than the network is a BadInput.
     """
     onnx = needed("onnx")
     size = 4 * sum(p.numel() for p in net.parameters())
     if size >= LARGEST:
-        raise BadInput(f"{path}: {size / 2**30:.1f} GiB of weights, and an ONNX file holds 2; "
+        raise BadInput(f"--export: {size / 2**30:.1f} GiB of weights, and an ONNX file holds 2; "
                        "export a run with a smaller backbone")
     side = meta["crop"]
     program = Program(copy.deepcopy(net), meta["norm"]).eval()
@@ -143,15 +142,12 @@ def export(net: nn.Module, meta: dict, path: str | Path, resolution: float) -> d
     try:
         runtime = importlib.import_module("onnxruntime")
     except ImportError:
-        compared = None
-    else:
-        compared = compare(runtime, content, net, meta)
-        if compared["same"] < SAME:
-            raise BadInput(f"{path}: not written, for it names {compared['same']:.1%} of the pixels "
-                           "as the network does; report it with the versions of torch, onnx and "
-                           "onnxruntime")
-    replace(path, lambda name: Path(name).write_bytes(content))
-    return compared
+        return content, None
+    compared = compare(runtime, content, net, meta)
+    if compared["same"] < SAME:
+        raise BadInput(f"--export: onnxruntime finds the network's class in {compared['same']:.1%} "
+                       "of the pixels; report it with the versions of torch, onnx and onnxruntime")
+    return content, compared
 
 
 @torch.inference_mode()

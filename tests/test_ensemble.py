@@ -1,4 +1,6 @@
 """models/ensemble.py: nothing moves by a pixel, probabilities and weights are means, other runs are refused."""
+import hashlib
+
 import numpy as np
 import pytest
 import torch
@@ -8,7 +10,7 @@ from torch import nn
 from data.common import BadInput
 from data.datasets import NORMS, normalise
 from models.checkpoint import load_weights, save_weights
-from models.ensemble import VIEWS, Average, Member, Scale, load_runs, soup
+from models.ensemble import VIEWS, Average, Member, Scale, identity, load_runs, soup
 from models.infer import slide
 from models.nets import NETS, load_run
 from models.vit import PRESETS
@@ -263,3 +265,12 @@ def test_runs_that_have_no_mean_are_refused_by_name(runs, tmp_path):
         load_runs(runs / first, partners=[other])  # as the message says
     # With statistics that were kept, a network with BatchNorm has a mean.
     load_runs(runs / "bn", soup=[runs / "bn"])
+
+
+def test_an_identity_is_of_all_that_answers(runs):
+    a, b = runs / "a", runs / "other"
+    own = hashlib.sha256((a / "best.safetensors").read_bytes()).hexdigest()
+    assert identity(a) == identity(a, [], [], None) == own
+    several = [dict(tta="d4"), dict(tta="flips"), dict(partners=[b]), dict(soup=[b]), dict(partners=[b, b])]
+    assert len({own, *(identity(a, **how) for how in several)}) == 6
+    assert identity(a, [b, runs / "bn"]) == identity(a, [runs / "bn", b])
