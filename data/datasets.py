@@ -114,7 +114,7 @@ def check_spelling(d: dict, path: Path) -> None:
     """A key that is nearly one of those known would be passed over in silence; all others are the user's."""
     for found, known in [(d, KEYS), *((c, CLASS_KEYS) for c in listed(d.get("classes")))]:
         for key in found if isinstance(found, dict) else ():
-            meant = [] if key in known else get_close_matches(key, known, 1, 0.85)
+            meant = [] if key in known else get_close_matches(key.lower(), known, 1, 0.85)
             if meant:
                 raise BadInput(f"{path}: the key {key!r} is unknown; is {meant[0]!r} meant? Correct "
                                "it, or give a key of your own another name")

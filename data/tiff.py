@@ -546,7 +546,8 @@ class Tiff:
     """The first full page of a TIFF, and what its other pages and the files beside it say of it.
 
     shape: (H, W, bands), and dtype, of what read() returns: NumPy's type with room for the bits.
-    nodata: number, a tuple with one for each band, or None. alpha: number of the alpha band, or None. palette: (n, 3) uint8 or None.
+    nodata: number, a tuple with one for each band, or None. alpha: number of the alpha band, or
+    None. palette: (n, 3) uint8 or None.
     photometric, compression: their names, such as "RGB", "JPEG"; YCbCr and CMYK are read as RGB and
     RGBA. pages: how many full ones. overviews: [(H, W)]. block: (h, w) of strips or tiles; a window
     costs at least those that it touches. damage: None, or what is wrong with the pages behind.

@@ -209,7 +209,7 @@ def test_a_row_that_cannot_be_used_is_named(files, tmp_path, row, said):
     ("p.geojson", '{"features": [{"properties": {"image": "a", "class": "road"}, "geometry": {'
      '"type": "Point", "coordinates": [NaN, 2]}}]}', "NaN is no number"), ("p.geojson", "[" * 10**5, "not valid JSON"),
     ("p.geojson", '{"features": [{"properties": {"image": "a", "class": "road"}, "geometry": {'
-     '"type": "Point", "coordinates": [1' + "0" * 400 + ', 2]}}]}', "feature 1: 10+[.]{3}0+ is no number"),
+     '"type": "Point", "coordinates": [1' + "0" * 400 + ', 2]}}]}', "not valid JSON .10+[.]{3} is too large a number"),
     ("p.csv", 'image,x,y,class\n"a,2,2,roof\n' + "a,2,2,roof\n" * 20_000, "line 2.*is a quote left open"),
     ("p.csv", "image,x,y,class\ra,11,480,roof\r", "line 2: .*outside"),  # line ends of old spreadsheets
     ("p.geojson", json.dumps({"features": [{"properties": {"image": "a", "class": "road"}, "geometry": {
