@@ -35,6 +35,7 @@ import re
 from collections import Counter
 from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
+from difflib import get_close_matches
 from fnmatch import fnmatch
 from glob import has_magic
 from itertools import takewhile
@@ -44,9 +45,9 @@ from shlex import quote
 import numpy as np
 import torch
 
-from .common import (IGNORE, SHORT, BadInput, as_text, even_sample, nfc, progress, read_json,
-                     read_text)
-from .files import SUFFIXES, Names, about_encoding, check_folder, is_image, match
+from .common import (IGNORE, SHORT, BadInput, as_text, even_sample, in_time, nfc, progress,
+                     read_json, read_text)
+from .files import MATCH_TIME, SUFFIXES, Names, about_encoding, check_folder, is_image, match
 from .io import Labels, read_valid, size_of
 from .ranges import is_range
 
@@ -54,7 +55,13 @@ from .ranges import is_range
 NORMS = {
     "imagenet": ((0.485, 0.456, 0.406), (0.229, 0.224, 0.225)),  # DINOv2, LVD-1689M, torchvision
     "sat": ((0.430, 0.411, 0.296), (0.213, 0.156, 0.143))}  # DINOv3 SAT-493M
+# What dataset.json may hold, see above.
+CLASS_KEYS = ("name", "id", "color")
+KEYS = ("name", "images", "masks", "classes", "ignore", "splits", "bands", "input_range",
+        "threshold", "select", "scene", "tiles", "unlabelled", "instances", "report", "warning",
+        "variant", "made_by")
 PROJECT = Path(__file__).resolve().parents[1]
+LONGEST_LINE = 2**14  # letters; two paths have at most 2^13
 EXAMPLE = "data/datasets.py begins with an example"
 ONE_IMAGE = ("one training image, of which nothing can be held out to choose the weights; add "
              "images, or type --final, which trains on all there is")
@@ -87,6 +94,7 @@ def read_description(root: str | Path) -> dict:
     if not path.exists():
         raise BadInput(f"{path}: no such file; draft it with: {check_command(root)}")
     d = read_json(path, dict, '{"images": ...}')
+    check_spelling(d, path)
     check_needed_keys(d, path)
     # A set without a name is called like its folder, and its runs go to runs/<name>.
     d = {"name": as_text(Path(root).resolve().name), "ignore": [], **d}
@@ -100,6 +108,21 @@ def read_description(root: str | Path) -> dict:
                            "the names are train, val and test")
     check_optional_keys(d, names, path)
     return d
+
+
+def check_spelling(d: dict, path: Path) -> None:
+    """A key that is nearly one of those known would be passed over in silence; all others are the user's."""
+    for found, known in [(d, KEYS), *((c, CLASS_KEYS) for c in listed(d.get("classes")))]:
+        for key in found if isinstance(found, dict) else ():
+            meant = [] if key in known else get_close_matches(key.lower(), known, 1, 0.85)
+            if meant:
+                raise BadInput(f"{path}: the key {key!r} is unknown; is {meant[0]!r} meant? Correct "
+                               "it, or give a key of your own another name")
+
+
+def listed(value) -> list:
+    """The list, or none instead of anything else."""
+    return value if isinstance(value, list) else []
 
 
 def check_needed_keys(d: dict, path: Path) -> None:
@@ -121,6 +144,7 @@ def check_optional_keys(d: dict, names: list[str], path: Path) -> None:
         "unlabelled": (lambda v: set(v) <= set(d["splits"]), "a list of splits"),
         "tiles": (lambda v: type(v) is int and v > 0, "a whole number of pixels"),
         "variant": (lambda v: isinstance(v, str), "text"),
+        "warning": (lambda v: isinstance(v, str), "text"),
         "select": (lambda v: isinstance(v, float) and 0 < v < 1, "a share of train such as 0.2"),
         "scene": (is_regex, 'a regular expression such as "(.*)_\\\\d+$"'),
         "bands": (are_bands, "three whole numbers from 1, such as [4, 1, 2]"),
@@ -310,17 +334,19 @@ def split_names(root: str | Path, description: dict,
         if isinstance(rules, str):
             rules = [rules]
         if not isinstance(rules, list) or not all(isinstance(rule, str) for rule in rules):
-            raise BadInput(f"split {split!r} is {SHORT.repr(rules)}; expected patterns or a "
+            raise BadInput(f"split {split!r} in dataset.json is {SHORT.repr(rules)}; expected "
+                           f"patterns or a "
                            ".txt file; for a share, --val-frac")
         chosen = set()
         for rule in rules:
             if rule.endswith(".txt"):
                 chosen.update(read_list(Path(root) / rule, pairs, optional))
                 continue
-            found = [n for n in names if n == rule or fnmatch(n, nfc(rule))]
+            with in_time(MATCH_TIME, f"split {split!r} in dataset.json: {rule!r} has too many stars"):
+                found = [n for n in names if n == rule or fnmatch(n, nfc(rule))]
             found = found or [n for n in [known.find(rule)] if n is not None]
             if not found and not optional:
-                raise BadInput(f"split {split!r}: nothing matches {rule!r}; "
+                raise BadInput(f"split {split!r} in dataset.json: nothing matches {rule!r}; "
                                f"names look like {names[0]!r}{about_brackets(rule)}")
             chosen.update(found)
         splits[split] = [n for n in names if n in chosen]
@@ -352,6 +378,9 @@ def read_list(path: Path, pairs: dict[str, tuple], optional: bool = False) -> li
         line = line.strip()
         if not line:
             continue
+        if len(line) > LONGEST_LINE:
+            raise BadInput(f"{path}: a line of {len(line)} letters, {line[:40]!r}...; expected the "
+                           "name of an image in every line")
         try:
             name = names.find_line(line)
         except BadInput as e:
@@ -380,15 +409,25 @@ def scenes_of(names: list[str], scene: str | None) -> dict[str, str]:
     """{name: its scene}: the regex's first group, or its match; without a regex the name itself."""
     if not scene:
         return {n: n for n in names}
-    regex = compile_regex(scene, '"scene" in dataset.json')
+    where = '"scene" in dataset.json'
     scenes = {}
-    for n in names:
-        found = regex.search(n)
-        group = min(1, regex.groups)
+    for n, found in search_all(scene, names, where).items():
+        group = min(1, found.re.groups) if found else 0
         if not found or found[group] is None:
-            raise BadInput(f'"scene" in dataset.json is {scene!r}, which does not match {n!r}')
+            raise BadInput(f"{where} is {scene!r}, which does not match {n!r}")
         scenes[n] = found[group]
     return scenes
+
+
+def search_all(regex: str, names: list[str], where: str) -> dict[str, re.Match | None]:
+    """{name: what the regex finds in it}; one that takes too long is a BadInput that `where` begins."""
+    pattern = compile_regex(regex, where)
+    found = {}
+    for n in names:
+        with in_time(MATCH_TIME, f"{where}: {regex!r} takes too long on {n!r}; write it without a "
+                                 "repetition inside a repetition"):
+            found[n] = pattern.search(n)
+    return found
 
 
 def hold_out(names: list[str], frac: float, scene: str | None,
@@ -569,8 +608,9 @@ class SegDataset(torch.utils.data.Dataset):
     A third entry of a pair is a box (top, left, h, w) in both. Where the image is transparent, y is
     IGNORE. Index with i, or with (i, draw) as data/samplers.py does.
 
-    `augment(image, mask, rng) -> image, mask` sees uint8 arrays; its rng is a function of
-    (seed, draw) alone: workers, ranks and resuming cannot change it.
+    `augment(image, mask, rng) -> image, mask` sees uint8 arrays, large ones perhaps as Rows of
+    data/cache.py; its rng is a function of (seed, draw) alone: workers, ranks and resuming cannot
+    change it.
     `cache(paths, decode, tag)` is a data/cache.py Cache, whose arrays nobody may write to.
     """
 
@@ -597,6 +637,11 @@ class SegDataset(torch.utils.data.Dataset):
 
     def read(self, i: int) -> tuple[np.ndarray, np.ndarray]:
         """(H, W, 3) uint8 image, (H, W) uint8 class ids."""
+        image, mask = self.read_lazily(i)
+        return np.asarray(image), np.asarray(mask)
+
+    def read_lazily(self, i: int) -> tuple:
+        """As read(), but large arrays may be Rows of data/cache.py, of which a crop needs only some."""
         image_path, mask_path, *box = self.files[i]
         paths = image_path, mask_path
         if self.last_paths != paths:
@@ -616,7 +661,7 @@ class SegDataset(torch.utils.data.Dataset):
 
     def __getitem__(self, key):
         i, draw = key if isinstance(key, tuple) else (key, 0)
-        image, mask = self.read(i)
+        image, mask = self.read(i) if self.augment is None else self.read_lazily(i)
         if self.augment is not None:
             # The 2 keeps these draws apart from those of other purposes.
             rng = np.random.default_rng((2, self.seed, draw))

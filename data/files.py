@@ -15,11 +15,12 @@ from collections import Counter
 from collections.abc import Iterable, Iterator
 from pathlib import Path, PurePosixPath
 
-from .common import SHORT, BadInput, nfc
+from .common import SHORT, BadInput, escaped, in_time, nfc
 
 SUFFIXES = (".png", ".jpg", ".jpeg", ".tif", ".tiff", ".bmp", ".webp")  # what counts as a picture
 # Images of GIS programs that are not read here, and that GDAL turns into TIFFs.
 OF_GDAL = (".jp2", ".j2k", ".img", ".vrt", ".ecw", ".sid", ".bil", ".bsq", ".gif")
+MATCH_TIME = 10  # seconds that a pattern may take for a name
 # What macOS, Windows and network disks leave in folders: @eaDir holds thumbnails, called *.jpg.
 SYSTEM_FILES = {"__macosx", "icon\r", "thumbs.db", "ehthumbs.db", "desktop.ini", "$recycle.bin",
                 "system volume information", "lost+found", "@eadir", "#recycle"}
@@ -142,7 +143,8 @@ def not_used(files: list[Path]) -> str:
     """The files that a walk passes over, in one line: how many, of which suffixes, the first."""
     kinds = Counter(file.suffix or "without suffix" for file in files)
     counts = ", ".join(f"{n} {kind}" for kind, n in kinds.most_common(5))
-    line = f"{len(files)} files are no images by their suffix: {counts}; first {files[0]}"
+    first = escaped(str(files[0]))
+    line = f"{len(files)} files are no images by their suffix: {counts}; first {first}"
     foreign = [file for file in files if file.suffix.lower() in OF_GDAL]
     if not foreign:
         return line
@@ -183,7 +185,9 @@ def match(root: str | Path, pattern: str) -> Iterator[tuple[Path, str]]:
 
 def star_key(pattern: str, path: str) -> str | None:
     """What the stars stand for: "T */*.png", "T 2/a.png" -> "2/a"; None where nothing fits."""
-    found = star_regex(pattern).fullmatch(nfc(path))
+    with in_time(MATCH_TIME, f"{pattern!r}: too many stars to compare with {path!r}; write a "
+                             "pattern of fewer"):
+        found = star_regex(pattern).fullmatch(nfc(path))
     return "/".join(found.groups()) if found else None
 
 

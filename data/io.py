@@ -10,13 +10,12 @@ from pathlib import Path
 import numpy as np
 from PIL import Image
 
-from .common import IGNORE, BadInput
+from .common import IGNORE, BadInput, check_pixels, escaped
 from .raster import open_raster, valid_pixels
 from .tiff import Window
 
 UNKNOWN = 254  # marks mask values that no class and no ignore entry names; never leaves this file
 
-MAX_PIXELS = 2_000_000_000  # more of them do not fit into memory
 MAX_ID = 2**53  # float64 holds whole numbers up to here
 SAY_RANGE = ("say which values become 0 and 255: --input-range LOW HIGH, or p2-98 for percentiles, "
              'or "input_range": [LOW, HIGH] in dataset.json')
@@ -63,9 +62,7 @@ def stored_colours(path: str | Path, bands: list[int] | None, window: Window | N
     """(h, w, 3) of three bands in the file's own type, palettes as colours; valid as read_valid."""
     raster = open_raster(path)
     H, W, n = raster.shape
-    h, w = window[2:] if window else (H, W)
-    if h * w > MAX_PIXELS:
-        raise BadInput(f"{path}: {H} x {W} pixels, over the limit of {MAX_PIXELS}; cut it up")
+    check_pixels(path, *(window[2:] if window else (H, W)))
     if not raster.indexed:
         a, valid, n = chosen_bands(raster, bands, window, alpha_is_mask)
     else:
@@ -109,8 +106,9 @@ def chosen_bands(raster, bands: list[int] | None, window: Window | None,
 
 
 def is_mask_band(veil: np.ndarray) -> bool:
-    """Whether all of an alpha band is 0 or opaque."""
-    return bool(np.isin(veil, (0, np.iinfo(veil.dtype).max)).all())
+    """Whether all of an alpha band is 0 or opaque: the highest number, of floats 1."""
+    opaque = 1 if veil.dtype.kind == "f" else np.iinfo(veil.dtype).max
+    return bool(np.isin(veil, (0, opaque)).all())
 
 
 def paint(raster, index: np.ndarray, bands: list[int] | None, valid: np.ndarray | None) -> tuple:
@@ -171,6 +169,7 @@ def read_labels(path: str | Path) -> tuple[np.ndarray, np.ndarray | None, np.nda
     if raster.lossy:
         raise BadInput(f"{path}: compressed as {raster.compression}, which blurs labels at every "
                        "edge; export the masks anew, as PNG or as TIFF with deflate")
+    check_pixels(path, *raster.shape[:2])
     a = raster.read()
     valid = colors = None
     if raster.indexed:
@@ -281,6 +280,9 @@ class Labels:
             if not isinstance(c, dict) or "name" not in c or value not in c:
                 raise BadInput(f'label table with the class {c}; expected "name" and "id" in every '
                                'class, or "name" and "color" in every class')
+            name = c["name"]
+            if not isinstance(name, str) or not name.strip() or escaped(name) != name:
+                raise BadInput(f"label table with the class name {name!r}; expected text in one line")
         self.classes = [dict(c) for c in classes]
         self.ignore = list(ignore) if isinstance(ignore, (list, tuple)) else [ignore]
         self.names = [c["name"] for c in self.classes]

@@ -30,7 +30,7 @@ import numpy as np
 import torch
 from numpy.random import Generator
 
-from .common import IGNORE, SHORT, BadInput, as_bytes, nfc, read_json, read_text, write
+from .common import IGNORE, SHORT, BadInput, as_bytes, nfc, number, read_json, read_text, write
 from .crops import nearest
 from .datasets import SegDataset, normalise
 from .files import Names, about_encoding
@@ -75,7 +75,7 @@ def read_points(path: str | Path, files: dict[str, tuple], names: list[str]) -> 
     """
     path = Path(path)
     known = Names(files)
-    number = {nfc(name): c for c, name in enumerate(names)}
+    class_of = {nfc(name): c for c, name in enumerate(names)}
     # An image's header is read once, however many points it has.
     sizes = {}
     found = {}  # {name: {(x, y): class id}}
@@ -93,7 +93,7 @@ def read_points(path: str | Path, files: dict[str, tuple], names: list[str]) -> 
             like = next(iter(files))
             raise BadInput(f"{where}: {SHORT.repr(image)} is no image of the data set, or several; "
                            f"names look like {like!r}{about_encoding(image)}")
-        c = number.get(nfc(label))
+        c = class_of.get(nfc(label))
         if c is None:
             raise BadInput(f"{where}: unknown class {SHORT.repr(label)}; "
                            f"expected one of: {', '.join(names)}{about_encoding(label)}")
@@ -168,8 +168,8 @@ def epsg_of(system: str) -> int | None:
     """The number in the name of a system of coordinates; None where it names none."""
     if "CRS84" in system:
         return WGS84
-    number = re.search(r"EPSG\D+(\d+)", system)
-    return int(number[1]) if number else None
+    code = re.search(r"EPSG\D+(\d{1,9})(?!\d)", system)
+    return int(code[1]) if code else None
 
 
 def size_in(file: tuple) -> tuple[int, int]:
@@ -209,9 +209,14 @@ def inside_size(x: float, y: float, size: tuple[int, int]) -> bool:
 
 
 def as_number(value, where: str) -> float:
+    """A coordinate as people and programs write one; else a BadInput that begins with `where`."""
     try:
-        return float(value)
-    except (TypeError, ValueError, OverflowError):
+        if isinstance(value, str):
+            return number(value)
+        if type(value) in (int, float):  # not isinstance: True is an int, too
+            return float(value)
+        raise ValueError
+    except (ValueError, OverflowError):
         hint = ", with a decimal point" if "," in str(value) else ""
         raise BadInput(f"{where}: {SHORT.repr(value)} is no number; "
                        f"expected x and y in pixels{hint}") from None
@@ -285,8 +290,15 @@ def read_table(path: Path) -> tuple[list[tuple], System | None]:
     table = csv.DictReader(lines, delimiter=delimiter, skipinitialspace=True)
     rows = []
     try:
-        columns, system = columns_of(path, table.fieldnames or [])
+        there = table.fieldnames or []
+        twice = [column for column in COLUMNS if there.count(column) > 1]
+        if twice:
+            raise BadInput(f"{path} line 1: the column {twice[0]!r} stands twice; take one out")
+        columns, system = columns_of(path, there)
         for row in table:
+            if None in row:  # where csv puts what lies behind the last column
+                raise BadInput(f"{path} line {table.line_num}: more fields than the header has; put "
+                               "a name that holds the delimiter in double quotes")
             image, x, y, label = (row[column] for column in columns)
             rows.append((f"line {table.line_num}", str(image), x, y, str(label)))
     except csv.Error as e:
@@ -612,7 +624,7 @@ class PointSet(SegDataset):
 
     def __getitem__(self, key):
         i, draw = key if isinstance(key, tuple) else (key, 0)
-        image, mask = self.read(i)
+        image, mask = self.read_lazily(i)
         rng = np.random.default_rng((2, self.seed, draw))  # as SegDataset draws
         image, mask = self.augment(image, mask, rng, self.points[i])
         y = torch.from_numpy(mask.astype(np.int64))

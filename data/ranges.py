@@ -15,7 +15,7 @@ from pathlib import Path
 
 import numpy as np
 
-from .common import BadInput, even_sample, progress, read_json
+from .common import BadInput, even_sample, number, progress, read_json
 from .io import is_mask_band, stored_colours
 from .raster import open_raster
 from .tiff import Tiff, Window
@@ -24,7 +24,7 @@ from .tiff import Tiff, Window
 IMAGES = 64
 GRID = 3  # windows along each side
 SIDE = 128  # of a window, in pixels
-PERCENTILES = re.compile(r"p(\d+(?:\.\d+)?)-(\d+(?:\.\d+)?)")
+PERCENTILES = re.compile(r"p(\d+(?:\.\d+)?)-(\d+(?:\.\d+)?)", re.ASCII)
 RANGES = ("the lower number first, a pair of numbers for each of three bands, or percentiles such "
           "as p2-98")
 
@@ -33,13 +33,25 @@ Pairs = list[list[float]]  # [[low, high], ...] of three bands
 
 # ---- what may be written
 
+def band_numbers(text: str) -> list[int]:
+    """What stands behind --bands: "4,1,2" -> [4, 1, 2]."""
+    words = text.split(",")
+    try:
+        numbers = [number(word, int) for word in words]
+    except ValueError:
+        numbers = []
+    if len(numbers) != 3 or min(numbers) < 1:
+        raise BadInput(f"{text}: expected three numbers from 1, such as 4,1,2")
+    return numbers
+
+
 def parse_range(words: list[str]) -> list | str:
     """Words behind --input-range -> "p2-98", [low, high] or three such pairs."""
     text = " ".join(words)
     value = text
     if not PERCENTILES.fullmatch(text):
         try:
-            numbers = [float(word) for word in words]
+            numbers = [number(word) for word in words]
         except ValueError:
             numbers = []
         value = numbers
@@ -163,6 +175,7 @@ def range_of_run(run: str | Path) -> list:
     """The numbers with which a run reads its images."""
     path = Path(run) / "protocol.json"
     reading = read_json(path).get("reading")
-    if not isinstance(reading, dict) or not isinstance(reading.get("input_range"), list):
+    limits = reading.get("input_range") if isinstance(reading, dict) else None
+    if not isinstance(limits, list) or not is_range(limits):
         raise BadInput(f"{path}: no input range in its \"reading\"; start a new run")
-    return reading["input_range"]
+    return limits

@@ -9,13 +9,15 @@ TIFFs are read by data/tiff.py, all other formats by Pillow, whole.
 """
 import contextlib
 import os
+import struct
 import sys
+import zlib
 from pathlib import Path
 
 import numpy as np
 from PIL import Image, ImageFile
 
-from .common import BadInput
+from .common import BadInput, check_file, check_pixels
 from .tiff import (Georef, Tiff, Window, both, data_pixels, mask_beside, nodata_beside, of_bands,
                    read_world_file)
 
@@ -23,6 +25,7 @@ Image.MAX_IMAGE_PIXELS = None  # Pillow's limit of 179 million refuses normal or
 ImageFile.LOAD_TRUNCATED_IMAGES = False
 
 TIFF_STARTS = (b"II*\0", b"MM\0*", b"II+\0", b"MM\0+")  # + is 43, the version of BigTIFF
+PART = 2**20  # bytes of a file that are read at once
 LOSSY = {"JPEG", "JPEG2000", "MPO"}  # what Pillow calls them
 
 # Pillow's mode -> bands, type. Of the others the colours are read.
@@ -35,11 +38,10 @@ COLOURS = {"PA": "RGBA", "La": "LA", "RGBa": "RGBA", "RGBX": "RGBA"}
 
 def open_raster(path: str | Path) -> "Tiff | Picture":
     """The header of a picture file."""
+    check_file(path)
     try:
         with open(path, "rb") as file:
             start = file.read(4)
-    except FileNotFoundError:
-        raise BadInput(f"{path}: no such file") from None
     except OSError as e:
         raise BadInput(f"{path}: cannot be read ({e.strerror})") from None
     if start not in TIFF_STARTS:
@@ -96,7 +98,10 @@ class Picture:
 
     def read(self, window: Window | None = None, bands: list[int] | None = None) -> np.ndarray:
         """(h, w, len(bands)) as stored; without window the whole image, without bands all."""
+        check_pixels(self.path, *self.shape[:2])
         try:
+            if self.compression == "PNG":
+                check_png(self.path)
             a = deep_pixels(self) if self.deep else self.decode()
         except Exception as e:
             raise BadInput(f"{self.path}: damaged or truncated ({str(e)[:100]}); "
@@ -155,6 +160,28 @@ def valid_pixels(raster: "Tiff | Picture", pixels: np.ndarray,
 
 
 # ---- what Pillow does not tell
+
+def check_png(path: str | Path) -> None:
+    """ValueError where a chunk of a PNG differs from its checksum, which Pillow does not ask of pixels."""
+    with open(path, "rb") as file:
+        file.seek(8)  # behind the signature
+        name = b""
+        while name != b"IEND":
+            head = file.read(8)
+            if len(head) < 8:
+                raise ValueError("it ends too early")
+            length, name = struct.unpack(">I4s", head)
+            digest = zlib.crc32(name)
+            while length:
+                part = file.read(min(length, PART))
+                if not part:
+                    raise ValueError("it ends too early")
+                digest = zlib.crc32(part, digest)
+                length -= len(part)
+            if file.read(4) != struct.pack(">I", digest):
+                raise ValueError(f"the checksum of its chunk {name!r} is wrong")
+
+
 
 def opacity_of(key: int | bytes) -> np.ndarray:
     """(256,) uint8: a palette's transparent entry, or the opacity of the first entries."""

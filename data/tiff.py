@@ -29,7 +29,7 @@ from PIL import Image, features
 from PIL.TiffImagePlugin import COMPRESSION_INFO, TiffImageFile
 from PIL.WebPImagePlugin import WebPImageFile
 
-from .common import BadInput
+from .common import BadInput, check_file, read_text
 
 # A damaged header may ask for any size. What is larger than this is refused. Pillow's own limit is
 # lower than what large strips hold.
@@ -126,11 +126,10 @@ class File:
 
     def __init__(self, path: str | Path):
         self.path = path
+        check_file(path)
         try:
             self.handle = open(path, "rb")
             self.size = os.fstat(self.handle.fileno()).st_size
-        except FileNotFoundError:
-            raise BadInput(f"{path}: no such file") from None
         except OSError as e:
             raise BadInput(f"{path}: cannot be opened ({e.strerror})") from None
 
@@ -443,7 +442,8 @@ class Page:
         if self.turned:
             data = data.translate(TURNED)
         if self.compression in (DEFLATE, OLD_DEFLATE):
-            return zlib.decompressobj().decompress(data, size)
+            # One byte more than is wanted: so a whole block ends behind its checksum.
+            return zlib.decompressobj().decompress(data, size + 1)[:size]
         if size > LARGEST_RATIO * len(data):
             return b""  # It cannot be true, and the memory would be taken first.
         return libtiff(data, self.compression, (rows, self.row_bytes, 1))
@@ -547,7 +547,8 @@ class Tiff:
     """The first full page of a TIFF, and what its other pages and the files beside it say of it.
 
     shape: (H, W, bands), and dtype, of what read() returns: NumPy's type with room for the bits.
-    nodata: number, a tuple with one for each band, or None. alpha: number of the alpha band, or None. palette: (n, 3) uint8 or None.
+    nodata: number, a tuple with one for each band, or None. alpha: number of the alpha band, or
+    None. palette: (n, 3) uint8 or None.
     photometric, compression: their names, such as "RGB", "JPEG"; YCbCr and CMYK are read as RGB and
     RGBA. pages: how many full ones. overviews: [(H, W)]. block: (h, w) of strips or tiles; a window
     costs at least those that it touches. damage: None, or what is wrong with the pages behind.
@@ -865,7 +866,7 @@ def read_world_file(path: str | Path) -> tuple[float, ...] | None:
 
 def parse_world_file(path: Path) -> tuple[float, ...]:
     """Six lines with a number each: a, d, b, e, and the centre of the first pixel."""
-    words = path.read_text("latin-1").replace(",", ".").split()
+    words = read_text(path, "replace").replace(",", ".").split()
     try:
         a, d, b, e, c, f = map(float, words[:6])
     except ValueError:

@@ -6,6 +6,7 @@ from pathlib import Path
 
 import pytest
 
+from data import files as files_module
 from data.common import BadInput
 from data.files import Names, image_name, is_hidden, match, not_used, star_key, typed, walk
 
@@ -171,3 +172,10 @@ def test_one_file_of_several_tiles_is_none_of_them(tmp_path):
 def test_a_suffix_that_the_data_set_itself_has_counts_as_one():
     assert Names({"a": (Path("/d/a.jp2"), None)}).find("a.jp2") == "a"
     assert Names({"a": (Path("/d/a.png"), None)}).find("a.jp2") is None
+
+
+def test_a_pattern_of_too_many_stars_is_refused_in_time(monkeypatch):
+    monkeypatch.setattr(files_module, "MATCH_TIME", 0.1)
+    with pytest.raises(BadInput, match="too many stars to compare with 'aaa"):
+        star_key("*a" * 30 + "b", "a" * 200)
+    assert star_key("*a*b", "xaab") == "xa/"

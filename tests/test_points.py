@@ -184,7 +184,9 @@ def test_points_of_a_broken_image_are_passed_over(files, tmp_path):
 
 @pytest.mark.parametrize("row, said", [
     ("a,80,5,road", r"line 3: x 80, y 5 is outside train/a of 80 x 60 .*from 0"),
-    ("a,5,60,road", r"line 3: .*exchanged\?"), ("a,-1,5,road", "line 3: .*outside"), ("a,nan,5,road", "outside"),
+    ("a,5,60,road", r"line 3: .*exchanged\?"), ("a,-1,5,road", "line 3: .*outside"), ("a,nan,5,road", "'nan' is no number"),
+    ("a,٣,5,road", "'٣' is no number"), ("a,1_0,5,road", "'1_0' is no number"), ("a,1e400,5,road", "is no number"),
+    ("a,1,5,road,3", "line 3: more fields than the header has"),
     ("a,1,5,lake", "line 3: unknown class 'lake'; expected one of: road, roof, tree"),
     ("c,1,5,road", "line 3: 'c' is no image"), ("a.5,1,5,road", "line 3: 'a.5' is no image"),
     ("x/a,1,5,road", "line 3: 'x/a' is no image"),
@@ -200,13 +202,14 @@ def test_a_row_that_cannot_be_used_is_named(files, tmp_path, row, said):
 
 @pytest.mark.parametrize("name, text, said", [
     ("p.csv", "image,x,class\na,1,road", "no column 'y'"), ("p.csv", "", "no column 'image' in an empty file"),
+    ("p.csv", "image,x,x,y,class\na,1,2,3,road", "line 1: the column 'x' stands twice"),
     ("p.csv", "image,x,y,class\n", "no points"), ("p.geojson", "{}", "no GeoJSON FeatureCollection"),
     ("p.geojson", '{"features": null}', "no GeoJSON FeatureCollection"),
     ("p.geojson", "[1]", r"holds \[1\]; expected JSON"),
     ("p.geojson", '{"features": [{"properties": {"image": "a", "class": "road"}, "geometry": {'
      '"type": "Point", "coordinates": [NaN, 2]}}]}', "NaN is no number"), ("p.geojson", "[" * 10**5, "not valid JSON"),
     ("p.geojson", '{"features": [{"properties": {"image": "a", "class": "road"}, "geometry": {'
-     '"type": "Point", "coordinates": [1' + "0" * 400 + ', 2]}}]}', "feature 1: 10+[.]{3}0+ is no number"),
+     '"type": "Point", "coordinates": [1' + "0" * 400 + ', 2]}}]}', "not valid JSON .10+[.]{3} is too large a number"),
     ("p.csv", 'image,x,y,class\n"a,2,2,roof\n' + "a,2,2,roof\n" * 20_000, "line 2.*is a quote left open"),
     ("p.csv", "image,x,y,class\ra,11,480,roof\r", "line 2: .*outside"),  # line ends of old spreadsheets
     ("p.geojson", json.dumps({"features": [{"properties": {"image": "a", "class": "road"}, "geometry": {

@@ -104,7 +104,7 @@ def compare_class_lists(root: Path, description: dict, complaints: Complaints) -
     # Such lists are often of another version than the masks, so they are compared, not believed.
     colors = {c.get("color") for c in description["classes"]} | set(description["ignore"])
     for file in sorted(set(root.glob("[!.]*.json")) - {root / "dataset.json"}):
-        if file.stat().st_size > MAX_CLASS_LIST:
+        if not file.is_file() or file.stat().st_size > MAX_CLASS_LIST:
             continue
         text = file.read_text("utf-8", errors="ignore")
         listed = {color.upper() for color in re.findall("#[0-9a-fA-F]{6}", text)}
