@@ -46,7 +46,7 @@ import torch
 
 from .common import (IGNORE, BadInput, as_text, even_sample, nfc, progress, read_json,
                      read_text)
-from .files import Names, check_folder, is_image, match
+from .files import FILE_NAME, Names, check_folder, is_file_name, is_image, match
 from .io import Labels, read_valid, size_of
 from .ranges import is_range
 
@@ -116,7 +116,7 @@ def check_needed_keys(d: dict, path: Path) -> None:
 def check_optional_keys(d: dict, names: list[str], path: Path) -> None:
     """The keys that stand for themselves; `names`: of the classes."""
     rules = {
-        "name": (is_folder_name, "the name of a folder"),
+        "name": (is_file_name, FILE_NAME),  # runs are saved in a folder of it
         "instances": (lambda v: v and isinstance(v, (str, list)), "a pattern as of masks"),
         "unlabelled": (lambda v: set(v) <= set(d["splits"]), "a list of splits"),
         "tiles": (lambda v: type(v) is int and v > 0, "a whole number of pixels"),
@@ -136,13 +136,6 @@ def check_optional_keys(d: dict, names: list[str], path: Path) -> None:
             good = False
         if not good:
             raise BadInput(f'{path}: "{key}" is {reprlib.repr(d[key])}; expected {expected}')
-
-
-def is_folder_name(value) -> bool:
-    """Runs are saved in a folder of the data set's name."""
-    if not isinstance(value, str) or value in ("", ".", ".."):
-        return False
-    return not set(value) & set("/\\\0")
 
 
 def is_regex(value) -> bool:
@@ -361,6 +354,8 @@ def check_disjoint(splits: dict[str, list[str]]) -> dict[str, list[str]]:
     """The splits, unless a name is in two of them, or twice in one."""
     home = {}
     for split, names in splits.items():
+        if not is_file_name(split):  # eval.py writes to RUN/eval-SPLIT
+            raise BadInput(f"a split is called {reprlib.repr(split)}; expected {FILE_NAME}")
         for n in names:
             if n in home:
                 raise BadInput(f"{n!r} is in the splits {home[n]!r} and {split!r}; "
