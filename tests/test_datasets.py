@@ -75,7 +75,8 @@ def test_splits_by_pattern_and_by_list(tmp_path):
     splits = split_names(tmp_path, {"splits": {"train": ["l.txt"], "val": ["*/d", "T [3-9]/d"], "test": []}}, PAIRS)
     assert splits == {"train": NAMES[:4], "val": ["T 3/d"], "test": []}
     for rules, said in (({"train": "T 1/*", "val": "*/a"}, "'T 1/a' is in the splits"), ({"train": "t.txt"}, "no such"),
-                        ({"train": "X*"}, "nothing matches 'X*'"), ({"train": 0.8}, "--val-frac")):
+                        ({"train": "X*"}, "nothing matches 'X*'"), ({"train": 0.8}, "--val-frac"),
+                        ({"train": "T 1/a", "../../x": "T 1/b"}, "a split is called '../../x'; expected a name")):
         assert said in refusal(split_names, tmp_path, {"splits": rules}, PAIRS)
     (tmp_path / "l.txt").write_text("a\n")
     assert "'a' is no image here, or several" in refusal(split_names, tmp_path, {"splits": {"train": "l.txt"}}, PAIRS)
