@@ -204,8 +204,8 @@ def check_saved(out: Path) -> None:
     command = "its command without --resume"
     if (out / "protocol.json").exists():
         command = read_json(out / "protocol.json").get("command", command)
-    raise BadInput(f"{out}: was ended before its first last.pt, so there is nothing to resume; start "
-                   f"it again: {command}")
+    raise BadInput(f"{out}: was ended before its first last.pt, so there is nothing to resume; "
+                   f"start it again: {command}")
 
 
 # ---- errors
