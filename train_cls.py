@@ -28,7 +28,7 @@ import torch.distributed as dist
 import torch.nn.functional as F
 
 from data import augment, metrics, plots
-from data.common import BadInput, json_lines, minutes, write
+from data.common import BadInput, escaped, json_lines, minutes, write
 from data.datasets import NORMS
 from data.samplers import StepSampler
 from data.scenes import Scenes, augment_scenes, prepare
@@ -260,10 +260,11 @@ def train(args, d, net, here, s):
     if args.resume:
         last = checkpoint.load_state(out / "last.pt")
         run.check_same(out, last, same)
+        checkpoint.check_tensors(last["net"], net.state_dict())
         net.load_state_dict(last["net"])
-        opt.load_state_dict(last["opt"])
+        checkpoint.restore_optimizer(opt, last["opt"])
         this_command = s.command
-        vars(s).update(last["state"])
+        checkpoint.take_up(s, last["state"])
         say(f"resume  {out} at step {s.step} of {steps}, best val accuracy {s.best:.4f}")
         if args.epochs > last["args"]["epochs"]:
             s.command += f" && {this_command}"
@@ -393,7 +394,7 @@ def main(args):
     K = len(d.names)
     out = run.folder(args.out, f"runs/{d.dataset}-{args.mode}", args.resume)
     say(f"data    {d.base}: {len(d.all)} images, {d.pixels.shape[1]} x {d.pixels.shape[2]}")
-    for line in d.notes:
+    for line in map(escaped, d.notes):
         say(f"        {line}")
     sizes = ", ".join(f"{len(names)} {split}" for split, names in d.splits.items())
     say(f"        {K} classes, {sizes}")

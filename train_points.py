@@ -359,8 +359,8 @@ def main(args):
         checkpoint.restore(net, last["net"])
         if ema:
             checkpoint.restore(ema.net, last["ema"])
-        opt.load_state_dict(last["opt"])
-        s = SimpleNamespace(**last["state"])
+        checkpoint.restore_optimizer(opt, last["opt"])
+        checkpoint.take_up(s, last["state"])
         if rank == 0:
             seen += last["seen"].to(device)
         say(f"resume  {out} at step {s.step} of {args.steps}, best val mIoU {s.best:.4f}")

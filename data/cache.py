@@ -31,6 +31,7 @@ from pathlib import Path
 import numpy as np
 
 from .common import BadInput
+from .files import with_companions
 
 FORMAT = 4  # raise it when decoding changes: what another version has decoded is then not taken
 # Bytes: the checksum of what follows, JSON {"arrays": [[dtype, shape], ...], "sums": checksum of
@@ -219,7 +220,7 @@ class Cache:
         # the last change of status tells two files of equal size and time that were exchanged.
         stats = []
         try:
-            for path in paths:
+            for path in with_companions(paths):
                 stat = os.stat(path)
                 stats.append((os.path.abspath(path), stat.st_size, stat.st_mtime_ns,
                               stat.st_ctime_ns))

@@ -11,10 +11,10 @@ import numpy as np
 
 from . import demo, public
 from .cache import Cache
-from .common import BadInput, as_bytes, progress
+from .common import BadInput, as_bytes, escaped, progress
 from .datasets import (
-    SegDataset, check_masks, check_size, check_sizes, class_counts, count_ids, find_pairs, in_threads,
-    load_splits, read_description, read_list, unknown_files)
+    SegDataset, check_masks, check_size, check_sizes, class_counts, count_ids, find_pairs,
+    in_threads, load_splits, read_description, read_list, unknown_files)
 from .files import not_used
 from .fingerprint import fingerprint, prints_of_run
 from .io import Labels, read_valid
@@ -88,11 +88,10 @@ class Source:
         self.left_out = {}  # {name: why}
         if skip_bad:
             self.leave_out_bad(need_masks)
+        used = {n: self.pairs[n] for names in self.splits.values() for n in names}
         if need_masks:
-            for split in self.splits:
-                check_masks(self.files(split), self.description)
+            check_masks(used, self.description)
         if "train" in need:
-            used = {n: self.pairs[n] for names in self.splits.values() for n in names}
             self.sizes = check_sizes(used)  # {image file: (H, W)}
         # The split that chooses the weights, and the one that is reported: the same one only where
         # there is no other with labels.
@@ -140,16 +139,14 @@ class Source:
                 return str(e)
             return None
 
-        names = [name for split in self.splits.values() for name in split]
-        pairs = list(dict.fromkeys(self.pairs[name][:2] for name in names))
+        pair_of = {n: self.pairs[n][:2] for names in self.splits.values() for n in names}
+        pairs = list(dict.fromkeys(pair_of.values()))  # tiles share theirs
         faults = dict(zip(pairs, in_threads(fault, pairs, "images")))
-        for name in names:
-            if faults[self.pairs[name][:2]]:
-                self.left_out[name] = faults[self.pairs[name][:2]]
+        self.left_out = {n: faults[pair] for n, pair in pair_of.items() if faults[pair]}
         for split, names in self.splits.items():
             self.splits[split] = [name for name in names if name not in self.left_out]
             if names and not self.splits[split]:
-                raise BadInput(f"{self.left_out[names[0]]} (so --skip-bad leaves nothing of {split})")
+                raise BadInput(f"{self.left_out[names[0]]} (--skip-bad leaves nothing of {split})")
 
     def headline(self) -> str:
         """Name, classes and numbers of images, and a line for each note, warning and image left out."""
@@ -157,7 +154,7 @@ class Source:
         lines = [f"data    {self.name}, {len(self.names)} classes, images: {sizes}"]
         lines += [f"        {line}" for line in self.notes]
         lines += [f"        WARNING {line}" for line in self.warnings]
-        lines += [f"        left out: {why}" for why in dict.fromkeys(self.left_out.values())]
+        lines += [f"        left out: {escaped(why)}" for why in dict.fromkeys(self.left_out.values())]
         return "\n".join(lines)
 
     def files(self, split: str) -> dict[str, tuple]:

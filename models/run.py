@@ -32,9 +32,12 @@ import torch.distributed as dist
 from torch import nn
 from torch.nn.parallel import DistributedDataParallel
 
-from data.common import BadInput, as_text, nfc, print_anything, read_json
+from data.common import (
+    MAX_PIXELS, PIXELS_VARIABLE, BadInput, as_text, check_words, escaped, nfc, number,
+    print_anything, read_json)
+from data.datasets import are_bands
 from data.files import SYSTEM_FILES
-from data.ranges import parse_range
+from data.ranges import band_numbers, is_range, parse_range
 
 from .checkpoint import load_state
 from .weights import BadWeights
@@ -82,19 +85,34 @@ class Help(argparse.ArgumentDefaultsHelpFormatter, argparse.RawDescriptionHelpFo
         return f"{action.help} (default: %(default)s)"
 
 
+class MaxPixels(argparse.Action):
+    """--max-pixels goes into the environment, which reading processes inherit, and is no flag of a run."""
+
+    def __call__(self, parser, args, value, option_string=None):
+        os.environ[PIXELS_VARIABLE] = str(value)
+
+
 class Parser(argparse.ArgumentParser):
     """argparse whose errors are one line, and which answers flags of earlier versions."""
 
     def __init__(self, description: str):
         super().__init__(description=description, formatter_class=Help, allow_abbrev=False)
+        self.add_argument("--max-pixels", action=MaxPixels, type=between(1, 2**40, int), metavar="N",
+                          default=argparse.SUPPRESS,
+                          help=f"larger images are not read as a whole ({MAX_PIXELS})")
 
     def error(self, message):
-        self.exit(2, f"error: {message}\n")
+        self.exit(2, f"error: {escaped(message)}\n")
 
     def parse_known_args(self, args=None, namespace=None):
-        """As argparse's, behind a look for flags that are gone and values that are empty."""
+        """As argparse's, behind a look for flags that are gone and values that are none."""
         known = self._option_string_actions
-        for word in sys.argv[1:] if args is None else args:
+        words = sys.argv[1:] if args is None else args
+        try:
+            check_words(words, known)
+        except BadInput as e:
+            self.error(str(e))
+        for word in words:
             flag = word.split("=")[0]
             if flag in REMOVED and flag not in known:
                 self.error(f"{flag} is gone: {REMOVED[flag]}; leave it out")
@@ -107,9 +125,9 @@ class Parser(argparse.ArgumentParser):
 
 def between(low: float, high: float, kind: type = float) -> Callable[[str], float]:
     """An argparse type: a number from low to high."""
-    def number(text):
+    def in_range(text):
         try:
-            value = kind(text)
+            value = number(text, kind)
         except ValueError:
             value = math.nan
         if not low <= value <= high:
@@ -117,7 +135,7 @@ def between(low: float, high: float, kind: type = float) -> Callable[[str], floa
             raise argparse.ArgumentTypeError(f"{text}: expected {what} from {low} to {high}")
         return value
 
-    return number
+    return in_range
 
 
 COUNT = between(1, 2**31, int)
@@ -128,10 +146,10 @@ RATE = between(0, 10)
 
 def bands(text: str) -> list[int]:
     """An argparse type: "4,1,2" -> [4, 1, 2]."""
-    words = text.split(",")
-    if len(words) != 3 or not all(w.isdecimal() and w != "0" for w in words):
-        raise argparse.ArgumentTypeError(f"{text}: expected three numbers from 1, such as 4,1,2")
-    return [int(w) for w in words]
+    try:
+        return band_numbers(text)
+    except BadInput as e:
+        raise argparse.ArgumentTypeError(str(e)) from None
 
 
 class InputRange(argparse.Action):
@@ -179,6 +197,11 @@ def parse(parser: Parser, argv: list[str] | None = None, movable: tuple[str, ...
     if not isinstance(stored, dict) or stored.keys() != vars(args).keys():
         raise BadInput(f"{args.resume}/last.pt: of another script, or of an earlier version of this "
                        "one; go on with the code that began it, or start a new run")
+    for action in parser._actions:
+        value = stored.get(action.dest)
+        if action.dest in stored and not could_be_typed(action, value):
+            raise BadInput(f"{args.resume}/last.pt: {action.option_strings[-1]} is "
+                           f"{str(value)[:60]!r} in it; start a new run")
     parser.set_defaults(**stored | {"resume": args.resume, "out": args.resume})
     args = parser.parse_args(argv)
     if Path(args.out).resolve() != Path(args.resume).resolve():
@@ -195,6 +218,32 @@ def parse(parser: Parser, argv: list[str] | None = None, movable: tuple[str, ...
         raise BadInput(f"{args.resume}: was trained with {name} = {was}, not {now}{more}; leave the "
                        "flag out, or start a new run")
     return args
+
+
+def could_be_typed(action: argparse.Action, value) -> bool:
+    """Is this a value that the flag can have, by its default, choices or type?"""
+    if value is None or type(value) is type(action.default) and value == action.default:
+        return True
+    if action.nargs == 0:
+        return type(value) is bool
+    if isinstance(action, InputRange) or action.type is bands:
+        return is_range(value) if isinstance(action, InputRange) else are_bands(value)
+    if isinstance(value, (list, tuple)) != (action.nargs is not None):
+        return False
+    values = [value] if action.nargs is None else value
+    if isinstance(action.nargs, int) and len(values) != action.nargs:
+        return False
+    for one in values:
+        if action.choices and one not in action.choices:
+            return False
+        if action.type is None and not isinstance(one, str):
+            return False
+        try:
+            if action.type and action.type(str(one)) != one:
+                return False
+        except argparse.ArgumentTypeError:
+            return False
+    return True
 
 
 def check_saved(out: Path) -> None:
@@ -224,12 +273,11 @@ def one_line_errors(lower: str = "--batch-size"):
         if line is None and isinstance(e, (MemoryError, RuntimeError)):
             raise  # a fault of the code
         if line is None:
-            lines = (str(e) or repr(e)).splitlines()
-            # An error in a DataLoader worker arrives behind its traceback: show the last line.
-            if any("Traceback" in line for line in lines):
-                lines = [lines[-1].split("BadInput: ")[-1]]
-            line = " ".join(lines)
-        print(f"error: {line}", file=sys.stderr)
+            line = str(e) or repr(e)
+            # An error in a DataLoader worker arrives behind its traceback, and may have several lines.
+            if line.startswith("Caught "):
+                line = line.rpartition("BadInput: " if "BadInput: " in line else "\n")[2]
+        print(f"error: {escaped(line.rstrip())}", file=sys.stderr)
         sys.exit(2)
     except KeyboardInterrupt:
         sys.exit(130)

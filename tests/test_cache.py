@@ -14,7 +14,7 @@ from PIL import Image
 from data import cache as module
 from data.cache import HEADER, Cache, Rows
 from data.common import BadInput
-from data.io import Labels, read_image
+from data.io import Labels, read_image, read_valid
 
 SIZE = HEADER + 60 * 40 * 4  # bytes of an entry
 
@@ -107,6 +107,26 @@ def test_a_changed_file_is_decoded_again(pair, tmp_path, which):
         os.utime(pair[which], ns=(stat.st_atime_ns, stat.st_mtime_ns + later))
         assert same(cache(pair, decode), pair)
     assert decode.calls == 3 and all(np.array_equal(a, b) for a, b in zip(before, kept))
+
+
+def test_a_mask_or_a_nodata_value_laid_beside_an_image_counts_at_once(pair, tmp_path):
+    """A GIS writes them without touching the image; what was decoded before does not know them."""
+    cache, image = Cache(tmp_path / "cache"), pair[0]
+    Image.fromarray(np.uint8([[7, 7], [7, 9]])).save(image)
+
+    def valid(path):
+        _, valid = read_valid(path)
+        return (np.zeros((1, 1)) if valid is None else valid,)
+
+    assert cache((image,), valid)[0].shape == (1, 1)
+    for value, want in ((7, [[0, 0], [0, 1]]), (9, [[1, 1], [1, 0]])):
+        beside = image.with_name(f"{image.name}.aux.xml")
+        beside.write_text(f'<PAMDataset><PAMRasterBand band="1"><NoDataValue>{value}</NoDataValue></PAMRasterBand>'
+                          "</PAMDataset>")
+        os.utime(beside, ns=(value, value))
+        assert cache((image,), valid)[0].tolist() == want
+    Image.fromarray(np.uint8([[0, 0], [255, 255]])).save(f"{image}.msk", "TIFF")
+    assert cache((image,), valid)[0].tolist() == [[0, 0], [1, 1]]
 
 
 def test_bad_input_is_said_each_time_and_not_kept(pair, tmp_path):
