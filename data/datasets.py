@@ -317,8 +317,11 @@ def part_of(a: np.ndarray, box: tuple[int, int, int, int] | None = None) -> np.n
 
 def split_names(root: str | Path, description: dict,
                 pairs: dict[str, tuple]) -> dict[str, list[str]]:
-    """{split: names} from patterns over the names (* crosses /), or .txt files, one name a line."""
-    names = list(pairs)
+    """{split: names} from patterns over the names (* crosses /), or .txt files, one name a line.
+
+    What fits no name as a pattern may be an image in any way that Names knows, as in a file.
+    """
+    names, known = list(pairs), Names(pairs)
     splits = {}
     for split, rules in description["splits"].items():
         optional = split in description.get("unlabelled", ())
@@ -335,6 +338,7 @@ def split_names(root: str | Path, description: dict,
                 continue
             with in_time(MATCH_TIME, f"split {split!r} in dataset.json: {rule!r} has too many stars"):
                 found = [n for n in names if n == rule or fnmatch(n, nfc(rule))]
+            found = found or [n for n in [known.find(rule)] if n is not None]
             if not found and not optional:
                 raise BadInput(f"split {split!r} in dataset.json: nothing matches {rule!r}; "
                                f"names look like {names[0]!r}{about_brackets(rule)}")
