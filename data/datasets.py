@@ -114,7 +114,7 @@ def check_spelling(d: dict, path: Path) -> None:
     """A key that is nearly one of those known would be passed over in silence; all others are the user's."""
     for found, known in [(d, KEYS), *((c, CLASS_KEYS) for c in listed(d.get("classes")))]:
         for key in found if isinstance(found, dict) else ():
-            meant = [] if key in known else get_close_matches(key, known, 1, 0.85)
+            meant = [] if key in known else get_close_matches(key.lower(), known, 1, 0.85)
             if meant:
                 raise BadInput(f"{path}: the key {key!r} is unknown; is {meant[0]!r} meant? Correct "
                                "it, or give a key of your own another name")
@@ -141,7 +141,8 @@ def check_optional_keys(d: dict, names: list[str], path: Path) -> None:
     rules = {
         "name": (is_folder_name, "the name of a folder"),
         "instances": (lambda v: v and isinstance(v, (str, list)), "a pattern as of masks"),
-        "unlabelled": (lambda v: set(v) <= set(d["splits"]), "a list of splits"),
+        "unlabelled": (lambda v: isinstance(v, list) and set(v) <= set(d["splits"]),
+                       "a list of splits"),
         "tiles": (lambda v: type(v) is int and v > 0, "a whole number of pixels"),
         "variant": (lambda v: isinstance(v, str), "text"),
         "warning": (lambda v: isinstance(v, str), "text"),

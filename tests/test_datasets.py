@@ -170,7 +170,7 @@ GOOD = {"images": "images/*.png", "masks": "masks/*.png", "classes": BY_ID, "spl
     ("scene", [r"(.*)_\d+$", "a"], ["(", "*a", "a{99999999999}", 3, ["a"], None]),
     ("instances", ["i/*.png", ["i/*.png"]], [5, "", None, {}]),
     ("select", [0.2], [0.0, 1.0, 1, "0.2", None]), ("tiles", [512], [0, 2.5, "512"]),
-    ("unlabelled", [["test"], []], [["val"], "test", 3]), ("name", ["a b", "..a"], ["", "a/b", "..", "a\0", 3]),
+    ("unlabelled", [["test"], []], [["val"], "test", "", {}, 3]), ("name", ["a b", "..a"], ["", "a/b", "..", "a\0", 3]),
     ("report", [{"without a": ["a"]}], [{"without d": ["d"]}, ["a"], {"x": "a"}, {"x": [["a"]]}])])
 def test_every_key_of_the_description_is_checked(tmp_path, key, good, bad):
     for value in good:
