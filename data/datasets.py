@@ -131,6 +131,11 @@ def check_needed_keys(d: dict, path: Path) -> None:
     for key, kind in kinds.items():
         if not d.get(key) or not isinstance(d[key], kind):
             raise BadInput(f'{path}: "{key}" is missing, empty or malformed; {EXAMPLE}')
+    for key in ("images", "masks"):
+        odd = [part for part in listed(d[key]) if not isinstance(part, str) or not part]
+        if odd:
+            raise BadInput(f'{path}: "{key}" lists {odd[0]!r:.60}; expected patterns such as '
+                           f"'{key}/*.png'")
     for c in d["classes"]:
         if not isinstance(c, dict) or not isinstance(c.get("name"), str):
             raise BadInput(f'{path}: an entry of "classes" has no "name"; {EXAMPLE}')

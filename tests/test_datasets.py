@@ -184,7 +184,7 @@ def test_every_key_of_the_description_is_checked(tmp_path, key, good, bad):
 
 @pytest.mark.parametrize("key, value", [
     ("report", '{"a": ' * 900 + "1" + "}" * 900), ("bands", '"' + "1" * 10**6 + '"'), ("name", '"a", "name": "b"'),
-    ("select", "NaN"), ("input_range", "[0, 1e999]"), ("tiles", "9" * 400), ("warning", "3"), ("images", "null"), ("classes", "[null]"), ("classes", '[{"name": "a"}]'), ("splits", "[[[]]]")])
+    ("select", "NaN"), ("input_range", "[0, 1e999]"), ("tiles", "9" * 400), ("warning", "3"), ("images", "null"), ("images", "[3]"), ("masks", '["a/*", null]'), ("masks", '[""]'), ("classes", "[null]"), ("classes", '[{"name": "a"}]'), ("splits", "[[[]]]")])
 def test_what_no_description_can_hold_is_one_short_line(tmp_path, key, value):
     rest = json.dumps({k: v for k, v in GOOD.items() if k != key})[1:]
     (tmp_path / "dataset.json").write_text(f'{{"{key}": {value}, {rest}')
