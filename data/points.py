@@ -172,6 +172,7 @@ def pixel_of(x, y, size: tuple[int, int], name: str, where: str) -> tuple[int, i
 
 
 def as_number(value, where: str) -> float:
+    """A coordinate as it stands in a CSV (text) or in JSON; `where` it stands begins the BadInput."""
     try:
         if isinstance(value, str):
             return number(value)

@@ -181,7 +181,7 @@ def check_splits(root: Path, splits: dict, pairs: dict[str, tuple],
     if nowhere:
         complaints.note("nowhere", f"{len(nowhere)} images are in no split, first {nowhere[0]}")
     if "train" not in splits:
-        complaints.error("train", f"no train split, only {', '.join(splits)}; "
+        complaints.error("train", f'no train split in dataset.json, only {", ".join(splits)}; '
                                   "the names are train, val and test")
     return homes
 
