@@ -56,6 +56,7 @@ from .ranges import is_range
 NORMS = {
     "imagenet": ((0.485, 0.456, 0.406), (0.229, 0.224, 0.225)),  # DINOv2, LVD-1689M, torchvision
     "sat": ((0.430, 0.411, 0.296), (0.213, 0.156, 0.143))}  # DINOv3 SAT-493M
+SPELLING = 0.85  # share of equal letters from which a key is taken for a misspelt one
 # What dataset.json may hold, see above.
 CLASS_KEYS = ("name", "id", "color")
 KEYS = ("name", "images", "masks", "classes", "ignore", "splits", "bands", "input_range",
@@ -112,10 +113,12 @@ def read_description(root: str | Path) -> dict:
 
 
 def check_spelling(d: dict, path: Path) -> None:
-    """A key that is nearly one of those known would be passed over in silence; all others are the user's."""
-    for found, known in [(d, KEYS), *((c, CLASS_KEYS) for c in listed(d.get("classes")))]:
-        for key in found if isinstance(found, dict) else ():
-            meant = [] if key in known else get_close_matches(key.lower(), known, 1, 0.85)
+    """A key that is nearly a known one would be passed over in silence; all others are the user's."""
+    places = [(d, KEYS)]
+    places += [(c, CLASS_KEYS) for c in listed(d.get("classes")) if isinstance(c, dict)]
+    for found, known in places:
+        for key in found.keys() - set(known):
+            meant = get_close_matches(key.lower(), known, 1, SPELLING)
             if meant:
                 raise BadInput(f"{path}: the key {key!r} is unknown; is {meant[0]!r} meant? Correct "
                                "it, or give a key of your own another name")
@@ -132,6 +135,11 @@ def check_needed_keys(d: dict, path: Path) -> None:
     for key, kind in kinds.items():
         if not d.get(key) or not isinstance(d[key], kind):
             raise BadInput(f'{path}: "{key}" is missing, empty or malformed; {EXAMPLE}')
+    for key in ("images", "masks"):
+        odd = [part for part in listed(d[key]) if not isinstance(part, str) or not part]
+        if odd:
+            raise BadInput(f'{path}: "{key}" lists {odd[0]!r:.60}; expected patterns such as '
+                           f"'{key}/*.png'")
     for c in d["classes"]:
         if not isinstance(c, dict) or not isinstance(c.get("name"), str):
             raise BadInput(f'{path}: an entry of "classes" has no "name"; {EXAMPLE}')
@@ -142,7 +150,8 @@ def check_optional_keys(d: dict, names: list[str], path: Path) -> None:
     rules = {
         "name": (is_file_name, FILE_NAME),  # runs are saved in a folder of it
         "instances": (lambda v: v and isinstance(v, (str, list)), "a pattern as of masks"),
-        "unlabelled": (lambda v: set(v) <= set(d["splits"]), "a list of splits"),
+        "unlabelled": (lambda v: isinstance(v, list) and set(v) <= set(d["splits"]),
+                       "a list of splits"),
         "tiles": (lambda v: type(v) is int and v > 0, "a whole number of pixels"),
         "variant": (lambda v: isinstance(v, str), "text"),
         "warning": (lambda v: isinstance(v, str), "text"),
@@ -330,13 +339,13 @@ def split_names(root: str | Path, description: dict,
         if not isinstance(rules, list) or not all(isinstance(rule, str) for rule in rules):
             raise BadInput(f"split {split!r} in dataset.json is {SHORT.repr(rules)}; expected "
                            f"patterns or a "
-                           ".txt file; for a share, --val-frac")
         chosen = set()
         for rule in rules:
             if rule.endswith(".txt"):
                 chosen.update(read_list(Path(root) / rule, pairs, optional))
                 continue
-            with in_time(MATCH_TIME, f"split {split!r} in dataset.json: {rule!r} has too many stars"):
+            with in_time(MATCH_TIME, f"split {split!r} in dataset.json: {rule!r} takes too long; "
+                                     "write it with fewer stars"):
                 found = [n for n in names if n == rule or fnmatch(n, nfc(rule))]
             found = found or [n for n in [known.find(rule)] if n is not None]
             if not found and not optional:

@@ -86,7 +86,7 @@ class Help(argparse.ArgumentDefaultsHelpFormatter, argparse.RawDescriptionHelpFo
 
 
 class MaxPixels(argparse.Action):
-    """--max-pixels goes into the environment, which reading processes inherit, and is no flag of a run."""
+    """--max-pixels goes into the environment, which reading processes inherit; a run does not keep it."""
 
     def __call__(self, parser, args, value, option_string=None):
         os.environ[PIXELS_VARIABLE] = str(value)
@@ -97,8 +97,8 @@ class Parser(argparse.ArgumentParser):
 
     def __init__(self, description: str):
         super().__init__(description=description, formatter_class=Help, allow_abbrev=False)
-        self.add_argument("--max-pixels", action=MaxPixels, type=between(1, 2**40, int), metavar="N",
-                          default=argparse.SUPPRESS,
+        self.add_argument("--max-pixels", action=MaxPixels, type=between(1, 2**40, int),
+                          metavar="N", default=argparse.SUPPRESS,
                           help=f"larger images are not read as a whole ({MAX_PIXELS})")
 
     def error(self, message):
