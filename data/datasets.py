@@ -338,7 +338,7 @@ def split_names(root: str | Path, description: dict,
             rules = [rules]
         if not isinstance(rules, list) or not all(isinstance(rule, str) for rule in rules):
             raise BadInput(f"split {split!r} in dataset.json is {SHORT.repr(rules)}; expected "
-                           f"patterns or a "
+                           "patterns or a .txt file; for a share, --val-frac")
         chosen = set()
         for rule in rules:
             if rule.endswith(".txt"):

@@ -455,8 +455,8 @@ class Stop:
 
     def release(self) -> None:
         """Gives the signals back: what follows has nothing to save."""
-        for number, handler in self.before.items():
-            signal.signal(number, handler)
+        for signum, handler in self.before.items():
+            signal.signal(signum, handler)
 
 
 def leave_terminal() -> None:

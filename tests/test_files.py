@@ -67,7 +67,8 @@ def test_files_not_used_are_counted_by_suffix(tmp_path):
 
 @pytest.mark.parametrize("good, names", [
     (True, ["a", "a b", "..a", "...", ".a", "水", "a.b", "x" * 200, "-", "~", "C:"]),
-    (False, ["", ".", "..", "/", "a/b", "../a", "a/", "\\", "a\\b", "a\0", "a\nb", "x" * 201, "水" * 67, 3, None, ["a"]])])
+    (False, ["", ".", "..", "/", "a/b", "../a", "a/", "\\", "a\\b", "a\0", "a\nb",
+             "x" * 201, "水" * 67, 3, None, ["a"]])])
 def test_a_name_is_a_name_and_no_path(tmp_path, good, names):
     assert [is_file_name(name) for name in names] == [good] * len(names)
     for name in names if good else ():  # and the system can make it, inside

@@ -83,7 +83,8 @@ def test_windows_agree_on_whether_alpha_is_a_mask(tmp_path):
     a[:200, :, 0] = 200  # brighter over water
     for name, alpha in (("a", "YES"), ("b", "NO")):
         geotiff(tmp_path / f"{name}.tif", a, photometric="RGB", alpha=alpha)
-    with_alpha, without = (percentile_range("p10-90", [(tmp_path / f"{name}.tif", None)], [1, 2, 3])[0] for name in "ab")
+    files = [[(tmp_path / f"{name}.tif", None)] for name in "ab"]
+    with_alpha, without = (percentile_range("p10-90", one, [1, 2, 3])[0] for one in files)
     assert with_alpha == without
 
 
