@@ -282,7 +282,8 @@ class Labels:
                                'class, or "name" and "color" in every class')
             name = c["name"]
             if not isinstance(name, str) or not name.strip() or escaped(name) != name:
-                raise BadInput(f"label table with the class name {name!r}; expected text in one line")
+                raise BadInput(f"label table with the class name {name!r}; expected text in one "
+                               "line")
         self.classes = [dict(c) for c in classes]
         self.ignore = list(ignore) if isinstance(ignore, (list, tuple)) else [ignore]
         self.names = [c["name"] for c in self.classes]

@@ -549,7 +549,8 @@ def test_likely_void_stays_a_class_and_is_named(tmp_path, rng, capsys):
 
 
 @pytest.mark.parametrize("pixels, named", [
-    ({1: 9, 2: 9, 65535: 2}, [65535]), ({1: 9, 0: 9, -9999: 2, -1: 1}, [0, -9999, -1]), ({7: 5, 2**32 - 1: 3}, [2**32 - 1]),
+    ({1: 9, 2: 9, 65535: 2}, [65535]), ({1: 9, 0: 9, -9999: 2, -1: 1}, [0, -9999, -1]),
+    ({7: 5, 2**32 - 1: 3}, [2**32 - 1]),
     ({1: 9, 254: 9}, []), ({0: 60, 255: 40, 30: 5, 90: 5, 200: 5}, [0, 255, "soft edges"])])
 def test_what_may_be_no_class_is_named(pixels, named, capsys):
     complaints = Complaints()
@@ -558,7 +559,8 @@ def test_what_may_be_no_class_is_named(pixels, named, capsys):
     assert [c["id"] for c in drafted["classes"]] == sorted(pixels) and drafted["ignore"] == []
     complaints.show(1, "", "")
     out = capsys.readouterr().out
-    assert [v for v in pixels if f"value {v} is a class in the draft; if it" in out] == [v for v in named if v in pixels]
+    said = [v for v in pixels if f"value {v} is a class in the draft; if it" in out]
+    assert said == [v for v in named if v in pixels]
     assert ("soft edges" in out) == ("soft edges" in named)
 
 
@@ -592,7 +594,8 @@ def test_a_wrong_classes_json_is_compared_not_believed(tmp_path, rng, capsys):
 def test_one_letter_may_be_spelt_in_two_ways(tmp_path, rng, capsys):
     """macOS writes a letter with a mark as two code points; for a reader the names are equal."""
     for i in range(4):
-        put(rng, tmp_path / f"Fl\u00e4che/images/B\u00e4ume {i}.png", tmp_path / f"Fla\u0308che/masks/Ba\u0308ume {i}.png")
+        put(rng, tmp_path / f"Fl\u00e4che/images/B\u00e4ume {i}.png",
+            tmp_path / f"Fla\u0308che/masks/Ba\u0308ume {i}.png")
     code, out = run(capsys, tmp_path)
     assert code == 0 and "4 masks read" in out and "in no pair" not in out
     assert run(capsys, tmp_path)[0] == 0

@@ -83,7 +83,8 @@ def test_windows_agree_on_whether_alpha_is_a_mask(tmp_path):
     a[:200, :, 0] = 200  # brighter over water
     for name, alpha in (("a", "YES"), ("b", "NO")):
         geotiff(tmp_path / f"{name}.tif", a, photometric="RGB", alpha=alpha)
-    with_alpha, without = (percentile_range("p10-90", [(tmp_path / f"{name}.tif", None)], [1, 2, 3])[0] for name in "ab")
+    files = [[(tmp_path / f"{name}.tif", None)] for name in "ab"]
+    with_alpha, without = (percentile_range("p10-90", one, [1, 2, 3])[0] for one in files)
     assert with_alpha == without
 
 
@@ -93,7 +94,7 @@ def test_alpha_of_floats_is_a_mask_of_0_and_1(tmp_path, veil, hidden):
     a[:5, :, 3], a[5:, :, 3] = veil
     geotiff(tmp_path / "a.tif", a, photometric="RGB", alpha="YES")
     valid = read_valid(tmp_path / "a.tif", [1, 2, 3], [0, 1])[1]
-    assert (valid is not None and not valid.all() and (~valid).sum() or 0) == hidden
+    assert (0 if valid is None else np.sum(~valid)) == hidden
 
 
 def test_windows_lie_in_the_box_and_do_not_repeat():
