@@ -1,8 +1,9 @@
-"""Read TIFFs and GeoTIFFs with GDAL's values: any window of any bands, without decoding the rest.
+"""Read TIFFs and GeoTIFFs with GDAL's values, any window of any bands; write cloud-optimised GeoTIFFs.
 
     tiff = Tiff("scene.tif")  # reads the header: tiff.shape (10980, 10980, 4), tiff.dtype uint16
     pixels = tiff.read(window=(0, 512, 256, 256), bands=[4, 1, 2])  # (256, 256, 3) uint16
     pixels, valid = tiff.read_valid((0, 512, 256, 256), [4, 1, 2])  # (256, 256) bool, or None
+    write_tiff("ids.tif", ids, palette=colors, nodata=255, georef=tiff.georef)  # (H, W) uint8
 
 A window is (top, left, height, width) in pixels; bands count from 1. A file is opened for each call
 and closed after it, so threads and worker processes share nothing.
@@ -10,10 +11,12 @@ and closed after it, so threads and worker processes share nothing.
 Read are whole numbers of 1 to 32 and 64 bits, and floats of 16, 32 and 64; strips and tiles, bands
 together or one after the other, sparse files, both byte orders, BigTIFF; deflate, LZW, ZSTD, LZMA,
 PackBits, JPEG, WebP, and all predictors. Pillow's libtiff unpacks; NumPy does the rest. What is not
-read is refused by name, with a command that converts it.
+read is refused by name, with a command that converts it. Images that do not fit into memory are
+written row by row with TiffWriter, which goes on where a killed one stopped.
 """
 import contextlib
 import io
+import json
 import os
 import shlex
 import struct
@@ -21,14 +24,15 @@ import zlib
 from collections.abc import Iterator
 from enum import IntEnum
 from pathlib import Path
-from typing import NamedTuple
+from typing import BinaryIO, NamedTuple
+from xml.sax.saxutils import escape, quoteattr
 
 import numpy as np
 from PIL import Image, features
 from PIL.TiffImagePlugin import COMPRESSION_INFO, TiffImageFile
 from PIL.WebPImagePlugin import WebPImageFile
 
-from .common import BadInput
+from .common import BadInput, replace
 
 # A damaged header may ask for any size. What is larger than this is refused. Pillow's own limit is
 # lower than what large strips hold.
@@ -73,6 +77,7 @@ class Tag(IntEnum):
     GeoKeyDirectory = 34735
     GeoDoubleParams = 34736
     GeoAsciiParams = 34737
+    GDALMetadata = 42112
     GDALNoData = 42113
 
 
@@ -107,9 +112,17 @@ KINDS = {1: "uint", 2: "int", 3: "float", 4: "uint", 5: "complex int", 6: "compl
 WHOLE = (8, 16, 32, 64)  # bits of NumPy's types
 BITS = {"uint": (*range(1, 33), 64), "int": WHOLE, "float": (16, 32, 64)}
 
-RASTER_TYPE, GEOGRAPHIC, PROJECTED = 1025, 2048, 3072  # GeoKeys
+MODEL_TYPE, RASTER_TYPE, GEOGRAPHIC, PROJECTED, UNIT = 1024, 1025, 2048, 3072, 3076  # GeoKeys
 CENTRES = 2  # RASTER_TYPE: coordinates are those of the centres of pixels
 USER_DEFINED = 32767  # a coordinate system without an EPSG code
+MODEL_TAGS = Tag.ModelPixelScale, Tag.ModelTiepoint, Tag.ModelTransformation
+KEY_TAGS = Tag.GeoKeyDirectory, Tag.GeoDoubleParams, Tag.GeoAsciiParams
+
+TILE = 512  # pixels a side of what is written
+FILL = 0  # behind the edge of the image, where nobody looks
+CLASSIC_LIMIT = 2**32  # bytes; a larger file is a BigTIFF
+PART_HEAD = b"nanors part of a TIFF "
+TILE_HEAD = struct.Struct("<QI")  # number and bytes of a tile in a .part
 
 TURNED = bytes(int(f"{byte:08b}"[::-1], 2) for byte in range(256))  # each byte's bits in reverse
 
@@ -507,21 +520,26 @@ def libtiff(data: bytes, compression: int, shape: tuple[int, int, int],
     return TiffImageFile(io.BytesIO(file + directory_bytes(fields, end))).tobytes()
 
 
-def directory_bytes(fields: dict[Tag, np.ndarray], offset: int) -> bytes:
-    """The last directory of a little-endian TIFF, which will lie at `offset`."""
+def directory_bytes(fields: dict[Tag, np.ndarray], offset: int, big: bool = False,
+                    last: bool = True) -> bytes:
+    """A directory of a little-endian TIFF, which will lie at `offset`; the next lies behind it."""
     numbers = {TYPES[number]: number for number in sorted(TYPES, reverse=True)}
-    entries = [struct.pack("<H", len(fields))]
-    values = b""  # those that do not fit into the 4 bytes of an entry
-    end = offset + 2 + 12 * len(fields) + 4
+    number, word = ("<Q", "Q") if big else ("<H", "I")
+    room = struct.calcsize(word)  # bytes of an entry for values; those that need more lie behind
+    head = struct.Struct(f"<HH{word}{room}s")
+    start = offset + struct.calcsize(number) + head.size * len(fields) + room
+    entries = [struct.pack(number, len(fields))]
+    values = bytearray()
     for tag in sorted(fields):
         array = fields[tag].astype(fields[tag].dtype.newbyteorder("<"))
-        word = array.tobytes()
-        if len(word) > 4:
-            place = struct.pack("<I", end + len(values))
-            values += word + b"\0" * (len(word) % 2)
-            word = place
-        entries.append(struct.pack("<HHI4s", tag, numbers[array.dtype.str[1:]], array.size, word))
-    return b"".join(entries) + bytes(4) + values
+        data = array.tobytes()
+        if len(data) > room:
+            place = struct.pack(f"<{word}", start + len(values))
+            values += data + b"\0" * (len(data) % 2)
+            data = place
+        entries.append(head.pack(tag, numbers[array.dtype.str[1:]], array.size, data))
+    following = 0 if last else start + len(values)
+    return b"".join(entries) + struct.pack(f"<{word}", following) + values
 
 
 def has_codec(compression: int) -> bool:
@@ -740,29 +758,56 @@ class Georef(NamedTuple):
 
     transform: a..f of x = a * column + b * row + c, y = d * column + e * row + f, as in rasterio;
     of the corners of pixels, also where the file gives centres. epsg: code of the coordinate system
-    or None. keys: {tag: values} of the GeoKeys as the file holds them.
+    or None. keys: {tag: values} of the GeoKeys and of the tags that place them, as the file holds
+    them.
     """
     transform: tuple[float, ...] | None
     epsg: int | None
     keys: dict[Tag, tuple | str]
 
+    def codes(self) -> dict[int, int]:
+        """{GeoKey: its number}, of those that are numbers."""
+        # Four numbers as a head, then four for each key: key, tag of its value or 0, count, value.
+        numbers = self.keys.get(Tag.GeoKeyDirectory, ())
+        found = {}
+        for i in range(4, len(numbers) - 3, 4):
+            key, tag, _, value = numbers[i:i + 4]
+            if tag == 0:
+                found[key] = value
+        return found
+
+    def tags(self) -> dict[Tag, np.ndarray]:
+        """What a GeoTIFF of the same place holds: the file's own tags, or made of the transform."""
+        own = {}
+        for tag, values in self.keys.items():
+            if tag == Tag.GeoAsciiParams:
+                own[tag] = ascii_field(values)
+            else:
+                own[tag] = np.array(values, np.uint16 if tag == Tag.GeoKeyDirectory else float)
+        if self.transform and not any(tag in own for tag in MODEL_TAGS):
+            a, b, c, d, e, f = self.transform
+            if self.codes().get(RASTER_TYPE) == CENTRES:
+                c += (a + b) / 2
+                f += (d + e) / 2
+            if b == d == 0 and a > 0 > e:
+                own[Tag.ModelPixelScale] = np.array([a, -e, 0])
+                own[Tag.ModelTiepoint] = np.array([0, 0, 0, c, f, 0])
+            else:
+                matrix = [a, b, 0, c, d, e, 0, f, 0, 0, 0, 0, 0, 0, 0, 1]
+                own[Tag.ModelTransformation] = np.array(matrix, float)
+        return own
+
 
 def read_georef(directory: Directory) -> Georef:
     """What the tags say; the transform is None where they do not."""
     keys = {}
-    for tag in (Tag.GeoKeyDirectory, Tag.GeoDoubleParams):
+    for tag in (*MODEL_TAGS, *KEY_TAGS[:2]):
         if tag in directory:
             keys[tag] = tuple(directory.values(tag, "uf").tolist())
     if Tag.GeoAsciiParams in directory:
         keys[Tag.GeoAsciiParams] = directory.text(Tag.GeoAsciiParams)
-
-    # Four numbers as a head, then four for each key: key, tag of its value or 0, count, value.
-    numbers = keys.get(Tag.GeoKeyDirectory, ())
-    codes = {}
-    for i in range(4, len(numbers) - 3, 4):
-        key, tag, _, value = numbers[i:i + 4]
-        if tag == 0:
-            codes[key] = value
+    place = Georef(None, None, keys)
+    codes = place.codes()
     epsg = codes.get(PROJECTED) or codes.get(GEOGRAPHIC)
     if epsg == USER_DEFINED:
         epsg = None
@@ -780,7 +825,7 @@ def read_georef(directory: Directory) -> Georef:
         transform = matrix[0], matrix[1], matrix[3], matrix[4], matrix[5], matrix[7]
     if transform and codes.get(RASTER_TYPE) == CENTRES:
         transform = from_centre(*transform)
-    return Georef(transform, epsg, keys)
+    return place._replace(transform=transform, epsg=epsg)
 
 
 def from_centre(a: float, b: float, c: float, d: float, e: float, f: float) -> tuple[float, ...]:
@@ -811,3 +856,272 @@ def parse_world_file(path: Path) -> tuple[float, ...]:
         raise BadInput(f"{path}: a world file with {' '.join(words)[:60]!r}, expected six numbers, "
                        "one a line; repair it or take it away") from None
     return from_centre(a, b, c, d, e, f)
+
+
+# ---- writing
+
+class Level(NamedTuple):
+    """One resolution of a file that is written, and where its tiles stand among all."""
+    height: int
+    width: int
+    first: int
+    grid: tuple[int, int]  # rows and columns of tiles
+
+
+class TiffWriter:
+    """A cloud-optimised GeoTIFF of any size, written from top to bottom in little memory.
+
+        out = TiffWriter("ids.tif", (H, W, 1), palette=colors, nodata=255)
+        out.start(0, W)                     the columns that the next rows of pixels are of
+        out.append(pixels)                  (h, w, bands), as many rows as there are
+        out.finish()                        now ids.tif is there, with overviews
+
+    Tiles are kept in ids.tif.part. `resume`: a text; where it equals that of a .part which is there,
+    its tiles count, and done() says how many rows they are. The last one takes the .part away.
+    """
+
+    def __init__(self, path: str | Path, shape: tuple[int, int, int],
+                 palette: np.ndarray | None = None, nodata: int | None = None,
+                 info: dict[str, str] | None = None, bands: list[str] = (),
+                 georef: Georef | None = None, dtype: type = np.uint8, resume: str = ""):
+        self.path = Path(path)
+        self.height, self.width, self.bands = shape
+        self.dtype = np.dtype(dtype)
+        self.levels = levels_of(self.height, self.width, self.bands)
+        self.fields = page_fields(self.bands, self.dtype, palette, nodata)
+        self.first_fields = georef.tags() if georef else {}
+        if info or bands:
+            self.first_fields[Tag.GDALMetadata] = ascii_field(metadata_xml(info or {}, bands))
+        self.part = Path(f"{path}.part")
+        self.tiles = {}  # {number: (where in the .part, bytes)}
+        self.waiting = []  # rows of pixels that do not fill a tile yet
+        self.open_part(json.dumps([resume, *map(int, shape), self.dtype.str]))
+
+    # The .part: a line that says whose tiles they are; then number, size and bytes of each.
+
+    def open_part(self, key: str) -> None:
+        """The tiles of a .part with the same key; without one a new .part."""
+        head = PART_HEAD + key.encode() + b"\n"
+        self.part.parent.mkdir(parents=True, exist_ok=True)
+        self.file = open(self.part, "a+b")
+        self.file.seek(0)
+        found = self.file.readline()
+        if found and not PART_HEAD.startswith(found[:len(PART_HEAD)]):
+            self.file.close()
+            raise BadInput(f"{self.part}: would be overwritten, and no part of a TIFF that is being "
+                           "written here; move it away")
+        end = 0
+        if found == head:
+            end = self.find_tiles()
+        self.file.truncate(end)
+        if not end:
+            self.file.write(head)
+
+    def find_tiles(self) -> int:
+        """Takes note of the tiles in the .part; where the last whole one ends."""
+        size = os.fstat(self.file.fileno()).st_size
+        end = self.file.tell()
+        while end + TILE_HEAD.size <= size:
+            self.file.seek(end)
+            number, count = TILE_HEAD.unpack(self.file.read(TILE_HEAD.size))
+            start = end + TILE_HEAD.size
+            if start + count > size:
+                break
+            self.tiles[number] = start, count
+            end = start + count
+        return end
+
+    def done(self, left: int, width: int) -> int:
+        """How many rows of these columns the .part holds, counted from the top."""
+        columns = range(left // TILE, -(-(left + width) // TILE))
+        rows, across = self.levels[0].grid
+        planes = range(self.bands)
+        for row in range(rows):
+            for plane in planes:
+                for column in columns:
+                    if (plane * rows + row) * across + column not in self.tiles:
+                        return row * TILE
+        return self.height
+
+    def start(self, left: int, width: int, top: int = 0) -> None:
+        """append() goes on with these columns at row `top`; left and top are multiples of 512."""
+        self.left, self.columns, self.top = left, width, top
+        self.waiting = []
+
+    def append(self, pixels: np.ndarray) -> None:
+        """The next rows (h, w, bands), or (h, w) of one band."""
+        self.waiting.append(pixels.reshape(*pixels.shape[:2], self.bands))
+        rows = sum(map(len, self.waiting))
+        if rows < TILE and self.top + rows < self.height:
+            return
+        pixels = np.concatenate(self.waiting)
+        while len(pixels) >= TILE or len(pixels) and self.top + len(pixels) == self.height:
+            self.add_row(pixels[:TILE])
+            pixels = pixels[TILE:]
+        self.waiting = [pixels.copy()]
+
+    def add_row(self, pixels: np.ndarray) -> None:
+        """A row of tiles (up to 512, w, bands)."""
+        rows, across = self.levels[0].grid
+        for plane in range(self.bands):
+            for x in range(0, self.columns, TILE):
+                column = (self.left + x) // TILE
+                number = (plane * rows + self.top // TILE) * across + column
+                self.add(number, pixels[:, x:x + TILE, plane])
+        self.top += len(pixels)
+        self.flush()
+
+    def add(self, number: int, pixels: np.ndarray) -> None:
+        """One tile of one band; behind the edge of the image it is filled."""
+        tile = np.full((TILE, TILE), FILL, self.dtype.newbyteorder("<"))
+        tile[:pixels.shape[0], :pixels.shape[1]] = pixels
+        data = zlib.compress(tile)
+        self.file.write(TILE_HEAD.pack(number, len(data)))
+        self.tiles[number] = self.file.tell(), len(data)
+        self.file.write(data)
+
+    def flush(self) -> None:
+        """So that a killed process leaves the tiles behind."""
+        self.file.flush()
+
+    def packed(self, number: int) -> bytes:
+        """A tile as it will lie in the file."""
+        start, count = self.tiles[number]
+        self.file.seek(start)
+        return self.file.read(count)
+
+    def tile(self, number: int) -> np.ndarray:
+        """(512, 512) pixels of a tile."""
+        data = zlib.decompress(self.packed(number))
+        return np.frombuffer(data, self.dtype.newbyteorder("<")).reshape(TILE, TILE)
+
+    def finish(self) -> None:
+        """Adds the overviews and makes the file of all tiles, by rename."""
+        self.flush()
+        for below, level in zip(self.levels, self.levels[1:]):
+            self.add_overview(below, level)
+        self.flush()
+        replace(self.path, self.save)
+        self.file.close()
+        self.part.unlink()
+
+    def add_overview(self, below: Level, level: Level) -> None:
+        """Every second pixel of every second row: a mean of classes would be another class."""
+        half = TILE // 2
+        rows, columns = level.grid
+        for number in range(self.bands * rows * columns):
+            row, column = divmod(number % (rows * columns), columns)
+            plane = number // (rows * columns)
+            pixels = np.full((TILE, TILE), FILL, self.dtype)
+            for y in range(2 * row, min(2 * row + 2, below.grid[0])):
+                for x in range(2 * column, min(2 * column + 2, below.grid[1])):
+                    source = (plane * below.grid[0] + y) * below.grid[1] + x
+                    top = (y - 2 * row) * half
+                    left = (x - 2 * column) * half
+                    quarter = self.tile(below.first + source)[::2, ::2]
+                    pixels[top:top + half, left:left + half] = quarter
+            self.file.seek(0, os.SEEK_END)
+            self.add(level.first + number, pixels)
+            self.flush()
+
+    def save(self, name: str) -> None:
+        """The whole file: directories first, then the tiles of the smallest overview, ..."""
+        order = []
+        for level in reversed(self.levels):
+            order += range(level.first, level.first + self.bands * level.grid[0] * level.grid[1])
+        sizes = [self.tiles[number][1] for number in order]
+        # Directories do not depend on their values in size: once without the tiles' places.
+        room = len(self.header(dict.fromkeys(order, 0), True))
+        big = room + sum(sizes) >= CLASSIC_LIMIT
+        start = len(self.header(dict.fromkeys(order, 0), big))
+        places = dict(zip(order, (start + np.cumsum([0, *sizes[:-1]])).tolist()))
+        with open(name, "wb") as file:
+            file.write(self.header(places, big))
+            for number in order:
+                file.write(self.packed(number))
+
+    def header(self, places: dict[int, int], big: bool) -> bytes:
+        """All that lies before the tiles, which lie at these places."""
+        data = struct.pack("<2sHI", b"II", 42, 8)
+        if big:
+            data = struct.pack("<2sHHHQ", b"II", 43, 8, 0, 16)
+        for i, level in enumerate(self.levels):
+            numbers = range(level.first, level.first + self.bands * level.grid[0] * level.grid[1])
+            fields = self.fields | (self.first_fields if i == 0 else {})
+            fields = fields | {
+                Tag.NewSubfileType: np.uint32([OVERVIEW if i else 0]),
+                Tag.ImageWidth: np.uint32([level.width]),
+                Tag.ImageLength: np.uint32([level.height]),
+                Tag.TileOffsets: np.array([places[n] for n in numbers], "u8" if big else "u4"),
+                Tag.TileByteCounts: np.uint32([self.tiles[n][1] for n in numbers])}
+            data += directory_bytes(fields, len(data), big, level is self.levels[-1])
+        return data
+
+
+def write_tiff(path: str | Path, pixels: np.ndarray, palette: np.ndarray | None = None,
+               nodata: int | None = None, info: dict[str, str] | None = None,
+               bands: list[str] = (), georef: Georef | None = None) -> None:
+    """(H, W) or (H, W, bands) uint8 or uint16 -> a cloud-optimised GeoTIFF, whole or not at all.
+
+    palette: (n, 3) uint8 colours of the values of one band. info: {name: text} in GDAL's metadata.
+    bands: their names. georef: that of the image which these pixels lie on.
+    """
+    height, width, *more = pixels.shape
+    out = TiffWriter(path, (height, width, *(more or [1])), palette, nodata, info, bands, georef,
+                     pixels.dtype)
+    out.start(0, width)
+    out.append(pixels)
+    out.finish()
+
+
+def levels_of(height: int, width: int, bands: int) -> list[Level]:
+    """The image and its overviews, halved until one tile holds them, or a line of pixels is left."""
+    levels = []
+    first = 0
+    while True:
+        grid = -(-height // TILE), -(-width // TILE)
+        levels.append(Level(height, width, first, grid))
+        first += bands * grid[0] * grid[1]
+        if grid == (1, 1) or min(height, width) == 1:
+            return levels
+        height, width = -(-height // 2), -(-width // 2)
+
+
+def page_fields(bands: int, dtype: np.dtype, palette: np.ndarray | None,
+                nodata: int | None) -> dict[Tag, np.ndarray]:
+    """The tags that the image and its overviews have in common."""
+    fields = {
+        Tag.BitsPerSample: np.uint16([8 * dtype.itemsize] * bands),
+        Tag.Compression: np.uint16([DEFLATE]),
+        Tag.PhotometricInterpretation: np.uint16([BLACK_IS_ZERO if palette is None else PALETTE]),
+        Tag.SamplesPerPixel: np.uint16([bands]),
+        Tag.PlanarConfiguration: np.uint16([PLANAR if bands > 1 else 1]),
+        Tag.TileWidth: np.uint16([TILE]),
+        Tag.TileLength: np.uint16([TILE]),
+        Tag.SampleFormat: np.uint16([1] * bands)}
+    if bands > 1:
+        fields[Tag.ExtraSamples] = np.uint16([0] * (bands - 1))  # 0: neither colours nor alpha
+    if palette is not None:
+        colours = np.zeros((256, 3), np.uint16)
+        colours[:len(palette)] = palette
+        fields[Tag.ColorMap] = 257 * colours.T.ravel()
+    if nodata is not None:
+        fields[Tag.GDALNoData] = ascii_field(str(nodata))
+    return fields
+
+
+def metadata_xml(info: dict[str, str], bands: list[str]) -> str:
+    """GDAL's metadata: what concerns the image, and the names of the bands."""
+    # GDAL escapes texts twice, and undoes it twice.
+    items = []
+    for name, text in info.items():
+        items.append(f"<Item name={quoteattr(name)}>{escape(escape(str(text)))}</Item>")
+    for i, name in enumerate(bands):
+        start = f'<Item name="DESCRIPTION" sample="{i}" role="description">'
+        items.append(f"{start}{escape(escape(name))}</Item>")
+    return "<GDALMetadata>" + "".join(items) + "</GDALMetadata>"
+
+
+def ascii_field(text: str) -> np.ndarray:
+    """Text as a value of a tag, which ends with a zero."""
+    return np.frombuffer(text.encode("utf-8", "surrogateescape") + b"\0", "S1")
