@@ -16,7 +16,7 @@ import torch
 from torch import Tensor
 
 from . import metrics
-from .common import BadInput, read_json
+from .common import BadInput, check_file, read_json
 
 # What two results must have in common to be compared, in eval.json's protocol.
 SAME = {
@@ -87,6 +87,7 @@ def read_scored(path: str | Path, split: str | None = None) -> Scored:
     if not file.exists() or "protocol" not in report:
         raise BadInput(f"{folder}: no eval.json with a matrices.npz beside it; type python eval.py "
                        f"{path}{f' --split {split}' if split else ''} first")
+    check_file(file)
     try:
         with np.load(file, allow_pickle=False) as arrays:
             images, scenes = arrays["images"].tolist(), arrays["scenes"].tolist()

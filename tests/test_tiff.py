@@ -1,4 +1,5 @@
 """data/tiff.py; oracles: rasterio (GDAL) for pixels, masks and positions, tifffile for what GDAL cannot write."""
+import io
 import itertools
 import pickle
 import re
@@ -8,7 +9,9 @@ import struct
 import subprocess
 import sys
 import time
+import zlib
 from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -19,6 +22,7 @@ from PIL import Image
 
 from data import tiff as module
 from data.common import BadInput
+from data.io import read_valid
 from data.tiff import Tag, Tiff, mask_file, read_world_file
 
 pytestmark = pytest.mark.filterwarnings("ignore::rasterio.errors.NotGeoreferencedWarning")
@@ -380,6 +384,43 @@ def test_nodata_of_other_programs(tmp_path, text, nodata, holes):
     np.testing.assert_array_equal(Tiff(tmp_path / "a.tif").valid(), a != (7 if holes else 250))
 
 
+BESIDE = '<PAMDataset><Metadata><MDI key="NODATA_VALUES">{}</MDI></Metadata>{}</PAMDataset>'
+OF_BAND = '<PAMRasterBand band="{}"><NoDataValue le_hex_equiv="0">{}</NoDataValue></PAMRasterBand>'
+
+
+@pytest.mark.parametrize("tag, metadata, beside, metadata_beside", [
+    (None, None, {1: 7, 2: 7, 3: 7}, None), (9, None, {1: 7, 2: 7, 3: 7}, None), (None, None, {1: 7}, None),
+    (9, None, {1: 7}, None), (None, None, {1: 7, 2: 8, 3: 9}, None), (None, "7 8 9", None, None),
+    (9, "7 7 7", None, None),
+    (9, "7 7", None, None), (7, None, {}, "9 9 9"), (None, "7 7 7", {}, "9 9 9"), (9, "7.0 7 7", {1: 9}, None)])
+def test_nodata_beside_an_image_and_in_its_metadata(tmp_path, tag, metadata, beside, metadata_beside):
+    """GDAL is the oracle: its mask of TIFFs, and of a PNG where the value lies in the file beside it."""
+    a = numbers("uint8", 3, 6)
+    for i, hole in enumerate(([7, 7, 7], [9, 9, 9], [7, 8, 9], [7, 9, 9], [7, 9, 8])):
+        a[:, i::7, i] = np.array(hole)[:, None]
+    path = gdal(tmp_path / "a.tif", a, nodata=tag)
+    if metadata:
+        with rasterio.open(path, "r+") as file:
+            file.update_tags(NODATA_VALUES=metadata)
+    Image.fromarray(a.transpose(1, 2, 0)).save(tmp_path / "b.png")
+    for image in (path, tmp_path / "b.png"):
+        if beside is not None:
+            of_bands = "".join(OF_BAND.format(*item) for item in beside.items())
+            Path(f"{image}.aux.xml").write_text(BESIDE.format(metadata_beside or "", of_bands))
+        with rasterio.open(image) as file:
+            want = file.dataset_mask() > 0
+        valid = read_valid(image)[1]
+        np.testing.assert_array_equal(np.ones((H, W), bool) if valid is None else valid, want)
+    if (by_gdal_valid(path) == 0).any():
+        assert_valid(path, by_gdal_valid(path))
+
+
+def test_metadata_that_are_no_xml_are_named(tmp_path):
+    path = gdal(tmp_path / "a.tif", numbers("uint8", 1))
+    Path(f"{path}.aux.xml").write_text("<PAMDataset>")
+    assert f"{path}.aux.xml: its XML metadata are damaged" in refusal(Tiff, path)
+
+
 def test_nodata_that_is_no_number(tmp_path):
     path = tmp_path / "a.tif"
     tifffile.imwrite(path, numbers("uint8", 1)[0], extratags=[(int(Tag.GDALNoData), 2, None, "none", True)])
@@ -559,6 +600,55 @@ def follow(command, folder):
     return new
 
 
+def write_tags(path, data, **tags):
+    """A TIFF of one strip with these bytes, by the specification: {name: a number or several}."""
+    height, width = tags["ImageLength"], tags["ImageWidth"]
+    tags |= dict(StripOffsets=8, RowsPerStrip=height, StripByteCounts=len(data))
+    data += b"\0" * (len(data) % 2)
+    entries, values = b"", b""
+    for name, value in sorted(tags.items(), key=lambda item: int(getattr(Tag, item[0], 0) or item[0][1:])):
+        numbers = value if isinstance(value, tuple) else (value,)
+        word = struct.pack(f"<{len(numbers)}I", *numbers)
+        if len(word) > 4:
+            place = 8 + len(data) + 2 + 12 * len(tags) + 4 + len(values)
+            word, values = struct.pack("<I", place), values + word
+        entries += struct.pack("<HHI4s", int(getattr(Tag, name, 0) or name[1:]), 4, len(numbers), word)
+    head = struct.pack("<2sHI", b"II", 42, 8 + len(data))
+    path.write_bytes(head + data + struct.pack("<H", len(tags)) + entries + bytes(4) + values)
+
+
+def old_jpeg(path):
+    """Compression 6 as many scanners wrote it: a whole JPEG file as the strip."""
+    file = io.BytesIO()
+    Image.fromarray(smooth(3).transpose(1, 2, 0)).save(file, "JPEG", subsampling=0)
+    data = file.getvalue()
+    write_tags(path, data, ImageWidth=W, ImageLength=H, BitsPerSample=(8, 8, 8), Compression=6,
+               PhotometricInterpretation=6, SamplesPerPixel=3, _513=8, _514=len(data), YCbCrSubSampling=(1, 1))
+    return np.asarray(Image.open(file))
+
+
+def sgi_log(path):
+    """Luminance in SGI's logarithm: of each row the upper bytes, then the lower ones, in runs of 100."""
+    values, data = np.linspace(12000, 17000, H * W).astype(np.int16).reshape(H, W), b""
+    for row in values:
+        for digits in (row >> 8, row & 255):
+            digits = digits.astype(np.uint8).tobytes()
+            data += b"".join(bytes([len(digits[i:i + 100])]) + digits[i:i + 100] for i in range(0, W, 100))
+    write_tags(path, data, ImageWidth=W, ImageLength=H, BitsPerSample=16, Compression=34676,
+               PhotometricInterpretation=32844, SamplesPerPixel=1, SampleFormat=2)
+    return values[..., None]
+
+
+@pytest.mark.parametrize("write, found", [
+    (old_jpeg, "uint8, 3 bands, compression 6 (old-style JPEG), photometric 6 (YCbCr): old-style JPEG cannot be read"),
+    (sgi_log, "int16, 1 bands, compression 34676 (SGI Log), photometric 32844 (LogL): SGI Log cannot be read")])
+def test_advice_for_old_compressions_gives_the_right_pixels(tmp_path, write, found):
+    want = write(tmp_path / "a.tif")
+    said = refusal(Tiff, tmp_path / "a.tif")
+    assert found in said
+    np.testing.assert_array_equal(Tiff(follow(said.split("convert it: ")[1], tmp_path)).read(), want)
+
+
 def write_refused(path, what):
     """A file of a layout that data/tiff.py does not read."""
     rgb = smooth(3).transpose(1, 2, 0)
@@ -652,7 +742,7 @@ def test_a_pillow_without_the_codec(tmp_path, monkeypatch):
 def test_no_tiffs(tmp_path):
     path = tmp_path / "a.tif"
     assert refusal(Tiff, path) == f"{path}: no such file"
-    assert "cannot be opened" in refusal(Tiff, tmp_path)
+    assert "Is a directory" in refusal(Tiff, tmp_path)
     Image.fromarray(numbers("uint8", 1)[0]).save(path, format="PNG")
     assert f"{path}: not a TIFF; it begins with" in refusal(Tiff, path) and "PNG" in refusal(Tiff, path)
     for text in (b"", b"I", b"II*", b"II*\0", b"II+\0\x08\0\0\0", b"MM\0*\0\0\0\x08", b"II*\0\x08\0\0\0\0\0"):
@@ -757,3 +847,15 @@ def test_mutations(tmp_path, base):
         assert time.monotonic() - start < 2
     assert read > 5 and refused > 5
     assert resource.getrusage(resource.RUSAGE_SELF).ru_maxrss - before < 300_000  # kB
+
+
+def test_a_deflated_block_ends_with_its_checksum(tmp_path):
+    """A turned bit that unpacks to as many bytes is found by adler32, as zlib itself finds it."""
+    pixels = np.random.default_rng(0).integers(0, 256, (16, 16), np.uint8)
+    Image.fromarray(pixels).save(tmp_path / "a.tif", compression="tiff_adobe_deflate")
+    assert (Tiff(tmp_path / "a.tif").read()[..., 0] == pixels).all()
+    data = (tmp_path / "a.tif").read_bytes()
+    start = data.index(zlib.compress(pixels.tobytes())[:2])
+    for i in range(start + 20, start + 200, 9):  # noise is stored as it is, so every byte is a pixel
+        (tmp_path / "a.tif").write_bytes(data[:i] + bytes([data[i] ^ 1]) + data[i + 1:])
+        assert "damaged TIFF: strip 1 of 1 cannot be unpacked" in refusal(Tiff(tmp_path / "a.tif").read)
