@@ -149,3 +149,6 @@ class InMemory:
         """The next rows (h, w) or (h, w, bands)."""
         self.pixels[self.top:self.top + len(pixels), self.columns] = pixels
         self.top += len(pixels)
+
+    def discard(self) -> None:
+        """Nothing is kept elsewhere."""

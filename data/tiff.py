@@ -972,7 +972,7 @@ class TiffWriter:
         if self.part.exists():
             with open(self.part, "rb") as file:
                 found = file.readline(len(head))
-                if not PART_HEAD.startswith(found[:len(PART_HEAD)]):
+                if not is_part(found):
                     raise BadInput(f"{self.part}: would be overwritten, and is no part of a TIFF "
                                    "that is being written; move it away")
                 if resume and found == head:
@@ -1016,7 +1016,7 @@ class TiffWriter:
 
     def discard(self) -> None:
         """Takes the .part away."""
-        self.part.unlink(missing_ok=True)
+        remove_part(self.path)
 
     # Rows of pixels.
 
@@ -1145,6 +1145,21 @@ def write_tiff(path: str | Path, pixels: np.ndarray, palette: np.ndarray | None 
     out.start(0, width)
     out.append(pixels)
     out.finish()
+
+
+def is_part(start: bytes) -> bool:
+    """Does a .part of a TiffWriter begin so? A killed one may have written less than its head."""
+    return PART_HEAD.startswith(start[:len(PART_HEAD)])
+
+
+def remove_part(path: str | Path) -> None:
+    """Takes PATH.part away, if a TiffWriter has made it."""
+    part = Path(f"{path}.part")
+    if part.is_file():
+        with open(part, "rb") as file:
+            ours = is_part(file.read(len(PART_HEAD)))
+        if ours:
+            part.unlink()
 
 
 def levels_of(height: int, width: int, bands: int) -> list[Level]:
