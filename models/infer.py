@@ -138,17 +138,17 @@ def panels(W: int, crop: int, overlap: float, classes: int) -> list[tuple[int, i
 
 @torch.inference_mode()
 def slide_rows(net: nn.Module, read: Callable, size: tuple[int, int], norm: str, crop: int,
-               overlap: float, batch: int, amp: bool, whole: int = ONE_PIECE, first: int = 0,
+               overlap: float, batch: int, amp: bool, whole: int | None = None, first: int = 0,
                skip_empty: bool = True) -> Iterator[Strip]:
     """An image of any size (H, W) -> its rows from `first` on, as they are finished.
 
     read(top, h) -> rows of it (h, W, 3) uint8, and (h, W) bool or None: what of them is data. Above
-    `whole` pixels only the logits of one row of windows are held, not those of the image.
+    `whole` (ONE_PIECE) pixels only the logits of one row of windows are held, not those of the image.
     skip_empty: windows without data are not computed.
     """
     H, W = size
     device = next(net.parameters()).device
-    one_piece = H * W <= whole
+    one_piece = H * W <= (ONE_PIECE if whole is None else whole)
     n = H if one_piece else min(crop, H)  # rows that are computed at once
     tops = [0] if one_piece else starts(H, crop, overlap)
     held = held_weight = None  # logits below the finished rows, already weighted, and their weight
