@@ -37,7 +37,7 @@ class Finished:
             # A killed process or a full disk leaves half a line.
             with contextlib.suppress(ValueError, LookupError, TypeError):
                 row = json.loads(line)
-                self.rows[row["image"]] = row
+                self.rows[row["image"]] = {key: row[key] for key in ("mark", "files", "facts")}
 
     def find(self, image: str, mark: str) -> dict | None:
         """The facts of an image, if its files of this mark are there and nobody has changed them."""
@@ -53,10 +53,10 @@ class Finished:
     def add(self, image: str, mark: str, names: list[str], facts: dict) -> None:
         """All files of an image are written."""
         digests = {name: file_sha256(self.folder / name) for name in names}
-        row = dict(image=image, mark=mark, files=digests, facts=facts)
+        row = dict(mark=mark, files=digests, facts=facts)
         # One short write to the end, so that processes do not mix lines.
         with open(self.list, "ab", buffering=0) as f:
-            f.write(b"\n" + json.dumps(row).encode())
+            f.write(b"\n" + json.dumps(dict(image=image, **row)).encode())
         self.rows[image] = row
 
 

@@ -195,6 +195,7 @@ def main():
     p.add_argument("--steps", type=int, default=60, help="of the demo run without --run")
     p.add_argument("--side", type=int, default=20_000, help="of the GeoTIFF")
     p.add_argument("--seams", type=int, default=2_048, help="side of the image for the seams")
+    p.add_argument("--constant", action="store_true", help="a network that costs nothing, and no seams")
     p.add_argument("--sparse", action="store_true", help="100,000 x 60,000 pixels, a constant network")
     p.add_argument("--png", type=int, nargs="+", help="sides of PNGs")
     p.add_argument("--folder", help="where the large files lie for a while")
@@ -217,7 +218,10 @@ def main():
             result = predict(run, folder / "scene.tif", folder / "out", *args.flags.split(), constant=True)
             return show("sparse", 100_000, 60_000, *result)
         make_scene(folder / "scene.tif", args.side, args.side, data)
-        show("GeoTIFF", args.side, args.side, *predict(run, folder / "scene.tif", folder / "out", *args.flags.split()))
+        result = predict(run, folder / "scene.tif", folder / "out", *args.flags.split(), constant=args.constant)
+        show("GeoTIFF", args.side, args.side, *result)
+        if args.constant:
+            return
         sys.path.insert(0, str(ROOT))
         from models.checkpoint import load_weights
         compare(run, folder, args.seams, data, load_weights(run, header_only=True)[1]["crop"])
