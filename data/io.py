@@ -36,13 +36,15 @@ def read_image(path: str | Path, bands: list[int] | None = None,
 
 
 def read_valid(path: str | Path, bands: list[int] | None = None, input_range: list | None = None,
-               window: Window | None = None) -> tuple[np.ndarray, np.ndarray | None]:
+               window: Window | None = None, alpha_is_mask: bool | None = None
+               ) -> tuple[np.ndarray, np.ndarray | None]:
     """(h, w, 3) uint8, and (h, w) bool or None: False where the file says that there is no data.
 
     bands: the three to take, counted from 1. input_range: the values that become 0 and 255,
     linearly, [low, high] or a pair for each of the three. window: (top, left, h, w), else all.
+    alpha_is_mask: where other windows have decided it.
     """
-    a, valid = stored_colours(path, bands, window)
+    a, valid = stored_colours(path, bands, window, alpha_is_mask)
     return in_range(a, input_range, path), valid
 
 
@@ -56,8 +58,8 @@ def in_range(a: np.ndarray, input_range: list | None, path: str | Path) -> np.nd
     return np.ascontiguousarray(a)
 
 
-def stored_colours(path: str | Path, bands: list[int] | None, window: Window | None = None
-                   ) -> tuple[np.ndarray, np.ndarray | None]:
+def stored_colours(path: str | Path, bands: list[int] | None, window: Window | None = None,
+                   alpha_is_mask: bool | None = None) -> tuple[np.ndarray, np.ndarray | None]:
     """(h, w, 3) of three bands in the file's own type, palettes as colours; valid as read_valid."""
     raster = open_raster(path)
     H, W, n = raster.shape
@@ -65,7 +67,7 @@ def stored_colours(path: str | Path, bands: list[int] | None, window: Window | N
     if h * w > MAX_PIXELS:
         raise BadInput(f"{path}: {H} x {W} pixels, over the limit of {MAX_PIXELS}; cut it up")
     if not raster.indexed:
-        a, valid, n = chosen_bands(raster, bands, window)
+        a, valid, n = chosen_bands(raster, bands, window, alpha_is_mask)
     else:
         index = raster.read(window)
         valid = valid_pixels(raster, index, window)
@@ -75,7 +77,8 @@ def stored_colours(path: str | Path, bands: list[int] | None, window: Window | N
     return three_bands(a, bands, f"{path}: {n} bands ({raster.photometric})"), valid
 
 
-def chosen_bands(raster, bands: list[int] | None, window: Window | None) -> tuple:
+def chosen_bands(raster, bands: list[int] | None, window: Window | None,
+                 alpha_is_mask: bool | None = None) -> tuple:
     """Pixels (h, w, n) of `bands`, or of all but a mask; valid; how many bands there are."""
     n = raster.shape[2]
     if bands and max(bands) > n:
@@ -91,7 +94,9 @@ def chosen_bands(raster, bands: list[int] | None, window: Window | None) -> tupl
     # write infrared as alpha.
     veil = a[..., read.index(raster.alpha)] if raster.alpha else None
     asked = bands and raster.alpha in bands
-    is_mask = veil is not None and not asked and np.isin(veil, (0, np.iinfo(a.dtype).max)).all()
+    is_mask = veil is not None and not asked
+    if is_mask:
+        is_mask = is_mask_band(veil) if alpha_is_mask is None else alpha_is_mask
     if bands is None and is_mask:
         a = np.delete(a, raster.alpha - 1, axis=2)
     elif len(read) > len(wanted):
@@ -100,6 +105,11 @@ def chosen_bands(raster, bands: list[int] | None, window: Window | None) -> tupl
     if is_mask:
         valid = veil > 0 if valid is None else valid & (veil > 0)
     return a, valid, n
+
+
+def is_mask_band(veil: np.ndarray) -> bool:
+    """Whether all of an alpha band is 0 or opaque."""
+    return bool(np.isin(veil, (0, np.iinfo(veil.dtype).max)).all())
 
 
 def paint(raster, index: np.ndarray, bands: list[int] | None, valid: np.ndarray | None) -> tuple:
@@ -369,6 +379,12 @@ class Labels:
             kind = "colours" if self.by_color else "ids"
             raise BadInput(f"{path}: unknown {kind} {shown} on {count.sum()} of {ids.size} pixels; "
                            'add them to "classes" or "ignore" in dataset.json or data/public.py')
+        return ids
+
+    def encode(self, values: np.ndarray) -> np.ndarray:
+        """What decode() made, (H, W, 1) ids or (H, W, 3) colours -> class ids and IGNORE."""
+        ids = self.look_up(pack(values) if self.by_color else values[..., 0])
+        ids[ids >= len(self.names)] = IGNORE
         return ids
 
     def as_colors(self, mask: np.ndarray, palette: np.ndarray | None,
