@@ -284,3 +284,15 @@ def identity(run: str | Path, partners: list | None = None, soup: list | None = 
         # Their order changes nothing.
         parts += sorted(f"{what} {sha256(weights_file(other))}" for other in others or ())
     return hashlib.sha256("\n".join(parts).encode()).hexdigest()
+
+
+def about(partners: list | None = None, soup: list | None = None,
+          tta: str | None = None) -> dict[str, str]:
+    """What is averaged, in words for files: {"with": "runs/b, runs/c", "tta": "d4"}; {} of one run."""
+    found = {}
+    for flag, runs in (("with", partners), ("soup", soup)):
+        if runs:
+            found[flag] = ", ".join(map(str, runs))
+    if tta:
+        found["tta"] = tta
+    return found

@@ -19,8 +19,11 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.overrides import TorchFunctionMode
 
+from data import public
 from data.common import BadInput
 from data.datasets import NORMS, normalise
+from data.raster import open_raster
+from data.source import Source
 
 from .vit import ViT
 
@@ -103,6 +106,19 @@ def metadata(meta: dict, resolution: float) -> dict:
         seg_thresh=0,
         seg_small_segment=0,
     )
+
+
+def training_resolution(meta: dict) -> float | None:
+    """cm per pixel of the first training image, where the data set is there and georeferenced."""
+    kind = meta["source"] if meta["source"] in public.SETS else "folder"
+    try:
+        d = Source(kind, meta["root"], meta["variant"], need=(), need_masks=False)
+        image, *_ = next(iter(d.pairs.values()))
+        georef = open_raster(image).georef
+    except BadInput:  # moved, or changed since
+        return None
+    area, _ = georef.pixel_area() if georef else (None, "")
+    return None if area is None else round(100 * area ** 0.5, 2)
 
 
 def needed(name: str):
