@@ -10,8 +10,8 @@ from runs import (  # noqa: F401, forks is a fixture
     OLD_SPECS, TINY, forks, ids_of, matrix, old_run, read, server, tiny_set, trained)
 
 from data.common import write
-from data.io import Labels
 from data.datasets import normalise
+from data.io import Labels
 from models.checkpoint import load_weights, save_weights
 from models.vit import PRESETS
 from predict import parse_args
