@@ -112,6 +112,7 @@ def parse_args(argv=None):
 
 # ---- data
 
+
 def open_data(args, meta, folder):
     # -> the data set with the model's classes in the model's order
     official = meta["source"] in public.SETS

@@ -8,11 +8,11 @@
     python predict.py runs/eurosat-cnn D --montage 8      a run of train_cls.py: a table, and pictures
 
 Writes OUT/NAME.png (ids in a palette PNG: opens in colour, reads back as ids), NAME_color.png,
-NAME_overlay.jpg, classes.json and summary.json (area of every class); sub-folders of an input folder
-are kept. Of georeferenced images NAME.tif instead, a cloud-optimised GeoTIFF with the style NAME.qml
-for QGIS. What is transparent or nodata in an image gets no class: 255. A file that cannot be read is
-named and left out; exit code 2. Killed, the same command goes on where it stopped. Only files are
-replaced that predict.py wrote and nobody has changed since. Of a classification run it writes
+NAME_overlay.jpg, classes.json and summary.json (area of every class); folders below an input folder
+are kept. Of georeferenced images NAME.tif instead, a cloud-optimised GeoTIFF, with a style for QGIS,
+NAME.qml. What is transparent or nodata in an image gets no class: 255. A file that cannot be read
+is named and left out; exit code 2. Killed, the same command goes on where it stopped. Only files
+are replaced that predict.py wrote and nobody has changed since. Of a classification run it writes
 OUT/predictions.csv (file, class, probability, next classes) and montage.png.
 """
 import csv
@@ -32,7 +32,7 @@ import torch.distributed as dist
 from PIL import Image
 
 from data import plots
-from data.common import IGNORE, BadInput, Written, minutes, progress, read_json
+from data.common import IGNORE, BadInput, Written, escaped, minutes, progress, read_json
 from data.datasets import NORMS
 from data.files import SUFFIXES, image_name, images_in, is_image, not_used, typed
 from data.io import Labels, id_image, read_image
@@ -127,7 +127,7 @@ def leave_out(e):
     hint = ""
     if "--bands" in str(e) or "--input-range" in str(e):
         hint = " - in training; this file must be as those were"
-    print(f"left out: {e}{hint}", file=sys.stderr)
+    print(f"left out: {escaped(str(e))}{hint}", file=sys.stderr)
 
 
 def use_bf16(args, meta, device):
@@ -319,8 +319,8 @@ def predict_masks(args, images, rank, world, device):
     meta = load_weights(args.run, header_only=True)[1]
     K = len(meta["classes"])
     if K > MOST_CLASSES:
-        raise BadInput(f"{args.run}: {K} classes; expected at most {MOST_CLASSES}, since a mask has "
-                       "a byte for each pixel: merge classes in dataset.json and train again")
+        raise BadInput(f"{args.run}: {K} classes; expected at most {MOST_CLASSES}, since a mask "
+                       "has a byte for each pixel: merge classes in dataset.json and train again")
     labels, out = Labels.of(meta), Path(args.out)
     raw = args.label_out == "raw"
     values = []
@@ -371,7 +371,7 @@ def predict_masks(args, images, rank, world, device):
             scene = Strips(file, **meta["reading"])
             writers = open_writers(scene, place, ends[file], args, labels, info, mark)
             predict_scene(net, scene, writers, window, meta["norm"], labels, raw,
-                          temperature or 1.0, lambda text: say(f"{name}  {text}", flush=True))
+                          temperature or 1.0, lambda text: say(f"{escaped(name)}  {text}", flush=True))
         except BadInput as e:
             leave_out(e)
             left_out.append(file)
@@ -383,8 +383,8 @@ def predict_masks(args, images, rank, world, device):
         for writer in writers.values():
             writer.discard()
         rest = minutes((time.time() - began) / (i + 1) * (len(mine) - i - 1))
-        say(f"{i + 1} of {len(mine)}  {name}  {scene.shape[0]} x {scene.shape[1]}  ETA {rest}",
-            flush=True)
+        size = f"{scene.shape[0]} x {scene.shape[1]}"
+        say(f"{i + 1} of {len(mine)}  {escaped(name)}  {size}  ETA {rest}", flush=True)
 
     # ---- areas of all images
     numbers = run.over_ranks(torch.tensor([len(mine) - len(left_out), old], device=device))
@@ -472,8 +472,8 @@ def predict_table(args, images, rank, world, device):
                      for file, ps, _ in found[:args.montage]]
             sections.append((f"{c}: {len(found)} images", cards))
         written.write("montage.png", plots.cards(sections))
-    print(f"wrote {out / 'predictions.csv'}{' and montage.png' if args.montage else ''}: {len(rows)} images, "
-          f"{speed:.0f} images/s on {device}, reading included")
+    more = " and montage.png" if args.montage else ""
+    print(f"wrote {out}/predictions.csv{more}: {len(rows)} images, {speed:.0f} images/s on {device}, reading included")
     return left_out
 
 

@@ -1,4 +1,4 @@
-"""What predict.py leaves of a scene beside its pixels: which ones are finished, areas, a style for QGIS.
+"""What predict.py leaves beside the pixels: which images are finished, areas, a style for QGIS.
 
     finished = Finished("predictions")
     finished.add("a", mark, ["a.tif", "a.qml"], dict(pixels=[...]))
@@ -18,6 +18,7 @@ from xml.sax.saxutils import quoteattr
 import numpy as np
 
 from .common import file_sha256
+from .files import with_companions
 from .tiff import Georef, world_files
 
 HECTARE = 10_000  # m2
@@ -40,7 +41,7 @@ class Finished:
                 self.rows[row["image"]] = {key: row[key] for key in ("mark", "files", "facts")}
 
     def find(self, image: str, mark: str) -> dict | None:
-        """The facts of an image, if its files of this mark are there and nobody has changed them."""
+        """The facts of an image, if its files of this mark are there and unchanged."""
         row = self.rows.get(image)
         if row is None or row["mark"] != mark:
             return None
@@ -61,9 +62,9 @@ class Finished:
 
 
 def mark_of(settings: dict, file: Path) -> str:
-    """Changes with the settings, the image, and the files beside it that say where it has data and lies."""
+    """Changes with the settings, the image, and the files beside it: its mask, its place."""
     state = []
-    for path in (file, Path(f"{file}.msk"), *world_files(file)):
+    for path in map(Path, (*with_companions([file]), *world_files(file))):
         with contextlib.suppress(OSError):
             found = os.stat(path)
             state.append([path.name, found.st_size, found.st_mtime_ns])
@@ -74,7 +75,7 @@ def mark_of(settings: dict, file: Path) -> str:
 # ---- areas
 
 def areas(counts: np.ndarray, georef: Georef | None) -> dict:
-    """(256,) pixels of every id -> facts of an image: pixels, m2 of one or why that is not known."""
+    """(256,) pixels of every id -> facts of an image: these, m2 of a pixel or why it is unknown."""
     m2, why = georef.pixel_area() if georef else (None, "no georeference")
     return dict(pixels=counts.tolist(), pixel_m2=m2, unknown=why)
 

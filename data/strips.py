@@ -1,6 +1,6 @@
-"""An image of any size read from top to bottom: a TIFF by strips of rows, so that it never is in memory.
+"""An image of any size read from top to bottom: a TIFF by strips, so that it never is in memory.
 
-    scene = Strips("scene.tif", bands=[4, 1, 2], input_range=[0, 3000])   # checks the file, reads none
+    scene = Strips("scene.tif", bands=[4, 1, 2], input_range=[0, 3000])  # checks the file
     image, valid = scene.read(0, 512)  # rows 0..511: (512, W, 3) uint8, (512, W) bool or None
     scene.columns(0, 10240)            # from now on only these columns
     small = scene.thinned(8)           # every 8th pixel of every 8th row

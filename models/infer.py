@@ -143,7 +143,7 @@ def slide_rows(net: nn.Module, read: Callable, size: tuple[int, int], norm: str,
     """An image of any size (H, W) -> its rows from `first` on, as they are finished.
 
     read(top, h) -> rows of it (h, W, 3) uint8, and (h, W) bool or None: what of them is data. Above
-    `whole` (ONE_PIECE) pixels only the logits of one row of windows are held, not those of the image.
+    `whole` pixels (ONE_PIECE) only the logits of one row of windows are held, not the image's.
     skip_empty: windows without data are not computed.
     """
     H, W = size
