@@ -69,10 +69,9 @@ def pooling_matrix(n: int, cells: int) -> Tensor:
 
 
 class FixedSize(TorchFunctionMode):
-    """While the exporter watches: sizes are plain numbers, and what ONNX lacks is said in other words.
+    """While the exporter watches: sizes are plain numbers, and pooling is a product of matrices.
 
-    As parts of the graph sizes would be computed again for every image, and some nets need them
-    as numbers.
+    Otherwise sizes would be computed in the graph, where networks that round them fail.
     """
 
     def __torch_function__(self, func, types, args=(), kwargs=None):
@@ -130,7 +129,7 @@ def needed(name: str):
 
 
 def to_onnx(net: nn.Module, meta: dict, resolution: float) -> tuple[bytes, dict | None]:
-    """Network in eval mode on the CPU and its meta -> bytes of the ONNX file, and compare()'s numbers.
+    """Network in eval mode on the CPU, its meta -> bytes of the ONNX file, compare()'s numbers.
 
     None without onnxruntime. A file that answers otherwise than the network is a BadInput.
     """
@@ -168,7 +167,7 @@ def to_onnx(net: nn.Module, meta: dict, resolution: float) -> tuple[bytes, dict 
 
 @torch.inference_mode()
 def compare(runtime, content: bytes, net: nn.Module, meta: dict) -> dict:
-    """File and network on random images: largest difference of probabilities, share of equal classes."""
+    """File and network on random images: largest difference of probabilities, share of same classes."""
     session = runtime.InferenceSession(content, providers=["CPUExecutionProvider"])
     rng = np.random.default_rng(0)
     side = meta["crop"]
