@@ -167,7 +167,7 @@ def to_onnx(net: nn.Module, meta: dict, resolution: float) -> tuple[bytes, dict 
 
 @torch.inference_mode()
 def compare(runtime, content: bytes, net: nn.Module, meta: dict) -> dict:
-    """File and network on random images: largest difference of probabilities, share of same classes."""
+    """File and network on random images: largest difference, share of equal classes."""
     session = runtime.InferenceSession(content, providers=["CPUExecutionProvider"])
     rng = np.random.default_rng(0)
     side = meta["crop"]
