@@ -50,7 +50,6 @@ from models.run import COUNT, WHOLE, between
 JPEG_SIDE = 60_000  # pixels; overlays of larger images are thinned: a JPEG has at most 65,535
 LOOK_SIDE = 2048  # pixels; overlays of GeoTIFFs are thinned to that
 SILENT = 10.0  # seconds between lines about one image
-MOST_CLASSES = 254  # ids 0..253; 254 and 255 have other meanings
 
 
 def parse_args(argv=None):
@@ -317,10 +316,6 @@ def predict_masks(args, images, rank, world, device):
     # -> files left out by this rank
     say = print if rank == 0 else lambda *words, **how: None
     meta = load_weights(args.run, header_only=True)[1]
-    K = len(meta["classes"])
-    if K > MOST_CLASSES:
-        raise BadInput(f"{args.run}: {K} classes; expected at most {MOST_CLASSES}, since a mask "
-                       "has a byte for each pixel: merge classes in dataset.json and train again")
     labels, out = Labels.of(meta), Path(args.out)
     raw = args.label_out == "raw"
     values = []
