@@ -119,8 +119,11 @@ def open_data(args, meta, folder):
     own = folder / "split.json"
     if not split_file and own.exists() and not (args.root or args.variant):
         split_file = own
-    d = Source(meta["source"] if official else "folder", args.root or meta["root"],
-               args.variant or meta["variant"], split_file, cache=args.cache, need=())
+    variant = args.variant
+    if official and not variant:
+        variant = meta["variant"]
+    d = Source(meta["source"] if official else "folder", args.root or meta["root"], variant,
+               split_file, cache=args.cache, need=())
     d.reading = meta["reading"]  # in numbers, whatever dataset.json says by now
     here = {nfc(c["name"]): c for c in d.labels.classes}
     names = [nfc(c["name"]) for c in meta["classes"]]

@@ -1,4 +1,4 @@
-"""models/export.py: what onnxruntime makes of the file is what the network says (all of them: bench_export.py)."""
+"""models/export.py: the ONNX file, as onnxruntime runs it, says what the network says; bench_export.py has them all."""
 import json
 import sys
 
