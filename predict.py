@@ -211,7 +211,7 @@ def predict_table(args, images, rank, world, device):
     listing, montage = out / "predictions.csv", out / "montage.png"
     if rank == 0:
         out.mkdir(parents=True, exist_ok=True)  # fails now, not after the last image
-        ours = listing.exists() and listing.read_text(errors="ignore").startswith("file,class_1,")
+        ours = listing.exists() and listing.read_bytes().startswith(b"file,class_1,")
         for file in (listing, montage):
             if file.exists() and not ours:
                 raise BadInput(f"{file}: would be overwritten, and predict.py has not written it; "

@@ -33,6 +33,8 @@ from PIL import Image
 
 IGNORE = 255  # the one ignore index: unlabelled, void, padding
 SILENT = 10.0  # seconds before progress() says anything
+SHORT = reprlib.Repr()  # of user's values in messages, which may be of any length and depth
+SHORT.maxstring = SHORT.maxother = 200
 MAX_TEXT = 2**30  # bytes; an image or a weight file given for a list would fill the memory
 MAX_PIXELS = 10**9  # of an image that is read as a whole; --max-pixels of the scripts
 PIXELS_VARIABLE = "NANORS_MAX_PIXELS"  # Reading processes inherit it from the script.
@@ -117,7 +119,7 @@ def check_pixels(path: str | Path, height: int, width: int) -> None:
 
 
 def read_text(path: str | Path, errors: str = "strict") -> str:
-    """A text file of the user: UTF-8 with a byte order mark or without, or UTF-16 with one, as PowerShell writes.
+    """A text file of the user: UTF-8, or UTF-16 with a byte order mark, as PowerShell writes.
 
     errors="surrogateescape" keeps bytes that are not UTF-8 as Python has them in names of files.
     """
@@ -128,8 +130,8 @@ def read_text(path: str | Path, errors: str = "strict") -> str:
         raise BadInput(f"{path}: {size / 2**30:.1f} GiB; expected a text file")
     try:
         data = path.read_bytes()
-    except OSError as e:
-        raise BadInput(f"{path}: cannot be read ({e.strerror})") from None
+    except (OSError, ValueError) as e:  # ValueError: of a name that no file can have
+        raise BadInput(f"{path}: cannot be read ({getattr(e, 'strerror', e)})") from None
     marked = data.startswith((codecs.BOM_UTF16_LE, codecs.BOM_UTF16_BE))
     try:
         return data.decode("utf-16" if marked else "utf-8-sig", errors)
@@ -138,7 +140,7 @@ def read_text(path: str | Path, errors: str = "strict") -> str:
 
 
 def read_json(path: str | Path, shape: type = dict, expected: str = "{...}"):
-    """What a JSON file of the user holds: a value of `shape`, such as dict[str, list[str]], else BadInput.
+    """What a JSON file of the user holds, of `shape`, such as dict[str, list[str]]; else BadInput.
 
     `expected` is the shape in words. NaN and a name that stands twice in an object are no JSON.
     """
@@ -148,7 +150,7 @@ def read_json(path: str | Path, shape: type = dict, expected: str = "{...}"):
     except (ValueError, RecursionError) as e:
         raise BadInput(f"{path}: not valid JSON ({e})") from None
     if not fits(found, shape):
-        raise BadInput(f"{path}: holds {reprlib.repr(found)}; expected JSON {expected}")
+        raise BadInput(f"{path}: holds {SHORT.repr(found)}; expected JSON {expected}")
     return found
 
 
@@ -278,7 +280,7 @@ class Shown:
 
 
 def print_anything() -> None:
-    """At the start of every program: what a terminal cannot show, or would obey, becomes \\u6c34."""
+    """Call it first in a program: what a terminal lacks, or would obey, is shown as \\u6c34."""
     for name in ("stdout", "stderr"):
         stream = getattr(sys, name)
         if hasattr(stream, "reconfigure"):

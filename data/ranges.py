@@ -16,7 +16,7 @@ from pathlib import Path
 import numpy as np
 
 from .common import BadInput, even_sample, number, progress, read_json
-from .io import stored_colours
+from .io import is_mask_band, stored_colours
 from .raster import open_raster
 from .tiff import Tiff, Window
 
@@ -141,7 +141,10 @@ def some_pixels(image: Path, box: Window | None, bands: list[int] | None) -> np.
     raster = open_raster(image)
     windows = spread_windows(box or (0, 0, *raster.shape[:2]))
     if isinstance(raster, Tiff):
-        parts = [stored_colours(image, bands, window) for window in windows]
+        is_mask = None
+        if raster.alpha:  # a window of an infrared band may hold nothing but 0 and 255
+            is_mask = all(is_mask_band(raster.read(window, [raster.alpha])) for window in windows)
+        parts = [stored_colours(image, bands, window, is_mask) for window in windows]
     else:  # Pillow decodes whole files
         a, valid = stored_colours(image, bands)
         parts = []

@@ -17,7 +17,8 @@ import numpy as np
 from PIL import Image, ImageFile
 
 from .common import BadInput, check_file, check_pixels
-from .tiff import Georef, Tiff, Window, both, data_pixels, mask_beside, read_world_file
+from .tiff import (Georef, Tiff, Window, both, data_pixels, mask_beside, nodata_beside, of_bands,
+                   read_world_file)
 
 Image.MAX_IMAGE_PIXELS = None  # Pillow's limit of 179 million refuses normal orthophotos
 ImageFile.LOAD_TRUNCATED_IMAGES = False
@@ -57,9 +58,8 @@ class Picture:
     indexed: are the pixels indices of a palette? palette: its (256, 3) uint8 colours after read();
     opacity: (256,) uint8 beside it, or None. opaque: (H, W) bool after read() where one colour is
     transparent, else None. alpha: number of the alpha band, or None. lossy: does
-    the compression change values?
+    the compression change values? nodata: as of a Tiff, by the file NAME.aux.xml.
     """
-    nodata = None
 
     def __init__(self, path: str | Path):
         self.path = path
@@ -75,6 +75,7 @@ class Picture:
         self.bits = {"1": 1, "L;2": 2, "L;4": 4}.get(raw_mode(image), 8 * self.dtype.itemsize)
         self.lossy = image.format in LOSSY or is_lossy_webp(image)
         self.alpha = bands if self.mode in ("LA", "RGBA") else None
+        self.nodata = nodata_beside(path, bands)
         self.indexed = self.mode == "P"
         self.palette = None  # of an indexed one once it is read: Pillow decodes to tell it
         # Some PNGs declare one colour, or entries of their palette, to be transparent.
@@ -141,14 +142,15 @@ def part(a: np.ndarray, window: Window | None) -> np.ndarray:
 
 
 def valid_pixels(raster: "Tiff | Picture", pixels: np.ndarray,
-                 window: Window | None = None) -> np.ndarray | None:
-    """Which pixels (h, w, n) are data, (h, w) bool, or None where all are. Alpha is not asked.
+                 window: Window | None = None, bands: list[int] | None = None
+                 ) -> np.ndarray | None:
+    """Which pixels (h, w, n) of `bands` are data, (h, w) bool, None where all are. Not by alpha.
 
     As GDAL has it: by the mask page; without one by the file NAME.msk; without that, a pixel is
     nodata if all its bands are. Beyond GDAL: a transparent colour, NaN and infinity are no data.
     """
     seen = raster.mask(window or (0, 0, *raster.shape[:2]))
-    valid = data_pixels(pixels, seen, raster.nodata)
+    valid = data_pixels(pixels, seen, of_bands(raster.nodata, bands))
     opaque = getattr(raster, "opaque", None)
     return valid if opaque is None else both(valid, part(opaque, window))
 

@@ -14,11 +14,13 @@ import argparse
 import contextlib
 import copy
 import ctypes
+import errno
 import math
 import os
 import re
 import shlex
 import signal
+import stat
 import sys
 from collections.abc import Callable
 from datetime import timedelta
@@ -32,8 +34,9 @@ from torch.nn.parallel import DistributedDataParallel
 
 from data.common import (
     MAX_PIXELS, PIXELS_VARIABLE, BadInput, as_text, check_words, escaped, nfc, number,
-    print_anything)
+    print_anything, read_json)
 from data.datasets import are_bands
+from data.files import SYSTEM_FILES
 from data.ranges import band_numbers, is_range, parse_range
 
 from .checkpoint import load_state
@@ -189,6 +192,7 @@ def parse(parser: Parser, argv: list[str] | None = None, movable: tuple[str, ...
     args = parser.parse_args(argv)
     if not args.resume:
         return args
+    check_saved(Path(args.resume))
     stored = load_state(Path(args.resume) / "last.pt").get("args")
     if not isinstance(stored, dict) or stored.keys() != vars(args).keys():
         raise BadInput(f"{args.resume}/last.pt: of another script, or of an earlier version of this "
@@ -242,27 +246,78 @@ def could_be_typed(action: argparse.Action, value) -> bool:
     return True
 
 
+def check_saved(out: Path) -> None:
+    """BadInput where a run was ended before its first last.pt: it is started again."""
+    if (out / "last.pt").exists() or not (out / ".lock").exists() or not is_free(out):
+        return
+    command = "its command without --resume"
+    if (out / "protocol.json").exists():
+        command = read_json(out / "protocol.json").get("command", command)
+    raise BadInput(f"{out}: was ended before its first last.pt, so there is nothing to resume; start "
+                   f"it again: {command}")
+
+
+# ---- errors
+
 @contextlib.contextmanager
-def one_line_errors():
-    """Around main(): what a user can mend ends as one line on stderr and exit code 2."""
+def one_line_errors(lower: str = "--batch-size"):
+    """Around main(): what a user can mend ends as one line on stderr and exit code 2.
+
+    `lower` these flags where memory was too small.
+    """
     print_anything()
     try:
         yield
-    except (BadInput, BadWeights, OSError) as e:
-        said = str(e) or repr(e)
-        # An error in a DataLoader worker arrives behind its traceback, and may have several lines.
-        if said.startswith("Caught "):
-            said = said.rpartition("BadInput: " if "BadInput: " in said else "\n")[2]
-        print(f"error: {escaped(said.rstrip())}", file=sys.stderr)
-        sys.exit(2)
-    except (MemoryError, RuntimeError) as e:
-        if isinstance(e, RuntimeError) and not re.search("allocate memory|out of memory", str(e)):
-            raise
-        print(f"error: out of memory ({escaped(str(e)[:100]) or 'of the machine'}); lower "
-              "--batch-size or --crop, or read smaller images", file=sys.stderr)
+    except (BadInput, BadWeights, OSError, MemoryError, RuntimeError) as e:
+        line = about_reader(e) or about_memory(e, lower)
+        if line is None and isinstance(e, (MemoryError, RuntimeError)):
+            raise  # a fault of the code
+        if line is None:
+            line = str(e) or repr(e)
+            # An error in a DataLoader worker arrives behind its traceback, and may have several lines.
+            if line.startswith("Caught "):
+                line = line.rpartition("BadInput: " if "BadInput: " in line else "\n")[2]
+        print(f"error: {escaped(line.rstrip())}", file=sys.stderr)
         sys.exit(2)
     except KeyboardInterrupt:
         sys.exit(130)
+
+
+def about_reader(e: Exception) -> str | None:
+    """One line where a process of a DataLoader is gone, which arrives in the midst of anything."""
+    found = re.search(r"DataLoader worker .*?(killed by signal: [\w ]+|exited unexpectedly)", str(e))
+    if not found:
+        return None
+    cause, fewer = "out of memory", "--workers 1"
+    if "Bus error" in found[1]:
+        cause, fewer = "out of shared memory, /dev/shm", "--workers 0"
+    ended = found[1].replace("killed by signal", "was killed")
+    return f"a reading process {ended}: {cause}? try {fewer}{go_on(fewer)}"
+
+
+def about_memory(e: Exception, lower: str) -> str | None:
+    """One line where the memory of the GPU or of the machine was too small."""
+    text = str(e)
+    signs = ("out of memory", "allocate memory", "MemoryError", "bad_alloc", "ALLOC_FAILED")
+    full = isinstance(e, MemoryError) or getattr(e, "errno", None) == errno.ENOMEM
+    if isinstance(e, RuntimeError):
+        full = full or any(sign in text for sign in signs)
+    if not full:
+        return None
+    where = " of the GPU" if re.search("CUDA|HIP|CUBLAS|CUDNN", text) else ""
+    asked = re.search(r"ried to allocate ([\d.]+ \w+)|nable to allocate ([\d.]+ \w+)", text)
+    amount = f" (asked for {asked[1] or asked[2]})" if asked else ""
+    if "DataLoader worker" in text:
+        return f"a reading process is out of memory{amount}; lower --workers{go_on('--workers 1')}"
+    return f"out of memory{where}{amount}; lower {lower}"
+
+
+def go_on(flags: str) -> str:
+    """The end of a message: how to go on with this process's run, where it has saved something."""
+    folders = [Path(file.name).parent for file in LOCKS]
+    if not folders or not (folders[-1] / "last.pt").exists():
+        return ""
+    return f"; go on: {again(folders[-1])} {flags}"
 
 
 # ---- processes
@@ -370,16 +425,28 @@ def end() -> None:
 # ---- signals
 
 class Stop:
-    """Ctrl-C and SIGTERM only set .signal, so that a step ends and is saved; a second one ends at once."""
+    """Ctrl-C, SIGTERM and a closed terminal only set .signal, so that a step ends and is saved.
+
+    A second signal ends at once.
+    """
 
     def __init__(self):
         self.signal = 0
-        numbers = signal.SIGINT, signal.SIGTERM
+        numbers = [signal.SIGINT, signal.SIGTERM]
+        # nohup has a closed terminal ignored. Windows has no such signal.
+        if hasattr(signal, "SIGHUP") and signal.getsignal(signal.SIGHUP) != signal.SIG_IGN:
+            numbers.append(signal.SIGHUP)
         self.before = {number: signal.signal(number, self.note) for number in numbers}
 
     def note(self, number, frame):
         self.signal = number
         self.release()
+        if number not in (signal.SIGINT, signal.SIGTERM):
+            leave_terminal()
+
+    def told(self, device: torch.device) -> bool:
+        """Was any rank told to stop?"""
+        return bool(over_ranks(torch.tensor(self.signal, device=device)))
 
     def exit(self) -> None:
         """Ends the program with the code of its signal; SIGTERM's where another rank was told."""
@@ -391,6 +458,17 @@ class Stop:
             signal.signal(number, handler)
 
 
+def leave_terminal() -> None:
+    """Prints no more where nobody reads: on a closed terminal that is an error; files stay."""
+    for name in ("stdout", "stderr"):
+        try:
+            mode = os.fstat(getattr(sys, name).fileno()).st_mode
+        except (OSError, ValueError, AttributeError):  # no file of the system
+            continue
+        if not stat.S_ISREG(mode):
+            setattr(sys, name, open(os.devnull, "w"))
+
+
 def keep_signals_from_worker(worker_id: int) -> None:
     """For DataLoader's worker_init_fn: Ctrl-C goes to a group of processes; only the main one shall get it."""
     # Ignoring signals would not do: SIGTERM is how the main process ends its workers.
@@ -400,19 +478,31 @@ def keep_signals_from_worker(worker_id: int) -> None:
 
 # ---- the run folder
 
-# What a run has written before its first last.pt.
-FIRST = {".lock", "split.json", "protocol.json", "points.csv", "map.json", "replicated.txt",
-         "difficulty.json", "log.jsonl", "curves.png", "bars.png"}
+# What a run has written before its first last.pt, or a probe before its weights.
+FIRST = {".lock", "split.json", "files.json", "protocol.json", "points.csv", "map.json",
+         "replicated.txt", "difficulty.json", "log.jsonl", "curves.png", "bars.png",
+         "confusion.png", "samples.png"}
+LATER = {"last.pt", "best.safetensors", "results.json"}
+
+
+def is_temporary(name: str) -> bool:
+    """Has data/common.py's replace() left this file of a run, because it was killed?"""
+    stem, _, number = name.removesuffix(".tmp").rpartition(".")
+    return name.endswith(".tmp") and stem in FIRST | LATER and number.isdecimal()
 
 
 def is_free(folder: Path) -> bool:
     """Nothing there, or what a run left that was ended before its first last.pt."""
-    if not folder.exists():
+    if not os.path.lexists(folder):
         return True
-    if not folder.is_dir() or any((folder / n).exists() for n in ("last.pt", "results.json")):
+    if not folder.is_dir():
         return False
-    left = {file.name for file in folder.iterdir() if file.suffix != ".tmp"}
-    return left <= FIRST
+    left = {file.name for file in folder.iterdir()}
+    # What Finder and Explorer leave belongs to nobody.
+    left = {name for name in left if not is_temporary(name) and not name.startswith("._")}
+    left = {name for name in left if name.lower() not in SYSTEM_FILES | {".ds_store"}}
+    # Files of such names are only a run's beside its .lock.
+    return not left or ".lock" in left and left <= FIRST
 
 
 def numbered(default: str) -> Path:
@@ -424,23 +514,36 @@ def numbered(default: str) -> Path:
     return folder
 
 
+def refusal(out: Path) -> str | None:
+    """Why a new run cannot have this folder."""
+    if is_busy(out):
+        return f"{out}: another run is writing there; wait for it, or name another --out"
+    if (out / "last.pt").exists():
+        return (f"{out}: holds a run; type --resume {shlex.quote(str(out))} to go on with it, or "
+                "another --out")
+    if (out / "results.json").exists() and (out / "protocol.json").exists():
+        return f"{out}: holds a finished run; type another --out"
+    if not is_free(out):
+        return f"{out}: there, and no run of this script; name another --out"
+    return None
+
+
 def folder(wanted: str | None, default: str, resume: str | None) -> Path:
     """Where the run will write; makes nothing yet. A `wanted` one that holds something is a BadInput."""
     if resume:  # locked before its last.pt is read
         return claim(Path(resume), None, resume)
-    if not wanted:
-        return numbered(default)
-    out = Path(wanted)
-    if as_text(nfc(wanted)) != nfc(wanted):
-        raise BadInput(f"{out}: safetensors cannot open a path that is not UTF-8; name another --out")
-    if (out / "last.pt").exists():
-        raise BadInput(f"{out}: holds a run; type --resume {shlex.quote(str(out))} to go on with it, "
-                       "or another --out")
-    if (out / "results.json").exists() and (out / "protocol.json").exists():
-        raise BadInput(f"{out}: holds a finished run; type another --out")
-    if not is_free(out):
-        raise BadInput(f"{out}: there, and no run of this script; name another --out")
-    return out
+
+    def choose():
+        if not wanted:
+            return numbered(default)
+        if as_text(nfc(wanted)) != nfc(wanted):
+            raise BadInput(f"{wanted}: safetensors cannot open a path that is not UTF-8; name "
+                           "another --out")
+        if why := refusal(Path(wanted)):
+            raise BadInput(why)
+        return Path(wanted)
+
+    return from_rank_0(choose)
 
 
 def claim(out: Path, wanted: str | None, resume: str | None) -> Path:
@@ -448,23 +551,37 @@ def claim(out: Path, wanted: str | None, resume: str | None) -> Path:
 
     Call it just before the first write: a default folder that was taken meanwhile is numbered on.
     """
-    failure = None
-    if not dist.is_initialized() or dist.get_rank() == 0:
+    def take():
         base, i = stem_of(out), 1
-        while not lock(out, going_on=bool(resume)):
-            if wanted or resume:
-                failure = BadInput(f"{out}: another run is writing there, or has just been; wait "
-                                   "for it, or name another --out")
-                break
+        place = out
+        while not lock(place, going_on=bool(resume)):
+            if resume:
+                raise BadInput(f"{place}: another run is writing there; wait for it, or end it")
+            if wanted:
+                raise BadInput(refusal(place) or f"{place}: another run has just been there; type "
+                               "the command again, or name another --out")
             i += 1
-            out = Path(f"{base}-{i}")
+            place = Path(f"{base}-{i}")
+        return place
+
+    return from_rank_0(take)
+
+
+def from_rank_0(make: Callable[[], Path]) -> Path:
+    """What make() returns on rank 0, on all ranks; its BadInput likewise."""
+    answer = None
+    if not dist.is_initialized() or dist.get_rank() == 0:
+        try:
+            answer = make()
+        except (BadInput, OSError) as e:
+            answer = e
     if dist.is_initialized():
-        shared = [str(out), failure]
+        shared = [answer]
         dist.broadcast_object_list(shared)
-        out, failure = Path(shared[0]), shared[1]
-    if failure:
-        raise failure
-    return out
+        answer = shared[0]
+    if isinstance(answer, Exception):
+        raise answer
+    return answer
 
 
 def stem_of(out: Path) -> Path:
@@ -480,27 +597,47 @@ LOCKS = []  # open files: closing one would end its lock
 def lock(out: Path, going_on: bool) -> bool:
     """Has this process the folder for itself, and is it free, or a run to go on with?
 
-    The system ends the lock with the process, killed or not.
+    The system ends the lock with the process, killed or not. Nothing is touched in a folder that
+    is not free.
     """
+    if not going_on and not is_free(out):
+        return False
     out.mkdir(parents=True, exist_ok=True)
+    file = open(out / ".lock", "a")
+    locked = try_lock(file)
+    # Another run may have come and gone since the look above.
+    if locked is False or not going_on and not is_free(out):
+        file.close()
+        return False
+    LOCKS.append(file)
+    if locked:
+        for old in out.iterdir():  # of a killed run
+            if is_temporary(old.name):
+                old.unlink()
+    return True
+
+
+def try_lock(file) -> bool | None:
+    """Locks the open file for this process -> has it? None where the system has no locks."""
     if fcntl is None:
-        return going_on or is_free(out)
-    file = open(out / ".lock", "w")
+        return None
     try:
         # lockf, not flock: a DataLoader worker, which is a fork, would hold that one too.
         fcntl.lockf(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
     except (BlockingIOError, PermissionError):
-        file.close()
         return False
-    except OSError:  # a network disk without locks
-        pass
-    if not going_on and not is_free(out):
-        file.close()
-        return False
-    LOCKS.append(file)
-    for old in out.glob("*.tmp"):  # of a killed run
-        old.unlink()
+    except OSError:  # a network disk
+        return None
     return True
+
+
+def is_busy(out: Path) -> bool:
+    """Does another process hold the folder? Not to be asked of one that this process holds."""
+    try:
+        with open(out / ".lock", "r+") as file:
+            return try_lock(file) is False
+    except OSError:  # not there, or not ours
+        return False
 
 
 def again(out: Path) -> str:
@@ -517,9 +654,11 @@ def check_same(out: Path, last: dict, same: dict) -> None:
                         "for 1",
                   amp="choose it by --amp bf16 or off",
                   weights="name the file with that sha256", teacher="name the run with that sha256",
-                  labels="the classes or ignored values have changed; undo that")
+                  labels="the classes or ignored values have changed; undo that",
+                  reading='"bands" or "input_range" in dataset.json have changed; undo that',
+                  stored="images of another size were added; take them out")
     for key, now in same.items():
-        was = last.get(key)
+        was = last.get(key, now)  # earlier versions have kept fewer
         if was != now:
             what = "processes" if key == "world" else key
             raise BadInput(f"{out}: was trained with {what} {was}, not {now}; "

@@ -133,7 +133,7 @@ def test_what_is_no_file_is_named(tmp_path, monkeypatch):
         read_json(tmp_path)
     with pytest.raises(BadInput, match="none.json: no such file"):
         read_json(tmp_path / "none.json")
-    with pytest.raises(BadInput, match="x00.json': cannot be read .embedded null byte"):
+    with pytest.raises(BadInput, match=r"a\\x00.json.: cannot be read .embedded null byte"):
         read_json(tmp_path / "a\0.json")
     monkeypatch.setattr(common, "MAX_TEXT", 9)
     (tmp_path / "a.json").write_text("0123456789")

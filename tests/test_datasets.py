@@ -236,7 +236,8 @@ def test_a_line_that_no_name_can_be_is_refused_at_once(tmp_path):
 def test_a_split_that_is_no_list_of_patterns_is_one_short_line(tmp_path):
     for rules in (None, 0.8, [["a"]], ["a", 1], {"a": "b"}, [["a" * 10**6]]):
         said = refusal(split_names, tmp_path, {"splits": {"train": rules}}, PAIRS)
-        assert said.startswith("split 'train' in dataset.json is ") and "expected patterns" in said and len(said) < 200
+        assert said.startswith("split 'train' in dataset.json is ") and "expected patterns" in said
+        assert len(said) < 400
 
 
 @pytest.mark.parametrize("here", [True, False])
@@ -296,14 +297,16 @@ def test_all_walkers_take_and_leave_out_the_same_files(tmp_path):
     complaints = Complaints()
     assert [root / p for p in find_pictures(root, None, complaints)[0]] == want
     note = "4 files are no images by their suffix: 2 .txt, 1 .tfw, 1 .jp2; first "
-    assert complaints.lines["note", "suffix"] == [f"{note}{root}/a/images/again/note.txt"]
+    said, = complaints.lines["note", "suffix"]
+    assert said.startswith(f"{note}{root}/a/images/again/note.txt; images are converted with")
     found, left = find_images([str(root / "a"), str(root / "_c")])
     assert sorted(found) == want and sorted(file.name for file in left) == others
     assert set(found.values()) == {"images/_DSC0001", "images/b", "images/more/2", "images/again/2", "images/1"}
     shutil.rmtree(root / "masks")
     base, scenes, _, notes, _ = find_scenes(root)
     assert sorted(base / n for n in scenes) == want and set(scenes.values()) == {"a", "_c"}
-    assert notes == [f"{note}{base}/a/images/again/note.txt"]
+    said, = notes
+    assert said.startswith(f"{note}{base}/a/images/again/note.txt; images are converted with")
 
 
 # ---- masks of a whole data set

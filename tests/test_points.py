@@ -210,7 +210,7 @@ def test_a_row_that_cannot_be_used_is_named(files, tmp_path, row, said):
     ("p.geojson", '{"features": [{"properties": {"image": "a", "class": "road"}, "geometry": {'
      '"type": "Point", "coordinates": [NaN, 2]}}]}', "NaN is no number"), ("p.geojson", "[" * 10**5, "not valid JSON"),
     ("p.geojson", '{"features": [{"properties": {"image": "a", "class": "road"}, "geometry": {'
-     '"type": "Point", "coordinates": [1' + "0" * 400 + ', 2]}}]}', "feature 1: 10+[.]{3}0+ is no number"),
+     '"type": "Point", "coordinates": [1' + "0" * 400 + ', 2]}}]}', "not valid JSON .10+[.]{3} is too large a number"),
     ("p.csv", 'image,x,y,class\n"a,2,2,roof\n' + "a,2,2,roof\n" * 20_000, "line 2.*is a quote left open"),
     ("p.csv", "image,x,y,class\ra,11,480,roof\r", "line 2: .*outside"),  # line ends of old spreadsheets
     ("p.geojson", json.dumps({"features": [{"properties": {"image": "a", "class": "road"}, "geometry": {
@@ -282,7 +282,23 @@ def test_coordinates_of_a_map_become_pixels_by_the_georeference(tmp_path, code, 
     other = {"type": "name", "properties": {"name": "urn:ogc:def:crs:EPSG::3857"}}
     (tmp_path / "q.geojson").write_text(geojson(places, crs=other))
     with pytest.raises(BadInput, match=f"EPSG::3857.* but .*a.tif lies in EPSG:{code}; .*ogr2ogr -t_srs EPSG:{code}"):
-        points.read_points(tmp_path / "q.geojson", files, names)
+        points.read_points(str(tmp_path / "q.geojson"), files, names)
+    if code == 4326:
+        return
+    # Columns of metres are in the system of the image; without such names the message tells them.
+    for header in ("image,easting,northing,class", " Image , Easting,NORTHING , Class"):
+        (tmp_path / "m.csv").write_text(table(places, header))
+        assert points.read_points(tmp_path / "m.csv", files, names)["a"].tolist() == [list(p) for p in pixels]
+    (tmp_path / "m.csv").write_text(table(places))
+    (tmp_path / "m.geojson").write_text(geojson(places))
+    for name in "m.csv", "m.geojson":
+        with pytest.raises(BadInput, match='columns easting and northing, .* "crs": .*"EPSG:32633"'):
+            points.read_points(tmp_path / name, files, names)
+    # Degrees in a table: the command says what they are and in which columns.
+    (tmp_path / "d.csv").write_text(table([("a", 15.0, 36.1, "road")], "image,Lon,Lat,class"))
+    with pytest.raises(BadInput, match=r"ogr2ogr -s_srs EPSG:4326 -oo X_POSSIBLE_NAMES=Lon -oo Y_POSSIBLE_NAMES=Lat "
+                                       r"-t_srs EPSG:32633 -lco RFC7946=NO \S*d_32633.geojson \S*d.csv"):
+        points.read_points(str(tmp_path / "d.csv"), files, names)
 
 
 @pytest.mark.parametrize("name, text, want", [
@@ -294,6 +310,16 @@ def test_coordinates_of_a_map_become_pixels_by_the_georeference(tmp_path, code, 
 def test_pixels_that_lie_close_stay_pixels(files, tmp_path, name, text, want):
     (tmp_path / name).write_text(text)
     assert points.read_points(tmp_path / name, files, NAMES)["train/a"].tolist() == want
+
+
+@pytest.mark.parametrize("text, said", [
+    ("image;x;y;class\na;3;4;W\u00e4lder\n".encode("cp1252"), "line 2: unknown class .*; the file is not UTF-8 text: "
+     "save it again, in a spreadsheet as CSV UTF-8"),
+    (b"image;x;y;class\na;3,5;4,5;road\n", "line 2: '3,5' is no number; .*, with a decimal point")])
+def test_tables_of_spreadsheets_are_told_what_to_save(files, tmp_path, text, said):
+    (tmp_path / "p.csv").write_bytes(text)
+    with pytest.raises(BadInput, match=said):
+        points.read_points(tmp_path / "p.csv", files, NAMES)
 
 
 # ---- crops

@@ -249,8 +249,8 @@ def test_what_a_user_can_mend_is_one_line_and_exit_code_2(capsys, error):
 
 @pytest.mark.parametrize("error, said", [
     (BadInput("a\nb\x1b[31m.png: found this"), "a\\nb\\x1b[31m.png: found this"),
-    (MemoryError("Unable to allocate 3 GiB"), "out of memory (Unable to allocate 3 GiB); lower --batch-size"),
-    (RuntimeError("DefaultCPUAllocator: can't allocate memory: you tried"), "out of memory (DefaultCPUAllocator")])
+    (MemoryError("Unable to allocate 3 GiB"), "out of memory (asked for 3 GiB); lower --batch-size"),
+    (RuntimeError("DefaultCPUAllocator: can't allocate memory: you tried"), "out of memory; lower --batch-size")])
 def test_an_error_is_one_line_whatever_it_names(capsys, error, said):
     def work():
         with run.one_line_errors():

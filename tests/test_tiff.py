@@ -10,6 +10,7 @@ import sys
 import time
 import zlib
 from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -20,6 +21,7 @@ from PIL import Image
 
 from data import tiff as module
 from data.common import BadInput
+from data.io import read_valid
 from data.tiff import Tag, Tiff, mask_file, read_world_file
 
 pytestmark = pytest.mark.filterwarnings("ignore::rasterio.errors.NotGeoreferencedWarning")
@@ -379,6 +381,43 @@ def test_nodata_of_other_programs(tmp_path, text, nodata, holes):
     tifffile.imwrite(tmp_path / "a.tif", a, extratags=[(int(Tag.GDALNoData), 2, None, text, True)], metadata=None)
     np.testing.assert_equal(Tiff(tmp_path / "a.tif").nodata, nodata)
     np.testing.assert_array_equal(Tiff(tmp_path / "a.tif").valid(), a != (7 if holes else 250))
+
+
+BESIDE = '<PAMDataset><Metadata><MDI key="NODATA_VALUES">{}</MDI></Metadata>{}</PAMDataset>'
+OF_BAND = '<PAMRasterBand band="{}"><NoDataValue le_hex_equiv="0">{}</NoDataValue></PAMRasterBand>'
+
+
+@pytest.mark.parametrize("tag, metadata, beside, metadata_beside", [
+    (None, None, {1: 7, 2: 7, 3: 7}, None), (9, None, {1: 7, 2: 7, 3: 7}, None), (None, None, {1: 7}, None),
+    (9, None, {1: 7}, None), (None, None, {1: 7, 2: 8, 3: 9}, None), (None, "7 8 9", None, None),
+    (9, "7 7 7", None, None),
+    (9, "7 7", None, None), (7, None, {}, "9 9 9"), (None, "7 7 7", {}, "9 9 9"), (9, "7.0 7 7", {1: 9}, None)])
+def test_nodata_beside_an_image_and_in_its_metadata(tmp_path, tag, metadata, beside, metadata_beside):
+    """GDAL is the oracle: its mask of TIFFs, and of a PNG where the value lies in the file beside it."""
+    a = numbers("uint8", 3, 6)
+    for i, hole in enumerate(([7, 7, 7], [9, 9, 9], [7, 8, 9], [7, 9, 9], [7, 9, 8])):
+        a[:, i::7, i] = np.array(hole)[:, None]
+    path = gdal(tmp_path / "a.tif", a, nodata=tag)
+    if metadata:
+        with rasterio.open(path, "r+") as file:
+            file.update_tags(NODATA_VALUES=metadata)
+    Image.fromarray(a.transpose(1, 2, 0)).save(tmp_path / "b.png")
+    for image in (path, tmp_path / "b.png"):
+        if beside is not None:
+            of_bands = "".join(OF_BAND.format(*item) for item in beside.items())
+            Path(f"{image}.aux.xml").write_text(BESIDE.format(metadata_beside or "", of_bands))
+        with rasterio.open(image) as file:
+            want = file.dataset_mask() > 0
+        valid = read_valid(image)[1]
+        np.testing.assert_array_equal(np.ones((H, W), bool) if valid is None else valid, want)
+    if (by_gdal_valid(path) == 0).any():
+        assert_valid(path, by_gdal_valid(path))
+
+
+def test_metadata_that_are_no_xml_are_named(tmp_path):
+    path = gdal(tmp_path / "a.tif", numbers("uint8", 1))
+    Path(f"{path}.aux.xml").write_text("<PAMDataset>")
+    assert f"{path}.aux.xml: its XML metadata are damaged" in refusal(Tiff, path)
 
 
 def test_nodata_that_is_no_number(tmp_path):

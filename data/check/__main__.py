@@ -2,6 +2,7 @@
 
     python -m data.check ROOT    without ROOT/dataset.json: looks at the masks and writes a draft
     python -m data.check ROOT    with it: checks files, values and splits
+    python -m data.check ROOT --masks gt           a draft with one of several folders of masks
     python -m data.check ROOT --dataset potsdam    checks a public data set (data/public.py)
 
 Exit code 2 where training would go wrong.
