@@ -395,6 +395,9 @@ def read_list(path: Path, pairs: dict[str, tuple], optional: bool = False) -> li
         elif not optional:
             raise BadInput(f"{path}: {SHORT.repr(line)} is no image here, or several; "
                            f"names look like {next(iter(pairs))!r}{about_encoding(line)}")
+    if not listed and not optional:
+        raise BadInput(f"{path}: names no image; write one in every line, or take the list out of "
+                       '"splits" in dataset.json')
     return listed
 
 
