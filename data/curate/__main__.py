@@ -1,0 +1,105 @@
+"""Find wrong labels, decide about them in a browser, choose what to label next. No file of a data set is changed.
+
+    python -m data.curate folds ROOT --out O            models that have not seen the labels they judge
+    python -m data.curate suspects DIR... --out O       regions where models contradict the labels
+    python -m data.curate review O/suspects.json        a page to decide about them; saves decisions.json
+
+DIR: what eval.py RUN --split S --probabilities DIR has written.
+"""
+import argparse
+import sys
+from pathlib import Path
+from shlex import quote
+
+if not __package__:  # started as `python /path/to/data/curate`: let "data" be found, not this folder
+    sys.path[0] = str(Path(__file__).resolve().parents[2])
+
+from data.common import BadInput, Written, print_anything
+from data.curate import folds, suspects
+from data.curate.predicted import Predicted, curate_command
+from data.public import SETS
+from data.source import Source
+
+
+def parse_args(argv=None):
+    p = argparse.ArgumentParser(description=__doc__, prog="python -m data.curate",
+                                formatter_class=argparse.RawDescriptionHelpFormatter)
+    programs = p.add_subparsers(dest="program", required=True, metavar="PROGRAM")
+
+    def add(name, help):
+        program = programs.add_parser(name, help=help, description=help)
+        program.add_argument("--overwrite", action="store_true",
+                             help="replace files of others, or changed by hand")
+        return program
+
+    def add_data(program):
+        program.add_argument("root", type=Path, help="data folder")
+        program.add_argument("--dataset", default="folder", choices=["folder", *SETS],
+                             help="folder (default): by ROOT/dataset.json; else one of data/public.py")
+        program.add_argument("--variant", help="form of a public data set, where it has several")
+
+    q = add("folds", "split files by which no model judges labels that it was trained on")
+    add_data(q)
+    q.add_argument("--number", type=int, default=3, help="of folds (default: 3)")
+    q.add_argument("--seed", type=int, default=0, help="of the draw of scenes (default: 0)")
+    q.add_argument("--out", type=Path, required=True, help="folder for the split files")
+
+    q = add("suspects", "regions where models contradict the labels")
+    q.add_argument("folders", nargs="+", metavar="DIR", help="written by eval.py --probabilities")
+    q.add_argument("--root", help="data folder (as eval.py had it)")
+    q.add_argument("--out", type=Path, help="folder for the results (default: DIR/suspects)")
+    return p.parse_args(argv)
+
+
+def make_folds(args) -> None:
+    source = Source(args.dataset, args.root, args.variant, cache="off", need=("train",))
+    out = Written(args.out, args.overwrite)
+    splits = folds.fold_splits(source, args.number, args.seed)
+    for i, content in enumerate(splits, 1):
+        out.write(f"fold_{i}.json", content)
+    sizes = ", ".join(str(len(content["fold"])) for content in splits)
+    print(f"wrote {args.number} split files into {args.out}: {sizes} images; type")
+    for line in folds.commands(source, args.out, args.number):
+        print(f"    {line}")
+
+
+def find_suspects(args) -> None:
+    out = Written(args.out or Path(args.folders[0]) / "suspects", args.overwrite)
+    files = ["suspects.csv", "suspects.json", "images.csv", "suspects.png"]
+    out.check(files)
+    predicted = Predicted(args.folders, args.root)
+    for run, images in predicted.trained_on().items():
+        print(f"WARNING: {run} was trained on {images} of these images, and may have learned their "
+              f"errors; ask models that have not: "
+              f"{curate_command(f'folds {quote(str(predicted.source.root))} --out FOLDER')}")
+    sure = suspects.thresholds(predicted)
+    found = suspects.find_suspects(predicted, sure)
+    rows = suspects.as_rows(found.regions, predicted.names)
+    out.write("suspects.csv", suspects.as_csv(rows))
+    out.write("images.csv", suspects.images_csv(found))
+    out.write("suspects.json", suspects.about(predicted, sure) | dict(
+        regions=rows, controls=suspects.as_rows(found.controls, predicted.names)))
+    out.write("suspects.png", suspects.sheet(predicted, found.regions))
+    pixels = sum(region.pixels for region in found.regions)
+    print(f"{len(rows)} suspect regions, {pixels} pixels, in {len(predicted.images)} images")
+    print(f"wrote {out.folder}/: {', '.join(files)}; now type: "
+          f"{curate_command(f'review {quote(str(out.folder))}/suspects.json')}")
+
+
+PROGRAMS = {"folds": make_folds, "suspects": find_suspects}
+
+
+def main(argv=None) -> int:
+    """The exit code: 2 if something must be corrected first."""
+    print_anything()
+    args = parse_args(argv)
+    try:
+        PROGRAMS[args.program](args)
+    except (BadInput, OSError) as e:
+        print(f"error: {e}", file=sys.stderr)
+        return 2
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())
