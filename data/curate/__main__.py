@@ -15,8 +15,8 @@ if not __package__:  # started as `python /path/to/data/curate`: let "data" be f
     sys.path[0] = str(Path(__file__).resolve().parents[2])
 
 from data.common import BadInput, Written, print_anything
-from data.curate import folds, suspects
-from data.curate.predicted import Predicted, curate_command
+from data.curate import folds, review, suspects
+from data.curate.predicted import Predicted, curate_command, open_source
 from data.public import SETS
 from data.source import Source
 
@@ -48,6 +48,15 @@ def parse_args(argv=None):
     q.add_argument("folders", nargs="+", metavar="DIR", help="written by eval.py --probabilities")
     q.add_argument("--root", help="data folder (as eval.py had it)")
     q.add_argument("--out", type=Path, help="folder for the results (default: DIR/suspects)")
+
+    q = add("review", "one HTML page to decide about suspect regions; needs no network")
+    q.add_argument("suspects", type=Path, help="suspects.json")
+    q.add_argument("--root", help="data folder (as when suspects were searched)")
+    q.add_argument("--limit", type=int, default=500, help="regions, the most suspect (default: 500)")
+    q.add_argument("--controls", type=int, default=20,
+                   help="regions of known label among them, to tell how often the reviewer errs "
+                        "(default: 20)")
+    q.add_argument("--seed", type=int, default=0, help="of order and drawing (default: 0)")
     return p.parse_args(argv)
 
 
@@ -86,7 +95,23 @@ def find_suspects(args) -> None:
           f"{curate_command(f'review {quote(str(out.folder))}/suspects.json')}")
 
 
-PROGRAMS = {"folds": make_folds, "suspects": find_suspects}
+def make_page(args) -> None:
+    out = Written(args.suspects.parent, args.overwrite)
+    out.check(["review.html"])
+    found = review.read_suspects(args.suspects)
+    source = open_source(found, args.root)
+    page = review.page_of(found, source, args.limit, args.controls, args.seed)
+    if not page["items"]:
+        raise BadInput(f"{args.suspects}: no suspect regions; there is nothing to review")
+    text = review.html(page)
+    out.write("review.html", text)
+    planted = sum(item["control"] for item in page["items"])
+    print(f"wrote {out.folder}/review.html ({len(text) / 1e6:.1f} MB): {len(page['items']) - planted} "
+          f"regions, {planted} controls; open it in a browser, decide, save decisions.json, then type: "
+          f"{curate_command('apply decisions.json --out NEWMASKS')}")
+
+
+PROGRAMS = {"folds": make_folds, "suspects": find_suspects, "review": make_page}
 
 
 def main(argv=None) -> int:
