@@ -3,10 +3,14 @@
     python -m data.curate folds ROOT --out O            models that have not seen the labels they judge
     python -m data.curate suspects DIR... --out O       regions where models contradict the labels
     python -m data.curate review O/suspects.json        a page to decide about them; saves decisions.json
+    python -m data.curate apply decisions.json --out M  all masks once more, those of the decisions changed
+    python -m data.curate verify M                      are masks and originals as they were written?
+    python -m data.curate revert M --region 17          take regions back, or all
 
 DIR: what eval.py RUN --split S --probabilities DIR has written.
 """
 import argparse
+import json
 import sys
 from pathlib import Path
 from shlex import quote
@@ -15,7 +19,7 @@ if not __package__:  # started as `python /path/to/data/curate`: let "data" be f
     sys.path[0] = str(Path(__file__).resolve().parents[2])
 
 from data.common import BadInput, Written, print_anything
-from data.curate import folds, review, suspects
+from data.curate import folds, masks, review, suspects
 from data.curate.predicted import Predicted, curate_command, open_source
 from data.public import SETS
 from data.source import Source
@@ -26,10 +30,11 @@ def parse_args(argv=None):
                                 formatter_class=argparse.RawDescriptionHelpFormatter)
     programs = p.add_subparsers(dest="program", required=True, metavar="PROGRAM")
 
-    def add(name, help):
+    def add(name, help, overwrite=True):
         program = programs.add_parser(name, help=help, description=help)
-        program.add_argument("--overwrite", action="store_true",
-                             help="replace files of others, or changed by hand")
+        if overwrite:
+            program.add_argument("--overwrite", action="store_true",
+                                 help="replace files of others, or changed by hand")
         return program
 
     def add_data(program):
@@ -57,6 +62,19 @@ def parse_args(argv=None):
                    help="regions of known label among them, to tell how often the reviewer errs "
                         "(default: 20)")
     q.add_argument("--seed", type=int, default=0, help="of order and drawing (default: 0)")
+
+    q = add("apply", "carry decisions out in a new folder of masks; the originals stay", overwrite=False)
+    q.add_argument("decisions", type=Path, help="decisions.json")
+    q.add_argument("--out", type=Path, required=True, help="new folder for all masks of the data set")
+    q.add_argument("--root", help="data folder (as when suspects were searched)")
+    q.add_argument("--dry-run", action="store_true", help="say what would change, write nothing")
+    q.add_argument("--including-heldout", action="store_true",
+                   help="also change labels of val and test")
+    q = add("revert", "take decisions back: masks are again what they were", overwrite=False)
+    q.add_argument("masks", type=Path, help="folder that apply has written")
+    q.add_argument("--region", type=int, nargs="+", help="numbers of regions (default: all)")
+    q = add("verify", "compare masks and their originals with the sha256 of the manifest", overwrite=False)
+    q.add_argument("masks", type=Path, help="folder that apply has written")
     return p.parse_args(argv)
 
 
@@ -111,7 +129,50 @@ def make_page(args) -> None:
           f"{curate_command('apply decisions.json --out NEWMASKS')}")
 
 
-PROGRAMS = {"folds": make_folds, "suspects": find_suspects, "review": make_page}
+def apply_decisions(args) -> None:
+    decisions = masks.read_decisions(args.decisions)
+    source = open_source(decisions, args.root)
+    manifest = masks.plan(decisions, source, args.out, args.including_heldout)
+    for line in masks.summary(manifest):
+        print(line)
+    controls = decisions.get("controls")
+    if isinstance(controls, dict) and controls.get("answered"):
+        print(f"reviewer {decisions.get('reviewer')}: {controls.get('wrong')} of "
+              f"{controls['answered']} controls wrong")
+    if args.dry_run:
+        print("nothing was written; leave --dry-run out to write")
+        return
+    if masks.applied(manifest, args.out):
+        print(f"{args.out}: written already by these decisions; nothing to do")
+        return
+    masks.carry_out(manifest, args.out)
+    print(f"wrote {args.out}/: {len(manifest['masks'])} masks and manifest.json")
+    patterns = masks.new_patterns(source, args.out)
+    value = json.dumps(patterns[0] if len(patterns) == 1 else patterns, ensure_ascii=False)
+    if source.kind == "folder":
+        print(f'to train on them, write into {source.root}/dataset.json:  "masks": {value}')
+    else:
+        description = source.description | {"masks": json.loads(value)}
+        print(f"to train on them, save this as {source.root}/dataset.json and leave --dataset out:")
+        print(json.dumps(description, ensure_ascii=False))
+
+
+def revert_decisions(args) -> None:
+    count = masks.revert(args.masks, args.region)
+    print(f"{args.masks}: {count} regions as they were")
+
+
+def verify_masks(args) -> None:
+    faults = masks.verify(args.masks)
+    for line in faults:
+        print(line)
+    if faults:
+        raise BadInput(f"{args.masks}: {len(faults)} files are not as they were written")
+    print(f"{args.masks}: all masks and their originals are as they were written")
+
+
+PROGRAMS = {"folds": make_folds, "suspects": find_suspects, "review": make_page,
+            "apply": apply_decisions, "revert": revert_decisions, "verify": verify_masks}
 
 
 def main(argv=None) -> int:
