@@ -1,20 +1,27 @@
 """data.curate: wrong labels are found, shown, decided about and mended in new masks; the originals stay."""
+import base64
 import csv
 import hashlib
+import io
 import json
 import re
 import shutil
 import subprocess
+from pathlib import Path
 
 import numpy as np
 import pytest
+import rasterio
 from PIL import Image
 from scipy import ndimage
 
 from data.common import write
+from data.curate import masks
 from data.curate.__main__ import main
 from data.curate.predicted import Predicted
 from data.curate.regions import from_runs, to_runs
+from data.datasets import find_pairs, read_description
+from data.io import Labels
 from data.tiff import write_tiff
 from folder_sets import save
 
@@ -49,10 +56,9 @@ def probabilities(ids, p=0.9):
     return np.round(255 * one_hot).astype(np.uint8)
 
 
-@pytest.fixture
-def made(tmp_path):
-    """A data set of palette masks and what a good model says of its training images: root, folder."""
-    root = tmp_path / "D"
+def make(place):
+    """A data set of palette masks in place/D, and what a good model says of its training images in place/P."""
+    root = place / "D"
     rng = np.random.default_rng(0)
     palette = np.zeros((256, 3), np.uint8)
     palette[[10, 20, 30]] = [(0, 0, 128), (255, 0, 0), (0, 192, 0)]
@@ -60,14 +66,34 @@ def made(tmp_path):
     for i in range(6):
         save(root / f"images/{i}.png", rng.integers(0, 256, (H, W, 3)))
         save(root / f"masks/{i}.png", RAW[labels(i)], palette.tolist())
-        write_tiff(tmp_path / f"P/images/{i}.tif", probabilities(truth(i)), bands=["a", "b", "c"])
+    for i in range(4):
+        write_tiff(place / f"P/images/{i}.tif", probabilities(truth(i)), bands=["a", "b", "c"])
     write(root / "dataset.json", {
         "name": "tiny", "images": "images/*.png", "masks": "masks/*.png", "classes": CLASSES,
-        "ignore": [255], "scene": r"(\d)", "splits": {"train": names[:4], "val": names[4:5], "test": names[5:]}})
+        "ignore": [255], "splits": {"train": names[:4], "val": names[4:5], "test": names[5:]}})
     index = {"run": "runs/none", "weights": "0", "root": str(root), "split": "fold", "temperature": None,
              "classes": [c["name"] for c in CLASSES], "images": {n: f"{n}.tif" for n in names[:4]}}
-    write(tmp_path / "P/index.json", index)
-    return root, tmp_path / "P"
+    write(place / "P/index.json", index)
+    return root, place / "P"
+
+
+@pytest.fixture
+def made(tmp_path):
+    """make(), for one thing to be spoilt."""
+    return make(tmp_path)
+
+
+@pytest.fixture(scope="module")
+def searched(tmp_path_factory):
+    """make() with suspects searched and a page of them: only to be read."""
+    root, folder = make(tmp_path_factory.mktemp("searched"))
+    assert main(["suspects", str(folder)]) == 0
+    assert main(["review", str(folder / "suspects/suspects.json"), "--controls", "3"]) == 0
+    return root, folder
+
+
+def read_suspects(folder):
+    return json.loads((folder / "suspects/suspects.json").read_text())
 
 
 def run(capsys, *argv):
@@ -76,17 +102,11 @@ def run(capsys, *argv):
     return code, out.out + out.err
 
 
-def suspects_of(capsys, folder, *flags):
-    code, said = run(capsys, "suspects", folder, *flags)
-    assert code == 0, said
-    return json.loads((folder / "suspects/suspects.json").read_text())
-
-
 # ---- suspects
 
-def test_the_wrong_region_of_each_image_and_nothing_else_is_suspect(made, capsys):
-    root, folder = made
-    found = suspects_of(capsys, folder)["regions"]
+def test_the_wrong_region_of_each_image_and_nothing_else_is_suspect(searched):
+    _, folder = searched
+    found = read_suspects(folder)["regions"]
     assert sorted(r["image"] for r in found) == [f"images/{i}" for i in range(4)]
     for r in found:
         assert (r["label"], r["proposed"], r["pixels"], r["box"]) == ("land", "water", 200, [10, 15, 10, 20])
@@ -101,7 +121,10 @@ def test_regions_are_those_of_scipy(made, capsys, rng):
     root, folder = made
     said = rng.choice(3, (H // 3, W // 2)).repeat(3, 0).repeat(2, 1).astype(np.uint8)
     write_tiff(folder / "images/0.tif", probabilities(said))
-    own = [r for r in suspects_of(capsys, folder)["regions"] if r["image"] == "images/0"]
+    index = json.loads((folder / "index.json").read_text())
+    write(folder / "index.json", index | {"images": {"images/0": "images/0.tif"}})
+    assert run(capsys, "suspects", folder)[0] == 0
+    own = read_suspects(folder)["regions"]
     expected = []
     for label in range(3):
         for other in {0, 1, 2} - {label}:
@@ -116,9 +139,8 @@ def test_regions_are_those_of_scipy(made, capsys, rng):
     assert len(found) > 5 and sorted(found) == sorted(expected)
 
 
-def test_scores_of_images_are_the_soft_minimum(made, capsys):
-    root, folder = made
-    suspects_of(capsys, folder)
+def test_scores_of_images_are_the_soft_minimum(searched):
+    _, folder = searched
     rows = {r["image"]: float(r["score"]) for r in csv.DictReader((folder / "suspects/images.csv").open())}
     for i in range(4):
         p = probabilities(truth(i)) / 255
@@ -144,9 +166,9 @@ def test_the_mean_of_two_models_counts_and_their_classes_may_stand_in_any_order(
     assert json.loads((tmp_path / "out/suspects.json").read_text())["regions"] == []
 
 
-def test_controls_are_right_labels(made, capsys):
-    root, folder = made
-    controls = suspects_of(capsys, folder)["controls"]
+def test_controls_are_right_labels(searched):
+    _, folder = searched
+    controls = read_suspects(folder)["controls"]
     assert controls
     names = [c["name"] for c in CLASSES]
     for c in controls:
@@ -166,7 +188,7 @@ def test_runs_come_back(rng):
 
 @pytest.mark.parametrize("spoil, named", [
     (lambda f: (f / "index.json").unlink(), "--probabilities"),
-    (lambda f: shutil.copy(f.parent / "D/images/0.png", f / "images/2.tif"), "images/2.tif"),
+    (lambda f: shutil.copy(f.parent / "D/masks/0.png", f / "images/2.tif"), "images/2.tif"),
     (lambda f: write(f / "index.json", {"root": "x"}), "'split'"),
 ])
 def test_bad_folders_are_named(made, capsys, spoil, named):
@@ -189,20 +211,293 @@ def test_a_run_that_judges_its_own_training_labels_is_said(made, capsys, tmp_pat
 
 def test_folds_keep_scenes_whole_and_leave_no_image_out(made, capsys, tmp_path):
     root, _ = made
+    for i in range(4):
+        for kind in ("images", "masks"):
+            (root / kind / f"{i}.png").rename(root / kind / f"{'ab'[i % 2]}_{i}.png")
     d = json.loads((root / "dataset.json").read_text())
-    write(root / "dataset.json", d | {"scene": "([01]|[23]|[45])"})
+    splits = d["splits"] | {"train": ["images/?_*"]}
+    write(root / "dataset.json", d | {"scene": r"images/([^_]*)", "splits": splits})
     code, said = run(capsys, "folds", root, "--number", 2, "--out", tmp_path / "O")
     assert code == 0 and said.count("train_seg.py") == said.count("eval.py") == 2
     folds = [json.loads((tmp_path / f"O/fold_{i}.json").read_text()) for i in (1, 2)]
-    train = set(d["splits"]["train"])
-    assert [set(f["train"]) | set(f["fold"]) for f in folds] == [train, train]
-    assert sorted(map(tuple, (f["fold"] for f in folds))) == [("images/0",), ("images/1",)] \
-        or {frozenset(f["fold"]) for f in folds} <= {frozenset(s) for s in
-                                                     (["images/0"], ["images/1"], ["images/2"], ["images/3"],
-                                                      ["images/0", "images/1"], ["images/2", "images/3"])}
+    scenes = [["images/a_0", "images/a_2"], ["images/b_1", "images/b_3"]]
+    assert sorted(f["fold"] for f in folds) == scenes and sorted(f["train"] for f in folds) == scenes
+    assert all(f["train"] != f["fold"] for f in folds)
     assert all(f["val"] == ["images/4"] and f["test"] == ["images/5"] for f in folds)
-    code, said = run(capsys, "folds", root, "--number", 9, "--out", tmp_path / "O2")
-    assert code == 2 and "--number 9" in said
+    code, said = run(capsys, "folds", root, "--number", 3, "--out", tmp_path / "O2")
+    assert code == 2 and "2 to 2" in said
+
+
+# ---- the page
+
+NODE = shutil.which("node")
+
+
+def played(folder, presses):
+    """What the page shows and saves after these presses of keys, by node and a stand-in for a browser."""
+    player = Path(__file__).with_name("play_page.js")
+    done = subprocess.run([NODE, player, folder / "suspects/review.html", json.dumps(presses)],
+                          capture_output=True, text=True, check=True)
+    return json.loads(done.stdout)
+
+
+def page_data(folder):
+    text = (folder / "suspects/review.html").read_text()
+    return text, json.loads(re.search(r'type="application/json">(.*?)</script>', text, re.DOTALL)[1])
+
+
+def picture(url):
+    return Image.open(io.BytesIO(base64.b64decode(url.split(",")[1])))
+
+
+def test_the_page_needs_nothing_else_and_no_name_can_break_out(searched):
+    text, page = page_data(searched[1])
+    assert not re.search(r"""(src|href)\s*=\s*["']|https?:|@import|url\(""", text)
+    assert text.count("<script") == text.count("</script") == 2  # a class is called so, too
+    assert "<script>" in page["classes"] and "innerHTML" not in text
+
+
+def test_the_page_shows_label_and_proposal_of_each_region_in_colour(searched):
+    _, page = page_data(searched[1])
+    assert sum(item["control"] for item in page["items"]) == 3 and len(page["items"]) == 7
+    colors = {c["name"]: tuple(bytes.fromhex(c["color"][1:])) for c in CLASSES}
+    assert len({item["labelIs"] for item in page["items"]}) == 2  # drawn, not always the same
+    for item in page["items"]:
+        top, left, h, w = item["around"]
+        box = item["box"]
+        assert picture(item["picture"]).size == (w, h)
+        y, x = np.nonzero(from_runs(item["runs"], tuple(box[2:])))
+        for layer in "ab":
+            shown = np.array(picture(item[layer]).convert("RGB"))
+            name = item["label"] if layer == item["labelIs"] else item["proposed"]
+            assert (shown[y + box[0] - top, x + box[1] - left] == colors[name]).all()
+
+
+@pytest.mark.skipif(not NODE, reason="needs node")
+def test_keys_decide_undo_and_survive_closing(searched):
+    _, page = page_data(searched[1])
+    items = page["items"]
+    regions = [i for i, item in enumerate(items) if not item["control"]]
+    # A for all, the first one undone and said to be the second class; closed in the middle; the last left open.
+    found = played(searched[1], ["name:Eva", " ", "a", "u", "2", "a", "close", *["a"] * (len(items) - 3)])
+    assert found["count"] == f"{len(items) - 1} of {len(items)}" and found["outside"] == []
+    saved = {d["id"]: d for d in found["saved"]["decisions"]}
+    assert set(saved) == {items[i]["id"] for i in regions if i < len(items) - 1}
+    for i in set(regions) - {len(items) - 1}:
+        item, d = items[i], saved.get(items[i]["id"])
+        if i == 0:
+            expected = "<script>", "other"
+        else:
+            expected = (item["label"], "keep") if item["labelIs"] == "a" else (item["proposed"], "accept")
+        assert (d["class"], d["verdict"]) == expected and d["reviewer"] == "Eva" and d["runs"] == item["runs"]
+    answered = [i for i, item in enumerate(items) if item["control"] and i < len(items) - 1]
+    wrong = [i for i in answered if (items[0]["proposed"] != "<script>" if i == 0 else items[i]["labelIs"] == "a")]
+    assert (found["saved"]["controls"]["answered"], found["saved"]["controls"]["wrong"]) == (len(answered), len(wrong))
+
+
+@pytest.mark.skipif(not NODE, reason="needs node")
+def test_the_reviewers_error_rate_is_said_at_the_end(searched):
+    _, page = page_data(searched[1])
+    right = ["b" if item["labelIs"] == "a" else "a" for item in page["items"]]  # the proposal
+    found = played(searched[1], ["name:Eva", *right])
+    # Wilson's interval of 0 out of 3.
+    assert found["result"].startswith("All decided. Of 3 controls") and "0.0 % to 56.2 %" in found["result"]
+    assert found["saved"]["controls"]["wrong"] == 0
+
+
+@pytest.mark.skipif(not NODE, reason="needs node")
+def test_nothing_is_decided_without_a_name(searched):
+    found = played(searched[1], ["a"])
+    assert found["count"].startswith("0 of") and "name" in found["warning"]
+
+
+# ---- masks
+
+FORMS = ["ids", "grey", "palette of colours", "colours", "colours and alpha", "16 bits", "1 bit", "GeoTIFF",
+         "threshold"]
+
+
+def mask_set(place, form):
+    """A data set of one training and one val mask, both of class 0 with a stripe of class 1: root, region."""
+    ids = np.zeros((12, 16), np.uint8)
+    ids[:, 4:8] = 1
+    values = {"16 bits": (300, 301), "1 bit": (0, 1), "threshold": (0, 1)}.get(form, (10, 20))
+    classes = [{"name": n, "id": v, "color": c} for n, v, c in zip("xy", values, COLORS)]
+    colours = np.array([(0, 0, 128), (255, 0, 0)], np.uint8)
+    more = {}
+    if form in ("palette of colours", "colours", "colours and alpha"):
+        classes = [{k: c[k] for k in ("name", "color")} for c in classes]
+    picture = Image.fromarray(np.array(values)[ids].astype(np.uint8))
+    if form == "ids":
+        picture.putpalette([*range(256)] * 3)
+    if form == "palette of colours":  # the second class only
+        picture = Image.fromarray(np.zeros_like(ids) + 7, "P")
+        picture.putpalette([0] * 21 + [0, 0, 128])
+    if form in ("colours", "colours and alpha"):
+        picture = Image.fromarray(colours[ids])
+    if form == "colours and alpha":
+        picture.putalpha(Image.fromarray(np.where(np.arange(16) < 14, 255, 0).astype(np.uint8)[None].repeat(12, 0)))
+    if form == "16 bits":
+        picture = Image.fromarray(np.array(values, np.uint16)[ids])
+    if form == "1 bit":
+        picture = Image.fromarray(ids > 0)
+    if form == "threshold":
+        more = {"threshold": 127}
+        picture = Image.fromarray(ids * np.uint8(200))
+    suffix = "tif" if form == "GeoTIFF" else "png"
+    for i in range(2):
+        save(place / f"i/{i}.png", np.zeros((12, 16, 3)))
+        file = place / f"m/{i}.{suffix}"
+        file.parent.mkdir(exist_ok=True)
+        if form == "GeoTIFF":
+            with rasterio.open(file, "w", driver="GTiff", height=12, width=16, count=1, dtype="uint8",
+                               crs="EPSG:32633", transform=rasterio.Affine(2, 0, 5e5, 0, -2, 6e6)) as f:
+                f.write(np.array(picture)[None])
+        else:
+            picture.save(file)
+        write(file.with_suffix(".wld"), "1 0 0 -1 0 0")
+    write(place / "dataset.json", {"name": "n", "images": "i/*.png", "masks": f"m/*.{suffix}", "classes": classes,
+                                   "splits": {"train": "i/0", "val": "i/1"}, **more})
+    before = Labels.of(read_description(place)).load(place / f"m/0.{suffix}")
+    return before, f"0.{suffix}"
+
+
+def decided(root, label="x", to="y", image="i/0", box=(2, 9, 3, 4), **more):
+    """decisions.json about a region of one image; corners of its box lie outside."""
+    inside = np.ones(box[2:], bool)
+    inside[0, 0] = inside[-1, -1] = False
+    decision = dict(id=7, image=image, box=list(box), runs=to_runs(inside), label=label, proposed=to,
+                    verdict="accept", reviewer="Eva", time="2026-01-01", **{"class": to})
+    file = root.parent / "decisions.json"
+    write(file, {"root": str(root), "classes": ["x", "y"], "models": [{"split": "fold"}], "reviewer": "Eva",
+                 "decisions": [decision | more, decision | {"id": 8, "verdict": "keep", "class": "x"}]})
+    return file, inside
+
+
+def contents(folder):
+    return {f.relative_to(folder): f.read_bytes() for f in sorted(folder.rglob("*")) if f.is_file()}
+
+
+@pytest.mark.parametrize("form", FORMS)
+def test_a_decision_changes_its_region_and_nothing_else(tmp_path, capsys, form):
+    root = tmp_path / "D"
+    before, name = mask_set(root, form)
+    old = contents(root)
+    file, inside = decided(root)
+    code, said = run(capsys, "apply", file, "--out", root / "m2")
+    assert code == 0, said
+    after = Labels.of(read_description(root)).load(root / "m2/m" / name)
+    expected = before.copy()
+    expected[2:5, 9:13][inside] = 1
+    assert np.array_equal(after, expected) and inside.sum() == 10
+    assert {k: v for k, v in contents(root).items() if k.parts[0] != "m2"} == old
+    # Masks without a decision, and what lies beside, are copies.
+    assert (root / "m2/m" / name.replace("0", "1")).read_bytes() == (root / "m" / name.replace("0", "1")).read_bytes()
+    assert (root / "m2/m/0.wld").read_text() == "1 0 0 -1 0 0"
+    # In the form that it had.
+    was, now = Image.open(root / "m" / name), Image.open(root / "m2/m" / name)
+    if form not in ("1 bit",):
+        assert now.mode == was.mode
+    if form in ("ids", "palette of colours"):
+        assert now.getpalette()[:24] == was.getpalette()[:24]
+    if form == "GeoTIFF":
+        with rasterio.open(root / "m2/m" / name) as f, rasterio.open(root / "m" / name) as g:
+            assert (f.crs, f.transform) == (g.crs, g.transform)
+    # The line to type into dataset.json is right.
+    d = json.loads((root / "dataset.json").read_text())
+    write(root / "dataset.json", d | json.loads("{" + said.split('dataset.json:')[1] + "}"))
+    pairs = find_pairs(root, read_description(root))
+    assert pairs["i/0"][1] == root / "m2/m" / name and pairs["i/1"][1] == root / "m2/m" / name.replace("0", "1")
+
+
+def test_taken_back_it_is_the_original_byte_for_byte(tmp_path, capsys):
+    root = tmp_path / "D"
+    mask_set(root, "palette of colours")
+    file, _ = decided(root)
+    assert run(capsys, "apply", file, "--out", root / "m2")[0] == 0
+    manifest = json.loads((root / "m2/manifest.json").read_text())
+    for mask, about in manifest["masks"].items():
+        assert about["before"] == hashlib.sha256((root / about["original"]).read_bytes()).hexdigest()
+        assert about["after"] == hashlib.sha256((root / "m2" / mask).read_bytes()).hexdigest()
+    region, = manifest["masks"]["m/0.png"]["regions"]
+    assert (region["id"], region["to"], region["reviewer"], region["reason"]) == (7, "y", "Eva", "accept")
+    assert run(capsys, "verify", root / "m2")[0] == 0
+    code, said = run(capsys, "revert", root / "m2", "--region", 8)
+    assert code == 2 and "there are 7" in said
+    assert run(capsys, "revert", root / "m2", "--region", 7)[0] == 0
+    assert (root / "m2/m/0.png").read_bytes() == (root / "m/0.png").read_bytes()
+    assert run(capsys, "verify", root / "m2")[0] == 0
+    # Typed again, apply does not bring back what was taken back.
+    assert run(capsys, "apply", file, "--out", root / "m2")[0] == 0
+    assert (root / "m2/m/0.png").read_bytes() == (root / "m/0.png").read_bytes()
+    (root / "m2/m/0.png").write_bytes(b"other")
+    (root / "m2/m/1.png").unlink()
+    shutil.copy(root / "m/0.png", root / "m2/m/9.png")
+    code, said = run(capsys, "verify", root / "m2")
+    assert code == 2 and "0.png: changed" in said and "1.png: missing" in said and "9.png: not in" in said
+
+
+def test_killed_in_the_middle_and_typed_again_it_is_whole(tmp_path, capsys, monkeypatch):
+    root = tmp_path / "D"
+    mask_set(root, "ids")
+    file, _ = decided(root)
+    assert run(capsys, "apply", file, "--out", root / "whole")[0] == 0
+
+    def killed(source, path):
+        if path.name == "1.png":
+            write(path.with_name("1.png.1.tmp"), "half")
+            raise KeyboardInterrupt
+        original(source, path)
+
+    original = masks.copy
+    monkeypatch.setattr(masks, "copy", killed)
+    with pytest.raises(KeyboardInterrupt):
+        main(["apply", str(file), "--out", str(root / "m2")])
+    monkeypatch.undo()
+    code, said = run(capsys, "verify", root / "m2")
+    assert code == 2 and "apply command again" in said
+    assert run(capsys, "apply", file, "--out", root / "m2")[0] == 0
+    assert contents(root / "m2") == contents(root / "whole")
+
+
+def test_what_must_not_change_is_refused_and_nothing_written(tmp_path, capsys):
+    root = tmp_path / "D"
+    mask_set(root, "ids")
+    old = contents(root)
+    for more, flags, named in [
+            (dict(image="i/1"), [], "--including-heldout"),
+            (dict(label="y", to="x"), [], "is not 'y' any more"),
+            (dict(box=(11, 9, 3, 4)), [], "outside"),
+            (dict(to="z"), [], "no class 'z'"),
+            (dict(to=None, verdict="other"), [], '"ignore" in dataset.json'),
+            (dict(image="i/5"), [], "no mask of 'i/5'"),
+            ({}, ["--out", root], "name a new folder"),
+            ({}, ["--out", root / "i"], "other files")]:
+        file, _ = decided(root, **more)
+        code, said = run(capsys, "apply", file, *(flags or ["--out", root / "m2"]))
+        assert code == 2 and named in said and said.splitlines()[-1].startswith("error"), (named, said)
+        assert contents(root) == old
+    file, inside = decided(root, image="i/1")
+    code, said = run(capsys, "apply", file, "--out", root / "m2", "--dry-run", "--including-heldout")
+    assert code == 0 and "7: x -> y" in said and contents(root) == old
+    assert run(capsys, "apply", file, "--out", root / "m2", "--including-heldout")[0] == 0
+
+
+def test_a_second_round_stands_on_the_first(tmp_path, capsys):
+    """dataset.json points at new masks outside of the data set, and these are changed once more."""
+    root = tmp_path / "D"
+    before, _ = mask_set(root, "ids")
+    d = json.loads((root / "dataset.json").read_text())
+    for out, box in (("../one", (2, 9, 3, 4)), ("two", (6, 9, 3, 4))):
+        file, inside = decided(root, box=box)
+        code, said = run(capsys, "apply", file, "--out", root / out)
+        assert code == 0, said
+        d |= json.loads("{" + said.split('dataset.json:')[1] + "}")
+        write(root / "dataset.json", d)
+        before[box[0]:box[0] + 3, 9:13][inside] = 1
+    assert d["masks"] == "two/m/*.png"
+    mask = find_pairs(root, read_description(root))["i/0"][1]
+    assert np.array_equal(Labels.of(read_description(root)).load(mask), before)
 
 
 @pytest.fixture

@@ -15,6 +15,7 @@ import re
 import time
 from collections import defaultdict
 from pathlib import Path
+from tempfile import TemporaryDirectory
 
 import numpy as np
 from PIL import Image
@@ -90,7 +91,9 @@ def plan(decisions: dict, source: Source, out: Path, including_heldout: bool) ->
         about["before"] = file_sha256(source.root / about["original"])
         about["after"] = None
         if about["regions"]:
-            new_ids(source.root / about["original"], about["regions"], source.labels)
+            with TemporaryDirectory() as folder:  # a form that cannot be written stops it now
+                write_new(Path(folder) / "mask", source.root / about["original"], about["regions"],
+                          source.labels)
     labels = source.labels
     table = dict(classes=labels.classes, ignore=labels.ignore, threshold=labels.threshold)
     return dict(complete=False, decisions=decisions["sha256"], root=str(source.root),
@@ -122,6 +125,9 @@ def region_of(decision: dict, source: Source, tile: list) -> dict:
         if name is not None and nfc(name) not in source.names:
             raise BadInput(f"region {decision['id']}: no class {name!r}; {source.root} has "
                            f"{', '.join(source.names)}")
+    if chosen is None and source.labels.void is None:
+        raise BadInput(f"region {decision['id']} is to be ignored, and no value in the masks means "
+                       'that; add one, such as 255, to "ignore" in dataset.json')
     return dict(id=decision["id"], image=decision["image"], box=box, runs=decision["runs"],
                 label=decision["label"], to=chosen, reason=decision["verdict"],
                 reviewer=decision["reviewer"], time=decision["time"])

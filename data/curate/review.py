@@ -48,8 +48,9 @@ def page_of(suspects: dict, source: Source, limit: int, controls: int, seed: int
     chosen = rng.permutation(len(planted))[:controls]
     items = regions + [planted[i] for i in chosen]
     items = [items[i] for i in rng.permutation(len(items))]
-    for item, first in zip(items, rng.integers(2, size=len(items))):
-        item["labelIs"] = "ab"[first]
+    # Half of them each, so that a reviewer who always says A is right half of the time.
+    for item, side in zip(items, rng.permutation(len(items)) % 2):
+        item["labelIs"] = "ab"[side]
     items = in_threads(lambda item: with_pictures(item, source), items, "pictures")
 
     about = {key: suspects.get(key) for key in KEPT}
