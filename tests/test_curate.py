@@ -13,7 +13,7 @@ import numpy as np
 import pytest
 import rasterio
 from PIL import Image
-from scipy import ndimage
+from scipy import ndimage, stats
 
 from data.common import write
 from data.curate import masks
@@ -498,6 +498,55 @@ def test_a_second_round_stands_on_the_first(tmp_path, capsys):
     assert d["masks"] == "two/m/*.png"
     mask = find_pairs(root, read_description(root))["i/0"][1]
     assert np.array_equal(Labels.of(read_description(root)).load(mask), before)
+
+
+# ---- what to label next
+
+def brute_force(doubt, features, budget, labelled):
+    """The rule in plain Python."""
+    unit = [f / np.linalg.norm(f) for f in features]
+    centres = [f / np.linalg.norm(f) for f in labelled]
+    chosen = []
+    for _ in range(budget):
+        gains = {i: doubt[i] * min([2.0, *(np.linalg.norm(unit[i] - c) for c in centres)])
+                 for i in range(len(unit)) if i not in chosen}
+        chosen.append(max(gains, key=gains.get))
+        centres.append(unit[chosen[-1]])
+    return chosen
+
+
+def test_next_are_the_unsure_and_unlike_ones(tmp_path, capsys, rng):
+    root, folder = make(tmp_path)
+    names = [f"images/{i}" for i in range(4)]
+    p = [0.5, 0.95, 0.6, 0.4]
+    for i in range(4):
+        write_tiff(folder / f"images/{i}.tif", probabilities(np.zeros((9, 9), int), p[i]))
+    features = rng.normal(size=(4, 5))
+    np.save(folder / "features.npy", features)
+    index = json.loads((folder / "index.json").read_text())
+    write(folder / "index.json", index | {"features": "features.npy", "names": names})
+    labelled = tmp_path / "L"
+    write(labelled / "index.json", {"root": str(root), "split": "train", "classes": [], "features": "f.npy",
+                                    "names": ["images/5"]})
+    np.save(labelled / "f.npy", features[:1] + 0.01)  # like images/0
+    for flags, near in ([], []), (["--labelled", labelled], features[:1] + 0.01):
+        code, said = run(capsys, "next", folder, "--budget", 3, *flags)
+        assert code == 0, said
+        rows = list(csv.DictReader((folder / "next/next.csv").open()))
+        doubt = [float(stats.entropy([q, (1 - q) / 2, (1 - q) / 2], base=3)) for q in p]
+        assert [r["image"] for r in rows] == [names[i] for i in brute_force(doubt, features, 3, near)]
+        assert (folder / "next/next.txt").read_text().split() == [r["image"] for r in rows]
+        for r in rows:
+            assert float(r["entropy"]) == pytest.approx(doubt[names.index(r["image"])], abs=0.02)
+    assert rows[0]["image"] != "images/0"
+
+
+def test_next_takes_a_folder_of_predict(tmp_path, capsys):
+    for name, p in ("a/x", 0.9), ("a/y", 0.5):
+        write_tiff(tmp_path / f"{name}_probabilities.tif", probabilities(np.zeros((9, 9), int), p))
+    code, said = run(capsys, "next", tmp_path, "--budget", 1, "--out", tmp_path / "o")
+    assert code == 0 and "no features" in said
+    assert (tmp_path / "o/next.txt").read_text() == "a/y\n"
 
 
 @pytest.fixture

@@ -6,6 +6,7 @@
     python -m data.curate apply decisions.json --out M  all masks once more, those of the decisions changed
     python -m data.curate verify M                      are masks and originals as they were written?
     python -m data.curate revert M --region 17          take regions back, or all
+    python -m data.curate next DIR --budget 50          which images to label next
 
 DIR: what eval.py RUN --split S --probabilities DIR has written.
 """
@@ -15,12 +16,14 @@ import sys
 from pathlib import Path
 from shlex import quote
 
+import numpy as np
+
 if not __package__:  # started as `python /path/to/data/curate`: let "data" be found, not this folder
     sys.path[0] = str(Path(__file__).resolve().parents[2])
 
 from data.common import BadInput, Written, print_anything
-from data.curate import folds, masks, review, suspects
-from data.curate.predicted import Predicted, curate_command, open_source
+from data.curate import choice, folds, masks, review, suspects
+from data.curate.predicted import Predicted, curate_command, open_source, read_index
 from data.public import SETS
 from data.source import Source
 
@@ -75,6 +78,17 @@ def parse_args(argv=None):
     q.add_argument("--region", type=int, nargs="+", help="numbers of regions (default: all)")
     q = add("verify", "compare masks and their originals with the sha256 of the manifest", overwrite=False)
     q.add_argument("masks", type=Path, help="folder that apply has written")
+
+    q = add("next", "images to label next: of which a model is unsure, and that look like no others")
+    q.add_argument("folders", nargs="+", metavar="DIR",
+                   help="written by eval.py --probabilities and --features, or by predict.py "
+                        "--probabilities")
+    q.add_argument("--budget", type=int, required=True, help="number of images")
+    q.add_argument("--labelled", metavar="DIR",
+                   help="features of the images that have labels: eval.py RUN --split train "
+                        "--features DIR")
+    q.add_argument("--root", help="data folder (as eval.py had it)")
+    q.add_argument("--out", type=Path, help="folder for the results (default: DIR/next)")
     return p.parse_args(argv)
 
 
@@ -171,8 +185,40 @@ def verify_masks(args) -> None:
     print(f"{args.masks}: all masks and their originals are as they were written")
 
 
+def choose_next(args) -> None:
+    if args.budget < 1:
+        raise BadInput(f"--budget {args.budget}: expected a number of images from 1")
+    out = Written(args.out or Path(args.folders[0]) / "next", args.overwrite)
+    pool = choice.read_pool(args.folders)
+    files = ["next.txt", "next.csv"]
+    if pool.index:
+        files.append("next.png")
+    out.check(files)
+    labelled = None
+    if args.labelled:
+        rows = choice.read_features(args.labelled, read_index(args.labelled, "features"))
+        labelled = np.stack(list(rows.values()))
+    doubt, features = choice.entropies(pool)
+    if pool.features is not None:
+        features = pool.features
+    else:
+        print("note: no features, so images are compared by their shares of the classes; "
+              "eval.py --features writes better ones")
+    if labelled is not None and labelled.shape[1] != features.shape[1]:
+        raise BadInput(f"{args.labelled}: features of {labelled.shape[1]} numbers, and "
+                       f"{features.shape[1]} of the images to choose from; take both from one run")
+    order, distances = choice.choose(doubt, features, args.budget, labelled)
+    out.write("next.txt", "".join(f"{pool.names[i]}\n" for i in order))
+    out.write("next.csv", choice.table(pool, doubt, order, distances))
+    if pool.index:
+        out.write("next.png", choice.sheet(pool, doubt, order, args.root))
+    print(f"{len(order)} of {len(pool.names)} images, mean entropy "
+          f"{doubt[order].mean():.3f} (all: {doubt.mean():.3f}); wrote {out.folder}/: {', '.join(files)}")
+
+
 PROGRAMS = {"folds": make_folds, "suspects": find_suspects, "review": make_page,
-            "apply": apply_decisions, "revert": revert_decisions, "verify": verify_masks}
+            "apply": apply_decisions, "revert": revert_decisions, "verify": verify_masks,
+            "next": choose_next}
 
 
 def main(argv=None) -> int:
