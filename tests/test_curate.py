@@ -22,6 +22,7 @@ from data.curate.predicted import Predicted
 from data.curate.regions import from_runs, to_runs
 from data.datasets import find_pairs, read_description
 from data.io import Labels
+from data.source import Source
 from data.tiff import write_tiff
 from folder_sets import save
 
@@ -547,6 +548,50 @@ def test_next_takes_a_folder_of_predict(tmp_path, capsys):
     code, said = run(capsys, "next", tmp_path, "--budget", 1, "--out", tmp_path / "o")
     assert code == 0 and "no features" in said
     assert (tmp_path / "o/next.txt").read_text() == "a/y\n"
+
+
+# ---- which classes are where
+
+def test_shares_of_classes_are_counted_by_image_split_and_set(searched, capsys, tmp_path):
+    root, _ = searched
+    code, said = run(capsys, "stats", root, "--out", tmp_path / "O")
+    assert code == 0, said
+    rows = {r["image"]: r for r in csv.DictReader((tmp_path / "O/shares.csv").open())}
+    names = [c["name"] for c in CLASSES]
+    pixels = {f"images/{i}": [int((labels(i) == c).sum()) for c in (0, 1, 2)] for i in range(6)}
+    for name, counts in pixels.items():
+        shares = [float(rows[name][c]) for c in names]
+        assert shares == pytest.approx([n / sum(counts) for n in counts], abs=1e-6)
+        assert int(rows[name]["ignored pixels"]) == 3 * W and int(rows[name]["pixels"]) == H * W
+    found = json.loads((tmp_path / "O/stats.json").read_text())
+    train = np.sum([pixels[f"images/{i}"] for i in range(4)], 0)
+    assert [found["splits"]["train"]["pixels"][n] for n in names] == train.tolist()
+    assert found["splits"]["val"]["images"] == found["splits"]["test"]["images"] == 1
+    assert found["images_with_both"]["land"]["water"] == 6
+    total = np.sum([*pixels.values()], 0)
+    rare = [n for n, count in zip(names, total) if count < total.sum() / 6]
+    assert list(found["images_of_rare_classes"]) == rare
+    assert Image.open(tmp_path / "O/stats.png").width > 400
+
+
+def test_filter_and_replicate_write_what_training_reads(made, capsys, tmp_path):
+    root, _ = made
+    palette = Image.open(root / "masks/0.png").getpalette()
+    save(root / "masks/1.png", np.full((H, W), 30), palette)
+    code, said = run(capsys, "filter", root, "--class", "water", "--at-most", "50%", "--out", tmp_path / "F")
+    assert code == 0, said
+    splits = json.loads((tmp_path / "F/split.json").read_text())
+    assert splits == {"train": ["images/0", "images/2", "images/3"], "val": ["images/4"], "test": ["images/5"]}
+    assert json.loads((tmp_path / "F/record.json").read_text())["removed"] == {"images/1": 1.0}
+    code, said = run(capsys, "replicate", root, "--class", "water", "--share", "90%", "--out", tmp_path / "R")
+    assert code == 0, said
+    names = Source(root=root, cache="off").names_to_repeat(str(tmp_path / "R/replicated.txt"))
+    assert names == ["images/1"]
+    for words, named in (["filter", root, "--class", "sea", "--at-most", "5%"], "land, <script>, water"), \
+                        (["filter", root, "--class", "land", "--at-most", "0%"], None), \
+                        (["replicate", root, "--class", "land", "--share", "100%"], "lower share"):
+        code, said = run(capsys, *words, "--out", tmp_path / "N")
+        assert code == (2 if named else 0) and (named or "") in said
 
 
 @pytest.fixture

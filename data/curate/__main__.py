@@ -7,6 +7,9 @@
     python -m data.curate verify M                      are masks and originals as they were written?
     python -m data.curate revert M --region 17          take regions back, or all
     python -m data.curate next DIR --budget 50          which images to label next
+    python -m data.curate stats ROOT --out O            which classes are in which images and splits
+    python -m data.curate filter ROOT --class water --at-most 50% --out O     a split file
+    python -m data.curate replicate ROOT --class pool --share 5% --out O      a list to repeat
 
 DIR: what eval.py RUN --split S --probabilities DIR has written.
 """
@@ -22,8 +25,9 @@ if not __package__:  # started as `python /path/to/data/curate`: let "data" be f
     sys.path[0] = str(Path(__file__).resolve().parents[2])
 
 from data.common import BadInput, Written, print_anything
-from data.curate import choice, folds, masks, review, suspects
+from data.curate import choice, folds, masks, review, shares, suspects
 from data.curate.predicted import Predicted, curate_command, open_source, read_index
+from data.datasets import script_command
 from data.public import SETS
 from data.source import Source
 
@@ -89,7 +93,32 @@ def parse_args(argv=None):
                         "--features DIR")
     q.add_argument("--root", help="data folder (as eval.py had it)")
     q.add_argument("--out", type=Path, help="folder for the results (default: DIR/next)")
+
+    q = add("stats", "shares of classes per image, split and set: CSV, JSON, bar chart")
+    add_data(q)
+    q.add_argument("--out", type=Path, required=True, help="folder for the results")
+    q = add("filter", "a split file without training images that one class fills")
+    add_data(q)
+    q.add_argument("--class", dest="name", required=True, help="name of the class")
+    q.add_argument("--at-most", type=percent, required=True, metavar="SHARE",
+                   help="of an image's labelled pixels, such as 50%%")
+    q.add_argument("--out", type=Path, required=True, help="folder for split.json and record.json")
+    q = add("replicate", "a list of training images that have much of some classes, to repeat them")
+    add_data(q)
+    q.add_argument("--class", dest="names", nargs="+", required=True, help="names of classes")
+    q.add_argument("--share", type=percent, required=True,
+                   help="of an image's labelled pixels, such as 5%%")
+    q.add_argument("--out", type=Path, required=True,
+                   help="folder for replicated.txt and record.json")
     return p.parse_args(argv)
+
+
+def percent(text: str) -> float:
+    """'50%' -> 0.5."""
+    share = float(text.removesuffix("%")) / 100
+    if not text.endswith("%") or not 0 <= share <= 1:
+        raise argparse.ArgumentTypeError(f"{text}: expected a percentage such as 50%")
+    return share
 
 
 def make_folds(args) -> None:
@@ -216,9 +245,61 @@ def choose_next(args) -> None:
           f"{doubt[order].mean():.3f} (all: {doubt.mean():.3f}); wrote {out.folder}/: {', '.join(files)}")
 
 
+def counted_classes(args) -> shares.Counted:
+    return shares.count_classes(Source(args.dataset, args.root, args.variant, cache="off", need=()))
+
+
+def data_flags(args) -> str:
+    # -> what training commands repeat
+    flags = f"--root {quote(str(args.root))}"
+    if args.dataset != "folder":
+        flags = f"--dataset {args.dataset} {flags}"
+    if args.variant:
+        flags += f" --variant {quote(args.variant)}"
+    return flags
+
+
+def write_stats(args) -> None:
+    out = Written(args.out, args.overwrite)
+    files = ["shares.csv", "stats.json", "stats.png"]
+    out.check(files)
+    counted = counted_classes(args)
+    found = shares.summary(counted)
+    out.write("shares.csv", shares.csv_table(counted))
+    out.write("stats.json", found)
+    out.write("stats.png", shares.chart(counted))
+    for name, images in found["images_of_rare_classes"].items():
+        print(f"rare: {name}, {found['shares'][name]:.2%} of the labelled pixels, in {len(images)} images")
+    print(f"{len(counted.images)} images; wrote {out.folder}/: {', '.join(files)}")
+
+
+def filter_images(args) -> None:
+    out = Written(args.out, args.overwrite)
+    out.check(["split.json", "record.json"])
+    splits, removed = shares.without(counted_classes(args), args.name, args.at_most)
+    out.write("split.json", splits)
+    out.write("record.json", dict(root=str(args.root), at_most={args.name: args.at_most},
+                                  removed=removed))
+    print(f"train without {len(removed)} images, {len(splits['train'])} left; now type: "
+          f"{script_command('train_seg.py')} {data_flags(args)} --split-file "
+          f"{quote(str(out.folder / 'split.json'))}")
+
+
+def replicate_images(args) -> None:
+    out = Written(args.out, args.overwrite)
+    out.check(["replicated.txt", "record.json"])
+    names = shares.with_at_least(counted_classes(args), args.names, args.share)
+    out.write("replicated.txt", "".join(f"{name}\n" for name in names))
+    out.write("record.json", dict(root=str(args.root), at_least={n: args.share for n in args.names},
+                                  images=names))
+    print(f"{len(names)} training images to repeat; now type: {script_command('train_kd.py')} "
+          f"{data_flags(args)} --replicate {quote(str(out.folder / 'replicated.txt'))}")
+
+
 PROGRAMS = {"folds": make_folds, "suspects": find_suspects, "review": make_page,
             "apply": apply_decisions, "revert": revert_decisions, "verify": verify_masks,
-            "next": choose_next}
+            "next": choose_next,
+            "stats": write_stats, "filter": filter_images, "replicate": replicate_images}
 
 
 def main(argv=None) -> int:
