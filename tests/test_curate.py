@@ -18,7 +18,7 @@ from scipy import ndimage, stats
 from data.common import write
 from data.curate import masks
 from data.curate.__main__ import main
-from data.curate.predicted import Predicted
+from data.curate.predicted import Predicted, read_sample
 from data.curate.regions import from_runs, to_runs
 from data.datasets import find_pairs, read_description
 from data.io import Labels
@@ -592,6 +592,59 @@ def test_filter_and_replicate_write_what_training_reads(made, capsys, tmp_path):
                         (["replicate", root, "--class", "land", "--share", "100%"], "lower share"):
         code, said = run(capsys, *words, "--out", tmp_path / "N")
         assert code == (2 if named else 0) and (named or "") in said
+
+
+# ---- tiles
+
+def scene_set(root, rng, places=(0, 1000)):
+    """Two georeferenced scenes of 70 x 100 pixels of 2 m, train and val, that begin at these eastings."""
+    root.mkdir()
+    for i, x in enumerate(places):
+        for kind, count in ("image", 4), ("mask", 1):
+            with rasterio.open(root / f"{i}_{kind}.tif", "w", driver="GTiff", height=70, width=100, count=count,
+                               dtype="uint16" if count == 4 else "uint8", crs="EPSG:32633",
+                               transform=rasterio.Affine(2, 0, 5e5 + x, 0, -2, 6e6), photometric="MINISBLACK") as f:
+                f.write(rng.integers(0, 3000 if count == 4 else 2, (count, 70, 100)) + 5 * (count == 1))
+    write(root / "dataset.json", {"name": "s", "images": "*_image.tif", "masks": "*_mask.tif", "bands": [4, 1, 2],
+                                  "input_range": [0, 3000], "ignore": [6], "splits": {"train": "0*", "val": "1*"},
+                                  "classes": [{"name": "x", "id": 5}]})
+
+
+def test_tiles_are_the_windows_of_their_scenes(tmp_path, capsys, rng):
+    root, out = tmp_path / "S", tmp_path / "T"
+    scene_set(root, rng)
+    code, said = run(capsys, "tile", root, "--side", 48, "--overlap", 16, "--out", out)
+    assert code == 0, said
+    rows = list(csv.DictReader((out / "tiles.csv").open()))
+    for image, split in ("0_image.tif", "train"), ("1_image.tif", "val"):
+        own = [(int(r["top"]), int(r["left"])) for r in rows if (r["image"], r["split"]) == (image, split)]
+        assert sorted(own) == [(0, 0), (0, 32), (0, 52), (22, 0), (22, 32), (22, 52)]
+    labels_of = Labels.of(read_description(out))
+    for r in rows:
+        window = rasterio.windows.Window(int(r["left"]), int(r["top"]), 48, 48)
+        mask = r["tile"].replace("images/", "masks/", 1) + ".tif"
+        with rasterio.open(root / r["image"]) as scene, rasterio.open(out / (r["tile"] + ".tif")) as tile:
+            assert np.array_equal(scene.read(window=window), tile.read())
+            assert tile.transform == scene.window_transform(window) and tile.crs == scene.crs
+            assert tile.tags()["SOURCE"] == r["image"]
+        with rasterio.open(root / r["image"].replace("image", "mask")) as scene:
+            assert np.array_equal(np.where(scene.read(1, window=window) == 5, 0, 255), labels_of.load(out / mask))
+    splits = Source(root=out, cache="off").splits
+    assert {s: sorted(n) for s, n in splits.items()} == {
+        s: sorted(r["tile"] for r in rows if r["split"] == s) for s in ("train", "val")}
+    x, y = read_sample(Source(root=out, cache="off"), rows[0]["tile"])
+    assert x.shape == (48, 48, 3) and set(np.unique(y)) == {0, 255}
+
+
+def test_tiles_on_both_sides_are_refused(tmp_path, capsys, rng):
+    scene_set(tmp_path / "S", rng, places=(0, 100))  # 50 of 100 columns are the same ground
+    code, said = run(capsys, "tile", tmp_path / "S", "--out", tmp_path / "T")
+    assert code == 2 and "the same ground (50%" in said and not (tmp_path / "T").exists()
+    scene_set(tmp_path / "R", rng)
+    d = json.loads((tmp_path / "R/dataset.json").read_text())
+    write(tmp_path / "R/dataset.json", d | {"tiles": 50, "splits": {"train": "0_image_0", "val": "0_image_1"}})
+    code, said = run(capsys, "tile", tmp_path / "R", "--out", tmp_path / "T")
+    assert code == 2 and "train and val" in said
 
 
 @pytest.fixture

@@ -7,6 +7,7 @@
     python -m data.curate verify M                      are masks and originals as they were written?
     python -m data.curate revert M --region 17          take regions back, or all
     python -m data.curate next DIR --budget 50          which images to label next
+    python -m data.curate tile ROOT --out T             big scenes as a data set of tiles
     python -m data.curate stats ROOT --out O            which classes are in which images and splits
     python -m data.curate filter ROOT --class water --at-most 50% --out O     a split file
     python -m data.curate replicate ROOT --class pool --share 5% --out O      a list to repeat
@@ -16,6 +17,7 @@ DIR: what eval.py RUN --split S --probabilities DIR has written.
 import argparse
 import json
 import sys
+from functools import partial
 from pathlib import Path
 from shlex import quote
 
@@ -24,10 +26,10 @@ import numpy as np
 if not __package__:  # started as `python /path/to/data/curate`: let "data" be found, not this folder
     sys.path[0] = str(Path(__file__).resolve().parents[2])
 
-from data.common import BadInput, Written, print_anything
-from data.curate import choice, folds, masks, review, shares, suspects
+from data.common import BadInput, Written, print_anything, progress
+from data.curate import choice, folds, masks, review, shares, suspects, tiles
 from data.curate.predicted import Predicted, curate_command, open_source, read_index
-from data.datasets import script_command
+from data.datasets import check_command, script_command
 from data.public import SETS
 from data.source import Source
 
@@ -110,6 +112,12 @@ def parse_args(argv=None):
                    help="of an image's labelled pixels, such as 5%%")
     q.add_argument("--out", type=Path, required=True,
                    help="folder for replicated.txt and record.json")
+    q = add("tile", "big scenes as overlapping tiles, with georeference: a data set of its own")
+    add_data(q)
+    q.add_argument("--side", type=int, default=512, help="of a tile, in pixels (default: 512)")
+    q.add_argument("--overlap", type=int, default=64,
+                   help="pixels that neighbours share (default: 64)")
+    q.add_argument("--out", type=Path, required=True, help="folder for the new data set")
     return p.parse_args(argv)
 
 
@@ -296,10 +304,48 @@ def replicate_images(args) -> None:
           f"{data_flags(args)} --replicate {quote(str(out.folder / 'replicated.txt'))}")
 
 
+def cut_tiles(args) -> None:
+    if not 0 <= args.overlap < args.side:
+        raise BadInput(f"--side {args.side} --overlap {args.overlap}: expected an overlap from 0 to "
+                       "less than the side")
+    source = Source(args.dataset, args.root, args.variant, cache="off", need=())
+    if args.out.resolve().is_relative_to(source.root):
+        raise BadInput(f"--out {args.out}: lies in the data set; name a folder outside of "
+                       f"{source.root}")
+    out = Written(args.out, args.overwrite)
+    out.check(["dataset.json", "tiles.csv"])
+    tiles.check_sides(source)
+    folders = tiles.folders_of(source)
+    homes = tiles.homes_of(source)
+    names = {split: [] for split in source.splits}
+    rows = []
+    for image, splits in progress(homes.items(), "images"):
+        (split, name), = splits.items()
+        mask = source.pairs[name][1]
+        stem = image.relative_to(source.root).as_posix()
+        for tile in tiles.tiles_of_scene(source, image, mask, args.side, args.overlap):
+            top, left, h, w = tile.window
+            place = f"{folders[image]}/{top}_{left}"
+            info = {"SOURCE": stem, "SOURCE_WINDOW": f"{top} {left} {h} {w}"}
+            out.replace(f"images/{place}.tif", partial(tiles.save_image, tile=tile, info=info))
+            if tile.ids is not None:
+                out.replace(f"masks/{place}.tif",
+                            partial(tiles.save_mask, tile=tile, colors=source.labels.colors, info=info))
+            names[split].append(f"images/{place}")
+            rows.append((f"images/{place}", split, stem, tile.window))
+    for split, listed in names.items():
+        out.write(f"{split}.txt", "".join(f"{name}\n" for name in listed))
+    out.write("tiles.csv", tiles.tile_table(rows))
+    out.write("dataset.json", tiles.description_of(source, list(names)))
+    print(f"{len(rows)} tiles of {len(homes)} images in {out.folder}/; now type: "
+          f"{check_command(out.folder)}")
+
+
 PROGRAMS = {"folds": make_folds, "suspects": find_suspects, "review": make_page,
             "apply": apply_decisions, "revert": revert_decisions, "verify": verify_masks,
             "next": choose_next,
-            "stats": write_stats, "filter": filter_images, "replicate": replicate_images}
+            "stats": write_stats, "filter": filter_images, "replicate": replicate_images,
+            "tile": cut_tiles}
 
 
 def main(argv=None) -> int:
