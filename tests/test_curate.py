@@ -647,6 +647,48 @@ def test_tiles_on_both_sides_are_refused(tmp_path, capsys, rng):
     assert code == 2 and "train and val" in said
 
 
+# ---- several sets as one
+
+def test_sets_are_merged_by_the_names_of_their_classes(made, capsys, tmp_path):
+    root, _ = made
+    other = tmp_path / "E"
+    mask_set(other, "palette of colours")
+    mask_set(tmp_path / "F", "colours")
+    shutil.copy(tmp_path / "F/m/0.png", other / "m/0.png")
+    write(other / "i/0.pgw", "1 0 0 -1 0 0")
+    old = contents(tmp_path)
+    write(tmp_path / "map.json", {"n": {"x": "sea", "y": None}, "tiny": {"water": "sea"}})
+    code, said = run(capsys, "merge", root, other, "--map", tmp_path / "map.json", "--out", tmp_path / "M")
+    assert code == 0, said
+    assert {k: v for k, v in contents(tmp_path).items() if k in old} == old
+    d = read_description(tmp_path / "M")
+    assert [c["name"] for c in d["classes"]] == ["land", "<script>", "sea"]
+    source = Source(root=tmp_path / "M", cache="off")
+    assert {s: len(n) for s, n in source.splits.items()} == {"train": 5, "val": 2, "test": 1}
+    seen = []
+    for name, (image, _) in source.pairs.items():
+        assert image.is_symlink()
+        pixels, ids = read_sample(source, name)
+        original = image.resolve()
+        assert np.array_equal(pixels, np.array(Image.open(original)))
+        i = int(original.stem)
+        expected = labels(i)
+        if original.is_relative_to(other):  # x is sea, y is ignored; of images/1 all is x
+            expected = np.full((12, 16), 2, np.uint8)
+            expected[:, 4:8] = 255 if i == 0 else 2
+            assert (image.with_suffix(".pgw")).exists() == (i == 0)
+        assert np.array_equal(ids, expected)
+        seen.append(original)
+    assert len(set(seen)) == 8
+    assert json.loads((tmp_path / "M/merge.json").read_text())["n"]["classes"] == {"x": "sea", "y": None}
+    for spoilt, named in ({"q": {}}, "no set 'q'"), ({"n": {"w": "x"}}, "no class 'w'"), ({"n": {"x": 1}}, "null"):
+        write(tmp_path / "map.json", spoilt)
+        code, said = run(capsys, "merge", root, other, "--map", tmp_path / "map.json", "--out", tmp_path / "N")
+        assert code == 2 and named in said
+    code, said = run(capsys, "merge", root, root, "--out", tmp_path / "N")
+    assert code == 2 and "its own" in said and not (tmp_path / "N").exists()
+
+
 @pytest.fixture
 def rng():
     return np.random.default_rng(0)

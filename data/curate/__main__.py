@@ -8,6 +8,7 @@
     python -m data.curate revert M --region 17          take regions back, or all
     python -m data.curate next DIR --budget 50          which images to label next
     python -m data.curate tile ROOT --out T             big scenes as a data set of tiles
+    python -m data.curate merge ROOT ROOT --out M       several data sets as one, images linked
     python -m data.curate stats ROOT --out O            which classes are in which images and splits
     python -m data.curate filter ROOT --class water --at-most 50% --out O     a split file
     python -m data.curate replicate ROOT --class pool --share 5% --out O      a list to repeat
@@ -26,10 +27,11 @@ import numpy as np
 if not __package__:  # started as `python /path/to/data/curate`: let "data" be found, not this folder
     sys.path[0] = str(Path(__file__).resolve().parents[2])
 
-from data.common import BadInput, Written, print_anything, progress
-from data.curate import choice, folds, masks, review, shares, suspects, tiles
+from data.common import BadInput, Written, as_text, file_sha256, print_anything, progress
+from data.curate import choice, folds, masks, merge, review, shares, suspects, tiles
 from data.curate.predicted import Predicted, curate_command, open_source, read_index
 from data.datasets import check_command, script_command
+from data.io import id_image, parse_color
 from data.public import SETS
 from data.source import Source
 
@@ -118,6 +120,12 @@ def parse_args(argv=None):
     q.add_argument("--overlap", type=int, default=64,
                    help="pixels that neighbours share (default: 64)")
     q.add_argument("--out", type=Path, required=True, help="folder for the new data set")
+    q = add("merge", "several data sets under one list of classes; images are linked, not copied")
+    q.add_argument("roots", type=Path, nargs="+", metavar="ROOT", help="folders with a dataset.json")
+    q.add_argument("--map", type=Path, metavar="JSON",
+                   help="{set: {its class: merged class, or null for ignored}} "
+                        "(default: classes of one name are one)")
+    q.add_argument("--out", type=Path, required=True, help="folder for the merged data set")
     return p.parse_args(argv)
 
 
@@ -341,11 +349,41 @@ def cut_tiles(args) -> None:
           f"{check_command(out.folder)}")
 
 
+def merge_sets(args) -> None:
+    sources = [Source(root=root, cache="off", need=()) for root in args.roots]
+    merge.check_alike(sources)
+    class_map = merge.read_map(args.map, sources)
+    classes, tables = merge.merged_classes(sources, class_map)
+    colors = np.array([parse_color(c["color"]) for c in classes], np.uint8)
+    out = Written(args.out, args.overwrite)
+    out.check(["dataset.json", "merge.json"])
+    splits = {}
+    for source, table in zip(sources, tables):
+        for item in progress(merge.items_of(source), source.name):
+            merge.link(item.image, out.folder / "images" / item.place)
+            ids = table[source.labels.load(item.mask)]
+            out.write(f"masks/{item.place}.png", id_image(ids, colors))
+            splits.setdefault(item.split, []).append(f"images/{item.place}")
+    for split, listed in splits.items():
+        out.write(f"{split}.txt", "".join(f"{name}\n" for name in listed))
+    sets = {}
+    for source in sources:
+        description = file_sha256(source.root / "dataset.json")
+        sets[source.name] = dict(root=str(source.root), dataset_json=description,
+                                 classes=class_map[source.name])
+    out.write("merge.json", sets)
+    out.write("dataset.json", merge.description_of(as_text(out.folder.resolve().name), sources[0],
+                                                   classes, list(splits)))
+    sizes = ", ".join(f"{len(listed)} {split}" for split, listed in splits.items())
+    print(f"{len(classes)} classes, images: {sizes}; in {out.folder}/; now type: "
+          f"{check_command(out.folder)}")
+
+
 PROGRAMS = {"folds": make_folds, "suspects": find_suspects, "review": make_page,
             "apply": apply_decisions, "revert": revert_decisions, "verify": verify_masks,
             "next": choose_next,
             "stats": write_stats, "filter": filter_images, "replicate": replicate_images,
-            "tile": cut_tiles}
+            "tile": cut_tiles, "merge": merge_sets}
 
 
 def main(argv=None) -> int:
