@@ -1,6 +1,6 @@
 """Split files by which every training image is predicted by a model that has not seen its scene.
 
-    for number, splits in enumerate(fold_splits(source, 3, seed=0), 1): ...    {"train": names, "fold": names}
+    fold_splits(source, 3, seed=0)        three of {"train": names, "fold": names, "val": names}
 """
 from pathlib import Path
 from shlex import quote

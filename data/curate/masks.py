@@ -2,7 +2,7 @@
 
     decisions = read_decisions("decisions.json")
     manifest = plan(decisions, source, Path("D/masks_2"), including_heldout=False)
-    carry_out(manifest, Path("D/masks_2"))              all masks, changed or copied, and manifest.json
+    carry_out(manifest, Path("D/masks_2"))              all masks, and manifest.json
     revert(Path("D/masks_2"), [17])                     region 17 as it was; None: all regions
     faults = verify(Path("D/masks_2"))                  lines about what is not as it was written
 
@@ -205,8 +205,8 @@ def check_out(out: Path, source: Source) -> None:
         for key in ("images", "masks"):
             for pattern in patterns_of(source.description, key):
                 if star_key(pattern, place) is not None:
-                    raise BadInput(f"--out {out}: the pattern {pattern!r} of the data set would take "
-                                   "the new masks for its own; name a folder outside of "
+                    raise BadInput(f"--out {out}: the pattern {pattern!r} of the data set would "
+                                   "take the new masks for its own; name a folder outside of "
                                    f"{source.root}, or a deeper one")
 
 
@@ -242,7 +242,7 @@ def carry_out(manifest: dict, out: Path) -> None:
 
 
 def write_new(path: Path, original: Path, regions: list[dict], labels: Labels) -> None:
-    """A mask with its regions changed, or a copy where there are none; files beside it are copied."""
+    """A mask with its regions changed, or a copy without any; files beside it are copied."""
     for file in beside(original):
         copy(file, path.with_name(file.name))
     if not regions:
@@ -254,14 +254,15 @@ def write_new(path: Path, original: Path, regions: list[dict], labels: Labels) -
         picture, options = repainted(original, ids, changed, labels)
         picture.save(name, **options)
         if not same_ids(name, original, ids, labels):
-            raise BadInput(f"{original}: its form ({options['format']}, {picture.mode}) cannot hold "
-                           "the new classes; save the masks as PNG of 8 bits and correct dataset.json")
+            raise BadInput(f"{original}: its form ({options['format']}, {picture.mode}) cannot "
+                           "hold the new classes; save the masks as PNG of 8 bits, and correct "
+                           "dataset.json")
 
     replace(path, save)
 
 
 def same_ids(path: str, original: Path, ids: np.ndarray, labels: Labels) -> bool:
-    """Does the new file hold these ids? The original's .msk, if there is one, will lie beside it."""
+    """Does the new file hold these ids? The original's .msk, if any, will lie beside it."""
     try:
         found = labels.load(path)
     except BadInput:
@@ -365,8 +366,11 @@ def summary(manifest: dict) -> list[str]:
         regions = about["regions"]
         if regions:
             count += len(regions)
-            changes = ", ".join(f"{r['id']}: {r['label']} -> {r['to'] or 'ignored'}" for r in regions)
-            lines.append(as_text(f"{place}: {changes}"))
+            changes = []
+            for region in regions:
+                to = region["to"] or "ignored"
+                changes.append(f"{region['id']}: {region['label']} -> {to}")
+            lines.append(as_text(f"{place}: {', '.join(changes)}"))
     return [*lines, f"{count} regions in {len(lines)} of {len(manifest['masks'])} masks change"]
 
 
@@ -376,7 +380,8 @@ def read_manifest(out: Path, whole: bool = True) -> dict:
     """manifest.json of a folder of masks; whole: it must be finished."""
     path = out / MANIFEST
     if not path.exists():
-        raise BadInput(f"{path}: no such file; expected a folder that data.curate apply has written")
+        raise BadInput(f"{path}: no such file; expected a folder that data.curate apply has "
+                       "written")
     found = read_json(path)
     if not isinstance(found.get("masks"), dict) or "decisions" not in found:
         raise BadInput(f"{path}: not a manifest of data.curate apply; name a folder that it has "
@@ -418,7 +423,7 @@ def revert(out: Path, ids: list[int] | None) -> int:
 
 
 def verify(out: Path) -> list[str]:
-    """What is not as manifest.json says: a line for each file that is missing, changed or unknown."""
+    """What is not as manifest.json says: a line for each missing, changed or unknown file."""
     manifest = read_manifest(out)
     faults = []
     for place, about in manifest["masks"].items():

@@ -3,7 +3,7 @@
     classes, tables = merged_classes(sources, read_map("map.json", sources))
     for item in items_of(source): link(item.image, out / "images" / item.place) ...
 
-map.json: {"potsdam": {"low vegetation": "grass", "clutter": null}, "dubai": {"vegetation": "grass"}}
+map.json: {"potsdam": {"low vegetation": "grass", "clutter": null}, "dubai": {"tree": "grass"}}
 by names of sets and classes; null is ignored, a class that is not named keeps its name.
 """
 import os
@@ -16,9 +16,11 @@ from ..common import IGNORE, BadInput, nfc, read_json
 from ..files import is_image
 from ..source import Source
 from .masks import beside
+from .predicted import curate_command
 from .tiles import folders_of
 
 Map = dict[str, dict[str, str | None]]
+READING = ("bands", "input_range")  # of dataset.json: how images are read
 
 
 class Item(NamedTuple):
@@ -55,7 +57,7 @@ def read_map(path: str | Path | None, sources: list[Source]) -> Map:
 
 
 def merged_classes(sources: list[Source], class_map: Map) -> tuple[list[dict], list[np.ndarray]]:
-    """"classes" of the merged dataset.json, and for each set (256,) uint8: its ids -> the merged."""
+    """"classes" of the merged dataset.json, and (256,) uint8 per set: its ids -> the merged."""
     colors = {}  # of each merged class, as the first set that has it shows it
     for source in sources:
         for i, to in enumerate(class_map[source.name].values()):
@@ -79,13 +81,14 @@ def check_alike(sources: list[Source]) -> None:
     """BadInput where one description cannot say how the images of all sets are read."""
     first = sources[0]
     for source in sources:
-        for key in ("bands", "input_range"):
+        for key in READING:
             ours, theirs = first.description.get(key), source.description.get(key)
             if ours != theirs:
-                raise BadInput(f"{source.root}: {key!r} is {theirs}, and {ours} in {first.root}; one "
-                               "dataset.json cannot say both: convert the images of one set")
+                raise BadInput(f"{source.root}: {key!r} is {theirs}, and {ours} in {first.root}; "
+                               "one dataset.json cannot say both: convert the images of one set")
         if "tiles" in source.description:
-            raise BadInput(f"{source.root}: has \"tiles\"; cut them first: python -m data.curate tile")
+            raise BadInput(f"{source.root}: has \"tiles\"; cut them first: "
+                           f"{curate_command('tile')} {source.root} --out FOLDER")
 
 
 def items_of(source: Source) -> list[Item]:
@@ -123,7 +126,7 @@ def link(image: Path, place: Path) -> None:
 
 def description_of(name: str, first: Source, classes: list[dict], splits: list[str]) -> dict:
     """dataset.json of the merged set, whose splits are listed in SPLIT.txt."""
-    kept = {key: first.description[key] for key in ("bands", "input_range") if key in first.description}
+    kept = {key: first.description[key] for key in READING if key in first.description}
     return {"name": name, "images": "images/**/*", "masks": "masks/**/*.png", "classes": classes,
             "ignore": [IGNORE], "scene": "images/([^/]*/[^/]*)/",
             "splits": {split: f"{split}.txt" for split in splits}, **kept}

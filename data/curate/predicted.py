@@ -41,7 +41,7 @@ def read_index(folder: str | Path, need: str) -> dict:
 
 
 def open_source(about: dict, root: str | None = None) -> Source:
-    """The data set of an index.json or a suspects.json; `root`: where it is now, if it was moved."""
+    """The data set of an index.json or a suspects.json; `root`: where it is, if it was moved."""
     source = Source(about.get("source", "folder"), root or about["root"], about.get("variant"),
                     cache="off", need=())
     if about.get("reading"):  # in numbers, as the run has read the images
@@ -119,12 +119,12 @@ class Predicted:
             expected = *size, len(bands)
             if raster.shape != expected or raster.dtype != np.uint8:
                 raise BadInput(f"{file}: {raster.dtype} of shape {raster.shape}; expected uint8 of "
-                               f"{expected} as {name} has; write it anew with: {EVAL} {file.parent}")
+                               f"{expected} as {name} has; write it anew with: {EVAL} DIR")
             found.append((raster, bands))
         return found
 
     def strips(self, name: str) -> Iterator[tuple[np.ndarray, np.ndarray]]:
-        """(h, w) uint8 labels and (K, h, w) float32 probabilities, from the top of the image down."""
+        """(h, w) uint8 labels and (K, h, w) float32 probabilities, from the top down."""
         _, labels = read_sample(self.source, name)
         H, W = labels.shape
         rasters = self.open_maps(name, (H, W))

@@ -3,7 +3,7 @@
     runs = to_runs(inside)              (h, w) bool -> [3, 2, 10, ...]
     inside = from_runs(runs, (h, w))
 
-Row by row, as if the rows stood behind each other: so many pixels outside, so many inside, and so on.
+Row by row, as if the rows stood behind each other: so many pixels outside, so many inside, ...
 """
 import numpy as np
 

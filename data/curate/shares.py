@@ -1,4 +1,4 @@
-"""Which classes are where: pixels per image, split and set, and lists of images by the share of a class.
+"""Which classes are where: pixels per image, split and set; images by the share of a class.
 
     counted = count_classes(source)               a row per image
     tables = csv_table(counted), summary(counted), chart(counted)
@@ -82,7 +82,7 @@ def by_name(counted: Counted, values: np.ndarray) -> dict:
 
 
 def summary(counted: Counted) -> dict:
-    """stats.json: shares per split and of all, in how many images two classes meet, rare classes."""
+    """stats.json: shares per split and of all, images where two classes meet, rare classes."""
     there = (counted.rows[:, :-1] > 0).astype(np.int64)
     splits = {}
     for split in dict.fromkeys(counted.splits.values()):
@@ -157,5 +157,6 @@ def with_at_least(counted: Counted, names: list[str], share: float) -> list[str]
     rows = counted.of_split("train")[:, :-1]
     found = [train[i] for i in rich(rows, class_numbers(counted, names), share)]
     if not found:
-        raise BadInput(f"no training image has {share:.1%} of {', '.join(names)}; type a lower share")
+        raise BadInput(f"no training image has {share:.1%} of {', '.join(names)}; type a lower "
+                       "share")
     return found

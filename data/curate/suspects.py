@@ -68,7 +68,7 @@ class Opinion(NamedTuple):
 # ---- pixels
 
 def of_label(labels: np.ndarray, p: np.ndarray) -> np.ndarray:
-    """(h, w) ids and (K, h, w) probabilities -> (h, w): that of the label, of class 0 if ignored."""
+    """(h, w) ids, (K, h, w) probabilities -> (h, w): that of the label, of class 0 if ignored."""
     ids = np.where(labels == IGNORE, 0, labels)
     return np.take_along_axis(p, ids[None].astype(np.int64), 0)[0]
 
@@ -227,7 +227,7 @@ def as_csv(rows: list[dict]) -> str:
 
 
 def images_csv(found: Suspects) -> str:
-    """images.csv: the most suspect image first, by the soft minimum of its labels' probabilities."""
+    """images.csv: the most suspect first, by the soft minimum of their labels' probabilities."""
     regions = Counter()
     pixels = Counter()
     for region in found.regions:

@@ -1,4 +1,4 @@
-"""Big scenes cut into overlapping tiles: a data set of its own, in which every tile knows where it is from.
+"""Big scenes cut into overlapping tiles: a data set in which every tile knows where it is from.
 
     check_sides(source)                    BadInput if overlapping tiles would be in two splits
     for tile in tiles_of_scene(source, "images/area_1", side=512, overlap=64): ...
@@ -37,7 +37,7 @@ class Tile(NamedTuple):
 # ---- splits
 
 def homes_of(source: Source) -> dict[Path, dict[str, str]]:
-    """{image file: {split: a name in it}}; with "tiles" in dataset.json one image has many names."""
+    """{image file: {split: a name in it}}; with "tiles" in dataset.json it has many names."""
     homes = defaultdict(dict)
     for split, names in source.splits.items():
         for name in names:
@@ -64,8 +64,8 @@ def check_sides(source: Source) -> None:
         if shared:
             part, a, b = max(shared)
             raise BadInput(f"{a} and {b}: the same ground ({part:.0%} of the smaller) in different "
-                           'splits, so tiles that overlap would be on both sides; put both into one '
-                           'split, in "splits" of dataset.json')
+                           "splits, so tiles that overlap would be on both sides; put both into "
+                           'one split, in "splits" of dataset.json')
 
 
 def folders_of(source: Source) -> dict[Path, str]:
