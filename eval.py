@@ -219,6 +219,27 @@ def save_array(path, array):
         np.save(f, array)
 
 
+def beside(report, counts, worst, data, d, groups, args):
+    # -> {file: content} of what lies beside eval.json
+    title = f"{d.name} {args.split}"
+    cm = counts.matrices.sum(0).numpy()
+    rows = worst_rows(worst, data, counts)
+    found = {
+        "scenes.csv": scene_table(data.names, groups, counts.matrices, d.names),
+        "matrices.npz": pack_matrices(data.names, groups, counts.matrices),
+        "confusion.png": plots.confusion(cm, d.names, title),
+        "worst.png": plots.samples(rows, d.names, d.labels.colors),
+    }
+    if not args.masks:
+        bins = [part.numpy() for part in metrics.reliability(counts.bins)]
+        heading = f"{title}: calibration error {report['ece']:.3f}"
+        found["reliability.png"] = plots.reliability(*bins, heading)
+    if args.difficulty:
+        hard = samplers.hard_classes(counts.matrices.numpy(), HARD_IOU).tolist()
+        found["difficulty.json"] = dict(zip(data.names, hard))
+    return found
+
+
 def worst_rows(worst, data, counts):
     # -> rows of plots.samples()
     rows = []
@@ -260,6 +281,7 @@ def main(args):
         for split in ("train", meta["chosen_on"]):
             if digest == meta["splits"].get(split):
                 say(f"WARNING: the model's own {split} images")
+    if args.run and not args.masks:
         weights = sha256(weights_file(args.run))
         temperature = calibrate.read_temperature(folder, weights)
         if temperature is None and (folder / "calibration.json").exists():
@@ -319,8 +341,7 @@ def main(args):
                                                 pair=d.pairs[name]))
     counts.over_ranks()
     worst.over_ranks()
-    cm = counts.matrices.sum(0)
-    if not cm.any():
+    if not counts.matrices.any():
         raise BadInput(f"{d.root}: every pixel of {args.split} is ignored; check \"ignore\" in "
                        "dataset.json")
 
@@ -346,22 +367,11 @@ def main(args):
             **meta["reading"], crop=meta["crop"], overlap=overlap, amp="bf16" if amp else "off",
             tta="none", **run.facts(device, world))
         out.write("eval.json", report | dict(protocol=protocol))
-        out.write("scenes.csv", scene_table(names, groups, counts.matrices, d.names))
-        out.write("matrices.npz", pack_matrices(names, groups, counts.matrices))
-        title = f"{d.name} {args.split}"
-        out.write("confusion.png", plots.confusion(cm.numpy(), d.names, title))
-        drawn = plots.samples(worst_rows(worst, data, counts), d.names, d.labels.colors)
-        out.write("worst.png", drawn)
-        if not args.masks:
-            parts = [part.numpy() for part in metrics.reliability(counts.bins)]
-            error = f"{title}: calibration error {report['ece']:.3f}"
-            out.write("reliability.png", plots.reliability(*parts, error))
+        for file, content in beside(report, counts, worst, data, d, groups, args).items():
+            out.write(file, content)
         print(f"wrote {out.folder}/: {', '.join(files)}")
         if args.difficulty:
-            hard = samplers.hard_classes(counts.matrices.numpy(), HARD_IOU).tolist()
-            out.write("difficulty.json", dict(zip(names, hard)))
             print(f"for train_kd.py --sampler weighted --difficulty {out.folder}/difficulty.json")
-
         if args.calibrate:
             about = fit_calibration(*pixels)
             calibration.write("calibration.json", about | dict(

@@ -150,7 +150,8 @@ def compare(a: Scored, b: Scored) -> str:
     rows += [(name, [iou[i] for iou in ious], draws[1][:, i] - draws[0][:, i])
              for i, name in enumerate(names)]
     for name, (old, new), difference in rows:
-        lines.append(f"{name:{wide}} {old:7.4f} {new:7.4f}  {new - old:+.4f}  {said(difference)}")
+        scores = f"{old:7.4f} {new:7.4f}  {new - old:+.4f}".replace("+nan", "    nan")
+        lines.append(f"{name:{wide}} {scores}  {said(difference)}")
     return "\n".join(lines)
 
 

@@ -229,20 +229,24 @@ def ratio(a: int, b: int) -> float | None:
 # ---- calibration
 # Of a calibrated model, 80 % of the pixels are right where it gives the winner a probability of 0.8.
 
-def confidence_bins(confidence: Tensor, right: Tensor) -> Tensor:
+def confidence_bins(confidence: Tensor, right: Tensor, counted: Tensor | None = None) -> Tensor:
     """Confidence of the winner and whether it is right, any one shape -> (BINS, 3) int64 to be summed.
 
-    Per bin of equal width: pixels, right ones, sum of the confidence in units of 1 / UNIT.
+    Per bin of equal width: pixels, right ones, sum of the confidence in units of 1 / UNIT. counted:
+    bool, False for pixels to leave out.
     """
-    bins = (confidence * BINS).long().clamp(0, BINS - 1).flatten()
+    bins = (confidence * BINS).int().clamp_(0, BINS - 1)
+    if counted is not None:
+        bins = bins.masked_fill_(~counted, BINS)  # one bin more takes what does not count
+    bins = bins.flatten()
     # Whole numbers add up to the same in any order, over any number of ranks.
-    units = (confidence.double() * UNIT).round().flatten()
+    units = (confidence.double() * UNIT).round_().flatten()
     columns = [
-        torch.bincount(bins, minlength=BINS),
-        torch.bincount(bins, right.double().flatten(), BINS).long(),
-        torch.bincount(bins, units, BINS).long(),
+        torch.bincount(bins, minlength=BINS + 1),
+        torch.bincount(bins, right.double().flatten(), BINS + 1).long(),
+        torch.bincount(bins, units, BINS + 1).long(),
     ]
-    return torch.stack(columns, dim=1)
+    return torch.stack(columns, dim=1)[:BINS]
 
 
 def reliability(bins: Tensor) -> tuple[Tensor, Tensor, Tensor]:

@@ -516,8 +516,8 @@ def reliability(share: np.ndarray, confidence: np.ndarray, accuracy: np.ndarray,
         draw.rectangle((x0, base + 52, x1, base + 52 + long), SOFT)
     draw.line((left, base, left + side, base - side), SOFT)
     draw.line((left, base - side, left, base, left + side, base), SOFT)
-    write_at(img, left + side // 2, base + 24, "confidence; below: share of the pixels", "ma", 12, SOFT)
-    write_at(img, left, 0, "accuracy", "ra", 12, SOFT)
+    note = "confidence; below: share of the pixels"
+    write_at(img, left + side // 2, base + 24, note, "ma", 12, SOFT)
     items = [(BRIGHT[0], "accuracy"), (WRONG, "confidence")]
     return page([line(title, side + 60, 18), img, legend_of(items, side + 60)])
 

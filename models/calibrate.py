@@ -103,9 +103,11 @@ def log_loss(logits: Tensor, y: Tensor, temperature: float) -> float:
 
 def confidence(logits: Tensor, temperature: float = 1.0) -> Tensor:
     """Logits (K, ...) -> the probability of the winner (...), float32."""
-    z = logits if temperature == 1 else logits / temperature
-    # exp(largest - log of the sum of all): without the whole softmax.
-    return (z.max(0).values - z.logsumexp(0)).exp()
+    # The winner's exponential is 1: no division of the whole softmax.
+    z = logits - logits.amax(0)
+    if temperature != 1:
+        z /= temperature
+    return z.exp_().sum(0).reciprocal()
 
 
 def probabilities(logits: Tensor, temperature: float = 1.0) -> np.ndarray:

@@ -52,12 +52,12 @@ class Counts:
             y = boundary.ignore_borders(y, self.ignore_boundary)
         self.matrices[i] = metrics.confusion(pred, y, k)
         if logits is not None:
+            right = pred == y
             counted = y != IGNORE
-            right = (pred == y)[counted]
-            self.bins += metrics.confidence_bins(confidence(logits)[counted], right)
+            self.bins += metrics.confidence_bins(confidence(logits), right, counted)
             if self.temperature:
-                sure = confidence(logits, self.temperature)[counted]
-                self.calibrated_bins += metrics.confidence_bins(sure, right)
+                sure = confidence(logits, self.temperature)
+                self.calibrated_bins += metrics.confidence_bins(sure, right, counted)
         return y
 
     def over_ranks(self) -> None:
