@@ -27,7 +27,7 @@ import torch.distributed as dist
 from PIL import Image
 
 from data import plots
-from data.common import IGNORE, BadInput, minutes, progress, read_json, write
+from data.common import IGNORE, BadInput, escaped, minutes, progress, read_json, write
 from data.datasets import NORMS
 from data.files import SUFFIXES, image_name, images_in, is_image, not_used, typed
 from data.io import Labels, id_image, read_image, read_valid
@@ -91,7 +91,7 @@ def leave_out(e):
     hint = ""
     if "--bands" in str(e) or "--input-range" in str(e):
         hint = " - in training; this file must be as those were"
-    print(f"left out: {e}{hint}", file=sys.stderr)
+    print(f"left out: {escaped(str(e))}{hint}", file=sys.stderr)
 
 
 def use_bf16(args, meta, device):
@@ -193,7 +193,7 @@ def predict_masks(args, images, rank, world, device):
         blend = plots.overlay(image[::n, ::n], ids[::n, ::n], labels.colors)
         write(out / f"{name}_overlay.jpg", Image.fromarray(blend), quality=90)
         rest = minutes((time.time() - began) / (i + 1) * (len(mine) - i - 1))
-        say(f"{i + 1} of {len(mine)}  {name}  {image.shape[0]} x {image.shape[1]}  ETA {rest}",
+        say(f"{i + 1} of {len(mine)}  {escaped(name)}  {image.shape[0]} x {image.shape[1]}  ETA {rest}",
             flush=True)
     count = run.over_ranks(torch.tensor(len(mine) - len(left_out), device=device))
     say(f"wrote the masks of {count} images to {out}/: NAME.png, NAME_color.png, NAME_overlay.jpg")
@@ -211,7 +211,7 @@ def predict_table(args, images, rank, world, device):
     listing, montage = out / "predictions.csv", out / "montage.png"
     if rank == 0:
         out.mkdir(parents=True, exist_ok=True)  # fails now, not after the last image
-        ours = listing.exists() and listing.read_text(errors="ignore").startswith("file,class_1,")
+        ours = listing.exists() and listing.read_bytes().startswith(b"file,class_1,")
         for file in (listing, montage):
             if file.exists() and not ours:
                 raise BadInput(f"{file}: would be overwritten, and predict.py has not written it; "

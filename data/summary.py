@@ -61,7 +61,8 @@ def summary(folders: list[str]) -> str:
         try:
             same, scored, result, protocol = read_run(folder)
         except (ValueError, LookupError, TypeError, AttributeError) as e:
-            left_out.append(f"{folder}: its results cannot be read ({e!r})")
+            why = e if isinstance(e, BadInput) else repr(e)
+            left_out.append(f"{folder}: its results cannot be read ({why})")
         else:
             groups.setdefault(same, []).append((folder.name, scored, result, protocol))
     if not groups:

@@ -24,7 +24,8 @@ import zlib
 from collections.abc import Iterator
 from enum import IntEnum
 from pathlib import Path
-from typing import BinaryIO, NamedTuple
+from typing import NamedTuple
+from xml.etree import ElementTree
 from xml.sax.saxutils import escape, quoteattr
 
 import numpy as np
@@ -32,7 +33,7 @@ from PIL import Image, features
 from PIL.TiffImagePlugin import COMPRESSION_INFO, TiffImageFile
 from PIL.WebPImagePlugin import WebPImageFile
 
-from .common import BadInput, replace
+from .common import BadInput, check_file, read_text, replace
 
 # A damaged header may ask for any size. What is larger than this is refused. Pillow's own limit is
 # lower than what large strips hold.
@@ -124,6 +125,8 @@ CLASSIC_LIMIT = 2**32  # bytes; a larger file is a BigTIFF
 PART_HEAD = b"nanors part of a TIFF "
 TILE_HEAD = struct.Struct("<QI")  # number and bytes of a tile in a .part
 
+NODATA_VALUES = "NODATA_VALUES"  # how GDAL's metadata call values that count in all bands at once
+
 TURNED = bytes(int(f"{byte:08b}"[::-1], 2) for byte in range(256))  # each byte's bits in reverse
 
 
@@ -134,11 +137,10 @@ class File:
 
     def __init__(self, path: str | Path):
         self.path = path
+        check_file(path)
         try:
             self.handle = open(path, "rb")
             self.size = os.fstat(self.handle.fileno()).st_size
-        except FileNotFoundError:
-            raise BadInput(f"{path}: no such file") from None
         except OSError as e:
             raise BadInput(f"{path}: cannot be opened ({e.strerror})") from None
 
@@ -451,7 +453,8 @@ class Page:
         if self.turned:
             data = data.translate(TURNED)
         if self.compression in (DEFLATE, OLD_DEFLATE):
-            return zlib.decompressobj().decompress(data, size)
+            # One byte more than is wanted: so a whole block ends behind its checksum.
+            return zlib.decompressobj().decompress(data, size + 1)[:size]
         if size > LARGEST_RATIO * len(data):
             return b""  # It cannot be true, and the memory would be taken first.
         return libtiff(data, self.compression, (rows, self.row_bytes, 1))
@@ -560,7 +563,8 @@ class Tiff:
     """The first full page of a TIFF, and what its other pages and the files beside it say of it.
 
     shape: (H, W, bands), and dtype, of what read() returns: NumPy's type with room for the bits.
-    nodata: number or None. alpha: number of the alpha band, or None. palette: (n, 3) uint8 or None.
+    nodata: number, a tuple with one for each band, or None. alpha: number of the alpha band, or
+    None. palette: (n, 3) uint8 or None.
     photometric, compression: their names, such as "RGB", "JPEG"; YCbCr and CMYK are read as RGB and
     RGBA. pages: how many full ones. overviews: [(H, W)]. block: (h, w) of strips or tiles; a window
     costs at least those that it touches. damage: None, or what is wrong with the pages behind.
@@ -581,7 +585,7 @@ class Tiff:
                     self.mask_page = self.mask_page or Page(file, d)
             self.palette = read_palette(main, self.page)
             self.alpha = 4 if self.page.inks else alpha_band(main, self.page)
-            self.nodata = read_nodata(main)
+            self.nodata = read_nodata(main, self.page.bands)
             self.position = read_georef(main)
         self.shape = self.page.height, self.page.width, self.page.bands
         self.dtype = self.page.dtype
@@ -591,7 +595,7 @@ class Tiff:
         self.block = self.page.block
         self.compression = self.page.packing
         self.photometric = PHOTOMETRICS.get(self.page.photometric, "unknown")
-        if self.nodata is not None:
+        if isinstance(self.nodata, int | float):
             self.page.fill = nearest(self.nodata, self.dtype)
 
     def read(self, window: Window | None = None, bands: list[int] | None = None) -> np.ndarray:
@@ -615,7 +619,7 @@ class Tiff:
         pixels = self.read(window, [*bands, self.alpha] if veiled else bands)
         values = pixels[..., :len(bands)]
 
-        valid = data_pixels(values, seen, self.nodata)
+        valid = data_pixels(values, seen, of_bands(self.nodata, bands))
         return values, both(valid, pixels[..., -1] > 0) if veiled else valid
 
     def valid(self, window: Window | None = None, bands: list[int] | None = None):
@@ -677,23 +681,79 @@ def alpha_band(directory: Directory, page: Page) -> int | None:
     return None
 
 
-def read_nodata(directory: Directory) -> int | float | None:
-    """The value that GDAL's tag declares to be no data."""
+def read_nodata(directory: Directory, bands: int) -> int | float | tuple | None:
+    """What GDAL takes for no data: one value, one for each band, or None.
+
+    By the metadata NODATA_VALUES, in which all bands of a pixel must agree; without them by the
+    file NAME.aux.xml, where GIS programs put what they do not write into an image; else by the tag.
+    """
+    path, metadata = directory.file.path, directory.text(Tag.GDALMetadata)
+    tag = None
     text = directory.text(Tag.GDALNoData)
-    if not text:
-        return None
+    if text:
+        tag = as_value(text)
+        if tag is None:
+            raise BadInput(f"{path}: the nodata tag is {text[:40]!r}, expected a number; set it: "
+                           f"gdal_edit.py -a_nodata NUMBER {shlex.quote(str(path))}")
+    listed = ""
+    if NODATA_VALUES in metadata:
+        items = {i.get("name"): i.text for i in parse_xml(metadata, path).iter("Item")}
+        listed = items.get(NODATA_VALUES) or ""
+    return nodata_beside(path, bands, listed, tag)
+
+
+def nodata_beside(path: str | Path, bands: int, metadata: str = "",
+                  tag: int | float | None = None) -> int | float | tuple | None:
+    """As read_nodata(), of an image of any format; metadata and tag: what the image itself says."""
+    of_band = dict.fromkeys(range(1, bands + 1), tag)
+    beside = Path(f"{path}.aux.xml")
+    if beside.is_file():
+        root = parse_xml(beside.read_text("utf-8", "replace"), beside)
+        more = {i.get("key"): i.text for i in root.iterfind("Metadata/MDI")}
+        metadata = more.get(NODATA_VALUES) or metadata
+        for band in root.iterfind("PAMRasterBand"):
+            text, number = band.findtext("NoDataValue"), band.get("band", "")
+            if text is not None and number.isdecimal():
+                of_band[int(number)] = as_value(text)
+    values = [as_value(word) for word in metadata.split()]
+    if len(values) != bands or None in values:  # GDAL leaves out such lists, too
+        values = [of_band[b] for b in range(1, bands + 1)]
+    same = len({str(value) for value in values}) == 1  # NaN is not equal to itself
+    return values[0] if same else tuple(values)
+
+
+def parse_xml(text: str, path: str | Path) -> ElementTree.Element:
+    """What GDAL wrote into an image or beside it."""
+    try:
+        return ElementTree.fromstring(text)
+    except ElementTree.ParseError as e:
+        raise BadInput(f"{path}: its XML metadata are damaged ({e}); write them anew, or take them "
+                       "away") from None
+
+
+def as_value(text: str) -> int | float | None:
+    """A number written as text; None if it is none."""
     with contextlib.suppress(ValueError):
         value = float(text)
         # The numbers of 64 bits are more than a float can tell apart.
-        whole = text.lstrip("+-").isdecimal() and abs(value) <= 2**64
+        whole = text.strip().lstrip("+-").isdecimal() and abs(value) <= 2**64
         return int(text) if whole else value
-    path = directory.file.path
-    raise BadInput(f"{path}: the nodata tag is {text[:40]!r}, expected a number; set it: "
-                   f"gdal_edit.py -a_nodata NUMBER {shlex.quote(str(path))}")
+    return None
 
 
-def is_nodata(values: np.ndarray, nodata: int | float) -> np.ndarray:
-    """Which values are nodata; floats with GDAL's tolerance, since the tag is decimal text."""
+def of_bands(nodata: int | float | tuple | None, bands: list[int] | None = None
+             ) -> int | float | tuple | None:
+    """The nodata of some bands, of all for None; None if one of them has none."""
+    if not isinstance(nodata, tuple):
+        return nodata
+    values = nodata if bands is None else tuple(nodata[b - 1] for b in bands)
+    return None if None in values else values
+
+
+def is_nodata(values: np.ndarray, nodata: int | float | tuple) -> np.ndarray:
+    """Which values (..., bands) are nodata; floats with GDAL's tolerance, since the tag is decimal text."""
+    if isinstance(nodata, tuple):
+        return np.stack([is_nodata(values[..., i], v) for i, v in enumerate(nodata)], -1)
     if values.dtype.kind != "f":
         return values == nodata
     if nodata != nodata:
@@ -732,7 +792,7 @@ def mask_beside(path: str | Path, size: tuple[int, int], window: Window | None
 
 
 def data_pixels(pixels: np.ndarray, seen: np.ndarray | None,
-                nodata: int | float | None) -> np.ndarray | None:
+                nodata: int | float | tuple | None) -> np.ndarray | None:
     """Which pixels (h, w, n) are data, (h, w) bool, or None where all are.
 
     By a mask `seen` (h, w); without one, a pixel is nodata if all its bands are. NaN and infinity
@@ -849,7 +909,7 @@ def read_world_file(path: str | Path) -> tuple[float, ...] | None:
 
 def parse_world_file(path: Path) -> tuple[float, ...]:
     """Six lines with a number each: a, d, b, e, and the centre of the first pixel."""
-    words = path.read_text("latin-1").replace(",", ".").split()
+    words = read_text(path, "replace").replace(",", ".").split()
     try:
         a, d, b, e, c, f = map(float, words[:6])
     except ValueError:

@@ -1,10 +1,12 @@
 """Drafts of data.check for many layouts can be used as they are; what they rest on is said."""
+import shlex
 import shutil
 from pathlib import Path
 
 import numpy as np
 import pytest
 import rasterio
+import rasterio.shutil
 import tifffile
 from folder_sets import BLACK, GREEN, RED, described, put, rng, run, save, trainable  # noqa: F401: a fixture
 from PIL import Image
@@ -164,6 +166,15 @@ def test_the_draft_takes_official_lists_for_splits(tmp_path, rng, capsys):
     code, out = run(capsys, tmp_path, "--force")
     assert "not used for the splits" in out and "'elsewhere' is no image here" in out
     assert read_description(tmp_path)["splits"] == {"train": "*"}
+
+
+def test_folders_without_one_to_learn_from_are_an_error_at_once(tmp_path, rng, capsys):
+    for i in range(4):
+        split = ("val", "test")[i % 2]
+        put(rng, tmp_path / f"{split}/img/{i}.png", tmp_path / f"{split}/gt/{i}.png")
+    for _ in range(2):
+        code, out = run(capsys, tmp_path)
+        assert code == 2 and 'no train split, only val, test; name the images to learn from under "train"' in out
 
 
 def test_a_draft_is_never_overwritten_without_force(tmp_path, rng, capsys):
@@ -416,6 +427,51 @@ def test_ids_are_no_soft_masks(values, tmp_path, rng, capsys):
 
 # ---- drafts: how the images are read
 
+def test_images_of_several_kinds_have_no_one_range(tmp_path, rng, capsys):
+    """Bytes beside 16 bits: the draft says which are which; made alike, as it says, they are drafted."""
+    for i in range(6):
+        put(rng, tmp_path / f"images/{i}.png", tmp_path / f"masks/{i}.png")
+        pixels = np.asarray(Image.open(tmp_path / f"images/{i}.png"))
+        deep = pixels.astype(np.uint16) * 8 if i % 2 else pixels
+        tifffile.imwrite(tmp_path / f"images/{i}.tif", deep, photometric="rgb")
+        (tmp_path / f"images/{i}.png").unlink()
+    code, out = run(capsys, tmp_path)
+    assert code == 2 and f"3 of 8 bits, first {tmp_path}/images/0.tif, 3 of whole numbers of more bits" in out
+    assert f"gdal_translate -ot Byte -scale LOW HIGH 0 255 {tmp_path}/images/1.tif" in out
+    assert "input_range" not in (tmp_path / "dataset.json").read_text()
+    for i in (1, 3, 5):
+        with rasterio.open(tmp_path / f"images/{i}.tif") as file:
+            pixels = file.read() // 8
+        tifffile.imwrite(tmp_path / f"images/{i}.tif", pixels.astype(np.uint8).transpose(1, 2, 0), photometric="rgb")
+    assert run(capsys, tmp_path, "--force")[0] == run(capsys, tmp_path)[0] == 0
+
+
+def test_a_grey_image_among_those_of_four_bands_gets_copies_of_its_band(tmp_path, rng, capsys):
+    for i in range(4):
+        put(rng, tmp_path / f"images/{i}.png", tmp_path / f"masks/{i}.png")
+        (tmp_path / f"images/{i}.png").unlink()
+        shape = (12, 16) if i == 2 else (12, 16, 4)
+        tifffile.imwrite(tmp_path / f"images/{i}.tif", rng.integers(0, 256, shape, np.uint8),
+                         photometric="minisblack" if i == 2 else "rgb", planarconfig=None if i == 2 else "contig")
+    code, out = run(capsys, tmp_path, "--bands", "4,1,2")
+    assert code == 2 and "1 bands, and number 4 of the others is read (1 such images)" in out
+    *_, source, new = command = shlex.split(out.split("in each band: ")[1].split("\n")[0])
+    with rasterio.open(source) as file:
+        pixels = file.read([int(n) for flag, n in zip(command, command[1:]) if flag == "-b"])
+    tifffile.imwrite(tmp_path / new, pixels, photometric="minisblack", planarconfig="separate")
+    (tmp_path / new).rename(source)
+    assert run(capsys, tmp_path, "--bands", "4,1,2", "--force")[0] == run(capsys, tmp_path)[0] == 0
+
+
+def test_an_image_that_cannot_be_read_is_said_by_the_draft(tmp_path, rng, capsys):
+    for i in range(4):
+        put(rng, tmp_path / f"images/{i}.png", tmp_path / f"masks/{i}.png")
+    tifffile.imwrite(tmp_path / "images/3.tif", np.ones((12, 16, 3), np.uint8), compression="lerc", photometric="rgb")
+    (tmp_path / "images/3.png").unlink()
+    code, out = run(capsys, tmp_path)
+    assert code == 2 and "error: " in out and "images/3.tif: uint8, 3 bands, compression 34887 (LERC)" in out
+
+
 def test_images_of_16_bits_get_percentiles_of_train_as_numbers(tmp_path, rng, capsys):
     pixels = []
     for i in range(10):
@@ -504,6 +560,34 @@ def test_a_wrong_classes_json_is_compared_not_believed(tmp_path, rng, capsys):
     d, out = draft_of(tmp_path, rng, capsys, ((RED, GREEN), None))
     assert "classes.json lists 2 colours, 1 of them are in the masks" in out
     assert {c["color"] for c in d["classes"]} == {"#FF0000", "#00FF00"}
+
+
+def test_one_letter_may_be_spelt_in_two_ways(tmp_path, rng, capsys):
+    """macOS writes a letter with a mark as two code points; for a reader the names are equal."""
+    for i in range(4):
+        put(rng, tmp_path / f"Fl\u00e4che/images/B\u00e4ume {i}.png", tmp_path / f"Fla\u0308che/masks/Ba\u0308ume {i}.png")
+    code, out = run(capsys, tmp_path)
+    assert code == 0 and "4 masks read" in out and "in no pair" not in out
+    assert run(capsys, tmp_path)[0] == 0
+
+
+def test_pictures_of_gis_programs_are_told_how_to_be_read(tmp_path, rng, capsys):
+    """Sentinel-2 comes as JPEG 2000: the line names the files, and its command makes images of them."""
+    for i in range(3):
+        put(rng, tmp_path / f"images/{i}.png", tmp_path / f"masks/{i}.png")
+        with Image.open(tmp_path / f"images/{i}.png") as image:
+            image.save(tmp_path / f"images/{i}.jp2", irreversible=False)
+        (tmp_path / f"images/{i}.png").unlink()
+    code, out = run(capsys, tmp_path)
+    assert code == 2 and "first masks/0.png" in out and "3 .jp2" in out
+    command = shlex.split(out.split("converted with ")[1])
+    assert command[:3] == ["gdal_translate", "-co", "COMPRESS=DEFLATE"]
+    for i in range(3):
+        rasterio.shutil.copy(command[-2].replace("0.jp2", f"{i}.jp2"), command[-1].replace("0.tif", f"{i}.tif"))
+    # Files that GDAL keeps beside an image are a part of it.
+    (tmp_path / "images/0.tif.aux.xml").write_text("<PAMDataset/>")
+    code, out = run(capsys, tmp_path)
+    assert code == 0 and "images/*.tif" in out and "aux" not in out
 
 
 def test_what_cannot_be_drafted(tmp_path, rng, capsys):

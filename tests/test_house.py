@@ -164,8 +164,8 @@ def test_a_flag_means_the_same_in_all_scripts(monkeypatch):
                                 "--arch", "--backbone-lr", "--layer-decay", "--weight-decay", "--warmup"}
     assert differ(set(SCRIPTS) - set(training)) == {"--out", "--batch-size"}
     # A trained model brings its own values, which eval and predict take by default.
-    # eval.py writes the file that train_kd.py reads.
-    assert differ(SCRIPTS) == differ(training) | {"--weights", "--amp", "--difficulty"}
+    # eval.py writes the file that train_kd.py reads, and features for data.curate.
+    assert differ(SCRIPTS) == differ(training) | {"--weights", "--amp", "--difficulty", "--features"}
 
 
 @pytest.mark.parametrize("file", MODULES, ids=name_of)

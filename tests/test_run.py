@@ -13,6 +13,7 @@ from types import SimpleNamespace
 import pytest
 import torch
 from gloo import FORK, on_ranks
+from PIL import Image
 from torch import nn
 from torch.utils.data import DataLoader
 
@@ -23,6 +24,7 @@ import train_kd
 import train_points
 import train_seg
 from data.common import BadInput, write
+from data.io import read_image
 from models import run
 from models.checkpoint import save_state
 from models.weights import BadWeights
@@ -103,6 +105,31 @@ def test_flags_that_go_with_a_choice_are_refused_beside_another(capsys):
     check("--model", "unet", "--head", "x", "--resume", "a")  # that run has been asked
     said = refused(capsys, check, "--model", "unet", "--layer-decay", "1")
     assert "--layer-decay goes with --model vit, not unet; leave it out" in said
+
+
+@pytest.mark.parametrize("text", ["٣", "１", "1_0", "0x1", "1e400", "²", "--", ""])
+def test_a_number_of_other_scripts_is_refused_by_every_numeric_flag(capsys, text):
+    for flag in ("--steps", "--warmup", "--color", "--lr", "--bands"):
+        assert flag in refused(capsys, parser().parse_args, [f"{flag}={text}"])
+
+
+def test_a_word_that_no_flag_can_have_is_refused_by_name(capsys):
+    assert "--out=--: expected a value behind the =" in refused(capsys, parser().parse_args, ["--out=--"])
+    assert parser().parse_args(["--out=./--"]).out == "./--"  # the advice
+    said = refused(capsys, parser().parse_args, ["--out", "a\0b"])
+    assert said == "error: a\\x00b: no file or flag has a NUL character in it; type it without\n"
+    assert "\x1b" not in refused(capsys, parser().parse_args, ["--steps", "\x1b[31m"])
+
+
+def test_max_pixels_is_no_flag_of_a_run_and_counts_in_all_processes(monkeypatch, tmp_path):
+    monkeypatch.setenv("NANORS_MAX_PIXELS", "1000000000")
+    args = parser().parse_args(["--max-pixels", "50"])
+    assert "max_pixels" not in vars(args)  # so runs of earlier versions can be resumed
+    Image.new("RGB", (8, 8)).save(tmp_path / "a.png")
+    with pytest.raises(BadInput, match="a.png: 8 x 8 pixels .* over the limit of 50"):
+        read_image(tmp_path / "a.png")
+    parser().parse_args(["--max-pixels", "64"])  # as the message says
+    assert read_image(tmp_path / "a.png").shape == (8, 8, 3)
 
 
 def test_an_empty_value_is_refused(capsys):
@@ -190,6 +217,16 @@ def test_a_last_pt_of_another_script_or_version_is_refused(tmp_path, state):
     assert "\n" not in str(e.value)
 
 
+@pytest.mark.parametrize("flag, value", [
+    ("steps", 1e308), ("steps", True), ("steps", math.nan), ("steps", 2**40), ("lr", "1"), ("lr", 11), ("color", [0.5]),
+    ("bands", [1, 2]), ("bands", "1,2,3"), ("bands", [1, 2, 0]), ("scale", [1.0]), ("scale", 1.0),
+    ("out", 3), ("out", ["a"])])
+def test_a_flag_in_last_pt_that_nobody_could_type_is_refused(tmp_path, flag, value):
+    stored(tmp_path, **{flag: value})
+    with pytest.raises(BadInput, match=f"last.pt: --{flag} is .* in it; start a new run"):
+        resumed(tmp_path)
+
+
 def test_nothing_to_resume_is_said(tmp_path):
     with pytest.raises(BadWeights, match="nothing to resume"):
         resumed(tmp_path / "none")
@@ -208,6 +245,19 @@ def test_what_a_user_can_mend_is_one_line_and_exit_code_2(capsys, error):
             raise error
 
     assert refused(capsys, work) == "error: a.png: found this\n"
+
+
+@pytest.mark.parametrize("error, said", [
+    (BadInput("a\nb\x1b[31m.png: found this"), "a\\nb\\x1b[31m.png: found this"),
+    (MemoryError("Unable to allocate 3 GiB"), "out of memory (asked for 3 GiB); lower --batch-size"),
+    (RuntimeError("DefaultCPUAllocator: can't allocate memory: you tried"), "out of memory; lower --batch-size")])
+def test_an_error_is_one_line_whatever_it_names(capsys, error, said):
+    def work():
+        with run.one_line_errors():
+            raise error
+
+    shown = refused(capsys, work)
+    assert shown.startswith(f"error: {said}") and shown.count("\n") == 1
 
 
 class Bad(torch.utils.data.Dataset):

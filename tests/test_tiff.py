@@ -8,7 +8,9 @@ import struct
 import subprocess
 import sys
 import time
+import zlib
 from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -19,6 +21,7 @@ from PIL import Image
 
 from data import tiff as module
 from data.common import BadInput
+from data.io import read_valid
 from data.tiff import Tag, Tiff, mask_file, read_world_file
 
 pytestmark = pytest.mark.filterwarnings("ignore::rasterio.errors.NotGeoreferencedWarning")
@@ -380,6 +383,43 @@ def test_nodata_of_other_programs(tmp_path, text, nodata, holes):
     np.testing.assert_array_equal(Tiff(tmp_path / "a.tif").valid(), a != (7 if holes else 250))
 
 
+BESIDE = '<PAMDataset><Metadata><MDI key="NODATA_VALUES">{}</MDI></Metadata>{}</PAMDataset>'
+OF_BAND = '<PAMRasterBand band="{}"><NoDataValue le_hex_equiv="0">{}</NoDataValue></PAMRasterBand>'
+
+
+@pytest.mark.parametrize("tag, metadata, beside, metadata_beside", [
+    (None, None, {1: 7, 2: 7, 3: 7}, None), (9, None, {1: 7, 2: 7, 3: 7}, None), (None, None, {1: 7}, None),
+    (9, None, {1: 7}, None), (None, None, {1: 7, 2: 8, 3: 9}, None), (None, "7 8 9", None, None),
+    (9, "7 7 7", None, None),
+    (9, "7 7", None, None), (7, None, {}, "9 9 9"), (None, "7 7 7", {}, "9 9 9"), (9, "7.0 7 7", {1: 9}, None)])
+def test_nodata_beside_an_image_and_in_its_metadata(tmp_path, tag, metadata, beside, metadata_beside):
+    """GDAL is the oracle: its mask of TIFFs, and of a PNG where the value lies in the file beside it."""
+    a = numbers("uint8", 3, 6)
+    for i, hole in enumerate(([7, 7, 7], [9, 9, 9], [7, 8, 9], [7, 9, 9], [7, 9, 8])):
+        a[:, i::7, i] = np.array(hole)[:, None]
+    path = gdal(tmp_path / "a.tif", a, nodata=tag)
+    if metadata:
+        with rasterio.open(path, "r+") as file:
+            file.update_tags(NODATA_VALUES=metadata)
+    Image.fromarray(a.transpose(1, 2, 0)).save(tmp_path / "b.png")
+    for image in (path, tmp_path / "b.png"):
+        if beside is not None:
+            of_bands = "".join(OF_BAND.format(*item) for item in beside.items())
+            Path(f"{image}.aux.xml").write_text(BESIDE.format(metadata_beside or "", of_bands))
+        with rasterio.open(image) as file:
+            want = file.dataset_mask() > 0
+        valid = read_valid(image)[1]
+        np.testing.assert_array_equal(np.ones((H, W), bool) if valid is None else valid, want)
+    if (by_gdal_valid(path) == 0).any():
+        assert_valid(path, by_gdal_valid(path))
+
+
+def test_metadata_that_are_no_xml_are_named(tmp_path):
+    path = gdal(tmp_path / "a.tif", numbers("uint8", 1))
+    Path(f"{path}.aux.xml").write_text("<PAMDataset>")
+    assert f"{path}.aux.xml: its XML metadata are damaged" in refusal(Tiff, path)
+
+
 def test_nodata_that_is_no_number(tmp_path):
     path = tmp_path / "a.tif"
     tifffile.imwrite(path, numbers("uint8", 1)[0], extratags=[(int(Tag.GDALNoData), 2, None, "none", True)])
@@ -652,7 +692,7 @@ def test_a_pillow_without_the_codec(tmp_path, monkeypatch):
 def test_no_tiffs(tmp_path):
     path = tmp_path / "a.tif"
     assert refusal(Tiff, path) == f"{path}: no such file"
-    assert "cannot be opened" in refusal(Tiff, tmp_path)
+    assert "Is a directory" in refusal(Tiff, tmp_path)
     Image.fromarray(numbers("uint8", 1)[0]).save(path, format="PNG")
     assert f"{path}: not a TIFF; it begins with" in refusal(Tiff, path) and "PNG" in refusal(Tiff, path)
     for text in (b"", b"I", b"II*", b"II*\0", b"II+\0\x08\0\0\0", b"MM\0*\0\0\0\x08", b"II*\0\x08\0\0\0\0\0"):
@@ -757,3 +797,15 @@ def test_mutations(tmp_path, base):
         assert time.monotonic() - start < 2
     assert read > 5 and refused > 5
     assert resource.getrusage(resource.RUSAGE_SELF).ru_maxrss - before < 300_000  # kB
+
+
+def test_a_deflated_block_ends_with_its_checksum(tmp_path):
+    """A turned bit that unpacks to as many bytes is found by adler32, as zlib itself finds it."""
+    pixels = np.random.default_rng(0).integers(0, 256, (16, 16), np.uint8)
+    Image.fromarray(pixels).save(tmp_path / "a.tif", compression="tiff_adobe_deflate")
+    assert (Tiff(tmp_path / "a.tif").read()[..., 0] == pixels).all()
+    data = (tmp_path / "a.tif").read_bytes()
+    start = data.index(zlib.compress(pixels.tobytes())[:2])
+    for i in range(start + 20, start + 200, 9):  # noise is stored as it is, so every byte is a pixel
+        (tmp_path / "a.tif").write_bytes(data[:i] + bytes([data[i] ^ 1]) + data[i + 1:])
+        assert "damaged TIFF: strip 1 of 1 cannot be unpacked" in refusal(Tiff(tmp_path / "a.tif").read)

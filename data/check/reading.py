@@ -2,6 +2,7 @@
 
     reading, flags = draft_reading(images, train, typed, complaints)    {"bands": [1, 2, 3]}, []
 """
+import shlex
 from pathlib import Path
 
 from ..common import BadInput, even_sample
@@ -22,6 +23,9 @@ def draft_reading(images: list[Path], train: list[tuple[Path, Window | None]], t
     """
     found = in_threads(lambda image: attempt(open_raster, image), images, "images")
     rasters = [r for r in found if not isinstance(r, BadInput)]
+    for fault in found:
+        if isinstance(fault, BadInput):
+            complaints.error("image", fault)
     reading = dict(typed)
     if "bands" not in reading:
         # Those of which three bands cannot be had without a choice.
@@ -41,8 +45,17 @@ def draft_reading(images: list[Path], train: list[tuple[Path, Window | None]], t
             complaints.note("bands", f"{odd[0].path}: {colours_of(odd[0])} bands, of which the "
                             'first are red, green and blue by its header: "bands" in the draft')
 
+    bands = reading.get("bands")
+    few = [r for r in rasters if bands and colours_of(r) < max(bands)]
+    if few:
+        complaints.error("bands", too_few(few, bands))
+
     word = reading.get("input_range")
     deep = [r for r in rasters if r.dtype != "uint8" and not r.indexed]
+    kinds = kinds_of(rasters)
+    if len(kinds) > 1 and not isinstance(word, list):
+        complaints.error("kinds", one_range(kinds))
+        return reading, []
     if deep and word is None:
         word = RANGE
     if isinstance(word, str):
@@ -56,6 +69,40 @@ def draft_reading(images: list[Path], train: list[tuple[Path, Window | None]], t
         for line in constant:
             complaints.warning("range", line)
     return reading, []
+
+
+def too_few(few: list[Tiff | Picture], bands: list[int]) -> str:
+    """The line about images that lack a band which the others have."""
+    path, n = few[0].path, colours_of(few[0])
+    advice = "take them out"
+    if n == 1:
+        command = shlex.join(["gdal_translate", *["-b", "1"] * max(bands), str(path), "NEW.tif"])
+        advice += f", or put a copy of its grey in each band: {command}"
+    return (f"{path}: {n} bands, and number {max(bands)} of the others is read ({len(few)} such "
+            f"images); {advice}")
+
+
+def kinds_of(rasters: list[Tiff | Picture]) -> dict[str, list[Tiff | Picture]]:
+    """Images by what their numbers may mean: no range fits bytes, more bits and floats at once."""
+    kinds = {}
+    for r in rasters:
+        kind = "8 bits" if r.indexed or r.dtype == "uint8" else "whole numbers of more bits"
+        if r.dtype.kind == "f":
+            kind = "floats"
+        kinds.setdefault(kind, []).append(r)
+    return kinds
+
+
+def one_range(kinds: dict[str, list[Tiff | Picture]]) -> str:
+    """The line that says which images are of which kind, and how to make them alike."""
+    listed = ", ".join(f"{len(rasters)} of {kind}, first {rasters[0].path}"
+                       for kind, rasters in kinds.items())
+    kind = next(kind for kind in kinds if kind != "8 bits")
+    path = kinds[kind][0].path
+    command = shlex.join(["gdal_translate", "-ot", "Byte", "-scale", "LOW", "HIGH", "0", "255",
+                          str(path), str(path.with_name(f"{path.stem}_8bit.tif"))])
+    return (f"images that no one range fits: {listed}; keep those of one kind, or make the others "
+            f"8 bits: {command}")
 
 
 def colours_of(raster: Tiff | Picture) -> int:

@@ -63,6 +63,8 @@ def scan(path: Path) -> Scan:
     values, counts = np.unique(packed, return_counts=True)
     raster = open_raster(path)
     nodata = raster.nodata
+    if isinstance(nodata, tuple):
+        nodata = None  # the bands of a colour have different ones: no value of a table
     if nodata is not None and raster.dtype.kind in "iu":
         limits = np.iinfo(raster.dtype)
         if not limits.min <= nodata <= limits.max:  # GDAL does not count it either
