@@ -52,7 +52,7 @@ function open() {
     setItem: (key, value) => kept.set(key, String(value)),
   };
   class Blob { constructor(parts) { this.text = parts.join(""); } }
-  const URL = { createObjectURL: (made) => { blob = made; return "blob:1"; }, revokeObjectURL() {} };
+  const URL = { createObjectURL: (made) => { blob = made; return "blob:1"; } };
   const window = { devicePixelRatio: 1, addEventListener() {} };
   vm.runInNewContext(script, { document, localStorage, Blob, URL, window, Image: Picture, console });
 }

@@ -16,7 +16,7 @@ from PIL import Image
 from scipy import ndimage, stats
 
 from data.common import write
-from data.curate import masks
+from data.curate import masks, review
 from data.curate.__main__ import main
 from data.curate.predicted import Predicted, read_sample
 from data.curate.regions import from_runs, to_runs
@@ -312,6 +312,24 @@ def test_nothing_is_decided_without_a_name(searched):
     assert found["count"].startswith("0 of") and "name" in found["warning"]
 
 
+@pytest.mark.skipif(not NODE, reason="needs node")
+def test_the_outline_is_the_border_and_zoom_keeps_the_place_under_the_cursor(rng):
+    inside = rng.random((5, 7)) < 0.5
+    script = Path(review.__file__).with_name("review.js")
+    code = f"const p = require({json.dumps(str(script))}); console.log(JSON.stringify([" \
+           f"p.outline({to_runs(inside)}, [2, 3, 5, 7]), p.zoomed({{scale: 2, x: 10, y: 20}}, 3, 100, 50)]))"
+    lines, view = json.loads(subprocess.run([NODE, "-e", code], capture_output=True, text=True, check=True).stdout)
+    framed = np.pad(inside, 1)
+    expected = set()
+    for y, x in np.argwhere(framed):  # of every pixel inside the sides that it does not share
+        for dy, dx, line in ((-1, 0, (0, 0, 1, 0)), (1, 0, (0, 1, 1, 1)), (0, -1, (0, 0, 0, 1)), (0, 1, (1, 0, 1, 1))):
+            if not framed[y + dy, x + dx]:
+                expected.add(tuple(v + (x + 2, y + 1)[i % 2] for i, v in enumerate(line)))
+    assert len(lines) == len(expected) and set(map(tuple, lines)) == expected
+    # The pixel under the cursor, before and after.
+    assert view["scale"] == 6 and [(100 - view["x"]) / 6, (50 - view["y"]) / 6] == [45, 15]
+
+
 # ---- masks
 
 FORMS = ["ids", "grey", "palette of colours", "colours", "colours and alpha", "16 bits", "1 bit", "GeoTIFF",
@@ -431,6 +449,9 @@ def test_taken_back_it_is_the_original_byte_for_byte(tmp_path, capsys):
     # Typed again, apply does not bring back what was taken back.
     assert run(capsys, "apply", file, "--out", root / "m2")[0] == 0
     assert (root / "m2/m/0.png").read_bytes() == (root / "m/0.png").read_bytes()
+    write(tmp_path / "N/manifest.json", manifest | {"masks": {"../x.png": manifest["masks"]["m/0.png"]}})
+    code, said = run(capsys, "revert", tmp_path / "N")
+    assert code == 2 and "not a manifest" in said
     (root / "m2/m/0.png").write_bytes(b"other")
     (root / "m2/m/1.png").unlink()
     shutil.copy(root / "m/0.png", root / "m2/m/9.png")
@@ -472,6 +493,9 @@ def test_what_must_not_change_is_refused_and_nothing_written(tmp_path, capsys):
             (dict(to="z"), [], "no class 'z'"),
             (dict(to=None, verdict="other"), [], '"ignore" in dataset.json'),
             (dict(image="i/5"), [], "no mask of 'i/5'"),
+            (dict(runs=[0, 5]), [], "runs of 5"),
+            (dict(box=[-1, 9, 3, 4]), [], "'box' of a region"),
+            (dict(**{"class": 3}), [], "becomes 3"),
             ({}, ["--out", root], "name a new folder"),
             ({}, ["--out", root / "i"], "other files")]:
         file, _ = decided(root, **more)

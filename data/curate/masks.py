@@ -20,21 +20,19 @@ from tempfile import TemporaryDirectory
 import numpy as np
 from PIL import Image
 
-from ..common import (IGNORE, BadInput, as_text, file_sha256, nfc, progress, read_json, replace,
+from ..common import (IGNORE, BadInput, as_text, file_sha256, fits, nfc, progress, read_json, replace,
                       write)
 from ..files import is_image, match, star_key
 from ..io import Labels
 from ..raster import open_raster
 from ..source import Source
 from ..tiff import mask_beside
-from .regions import from_runs, part
+from .regions import check_region, from_runs, part
 
 HELD_OUT = {"val", "test", "select"}
 MANIFEST = "manifest.json"
 PLACE_TAGS = (33550, 33922, 34264, 34735, 34736, 34737)  # of GeoTIFF; 42112 and 42113 are GDAL's
 KEPT_TAGS = (*PLACE_TAGS, 42112, 42113)
-FIELDS = {"id": int, "image": str, "box": list[int], "runs": list[int], "label": str,
-          "verdict": str, "reviewer": str, "time": str}
 
 
 # ---- what is to be done
@@ -42,19 +40,17 @@ FIELDS = {"id": int, "image": str, "box": list[int], "runs": list[int], "label":
 def read_decisions(path: str | Path) -> dict:
     """decisions.json as the page has saved it, and its sha256."""
     found = read_json(path)
-    expected = "expected a decisions.json that the page of data.curate review has saved"
     for key in ("root", "classes", "models", "decisions"):
         if key not in found:
-            raise BadInput(f"{path}: no {key!r}; {expected}")
+            raise BadInput(f"{path}: no {key!r}; expected a decisions.json that the page of "
+                           "data.curate review has saved")
     seen = set()
     for decision in found["decisions"]:
-        if not isinstance(decision, dict):
-            raise BadInput(f"{path}: a decision is {decision!r}; {expected}")
-        for key, kind in FIELDS.items():
-            value = decision.get(key)
-            base = kind if isinstance(kind, type) and kind in (int, str) else list
-            if type(value) is not base:
-                raise BadInput(f"{path}: {key!r} of a decision is {value!r}; {expected}")
+        check_region(decision, path, verdict=str, reviewer=str, time=str)
+        chosen = decision.get("class")
+        if not isinstance(chosen, str | None):
+            raise BadInput(f"{path}: region {decision['id']} becomes {chosen!r}; expected the name "
+                           "of a class, or null for ignored")
         if decision["id"] in seen:
             raise BadInput(f"{path}: two decisions about region {decision['id']}; leave one")
         seen.add(decision["id"])
@@ -140,7 +136,7 @@ def new_ids(mask: Path, regions: list[dict], labels: Labels) -> tuple[np.ndarray
     changed = np.zeros(ids.shape, bool)
     for region in regions:
         top, left, h, w = region["box"]
-        if min(top, left) < 0 or top + h > ids.shape[0] or left + w > ids.shape[1]:
+        if top + h > ids.shape[0] or left + w > ids.shape[1]:
             raise BadInput(f"{mask}: region {region['id']} lies outside of it; search suspects "
                            "and review them again")
         inside = from_runs(region["runs"], (h, w))
@@ -383,7 +379,13 @@ def read_manifest(out: Path, whole: bool = True) -> dict:
         raise BadInput(f"{path}: no such file; expected a folder that data.curate apply has "
                        "written")
     found = read_json(path)
-    if not isinstance(found.get("masks"), dict) or "decisions" not in found:
+    masks = found.get("masks")
+    good = fits(masks, dict[str, dict]) and {"decisions", "root", "labels"} <= found.keys()
+    for place, about in (masks if good else {}).items():
+        # Files are written there: nothing may lead out of the folder.
+        inside = not Path(place).is_absolute() and ".." not in Path(place).parts
+        good = good and inside and {"original", "before", "after", "regions"} <= about.keys()
+    if not good:
         raise BadInput(f"{path}: not a manifest of data.curate apply; name a folder that it has "
                        "written")
     if whole and not found.get("complete"):

@@ -5,9 +5,26 @@
 
 Row by row, as if the rows stood behind each other: so many pixels outside, so many inside, ...
 """
+import reprlib
+from pathlib import Path
+
 import numpy as np
 
-from ..common import BadInput
+from ..common import BadInput, fits
+
+FIELDS = {"id": int, "image": str, "box": list[int], "runs": list[int], "label": str}
+
+
+def check_region(row: dict, where: str | Path, **more: type) -> None:
+    """BadInput unless a file's entry for a region has all FIELDS, and `more` of them."""
+    fields = FIELDS | more
+    if type(row) is not dict:
+        raise BadInput(f"{where}: a region is {reprlib.repr(row)}; expected {', '.join(fields)}")
+    for key, kind in fields.items():
+        value = row.get(key)
+        if not fits(value, kind) or key == "box" and (len(value) != 4 or min(value) < 0):
+            raise BadInput(f"{where}: {key!r} of a region is {reprlib.repr(value)}; expected a file "
+                           "that data.curate has written")
 
 
 def to_runs(inside: np.ndarray) -> list[int]:

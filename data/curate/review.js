@@ -64,7 +64,7 @@ function outline(runs, box) {
     if (i % 2) inside.fill(1, at, at + length);
     at += length;
   });
-  const has = (y, x) => y >= 0 && x >= 0 && y < h && x < w && inside[y * w + x];
+  const has = (y, x) => y >= 0 && x >= 0 && y < h && x < w && inside[y * w + x] === 1;
   const lines = [];
   for (let y = 0; y <= h; y++) {
     for (let x = 0; x <= w; x++) {
@@ -72,7 +72,7 @@ function outline(runs, box) {
       if (has(y, x) !== has(y, x - 1) && y < h) lines.push([left + x, top + y, left + x, top + y + 1]);
     }
   }
-  return lines.filter(([x0, y0, x1, y1]) => x1 > x0 || y1 > y0);
+  return lines;
 }
 
 // The view after zooming by `factor` about the place (x, y) of the screen, which stays where it is.
@@ -230,7 +230,6 @@ function start(page) {
     link.href = URL.createObjectURL(new Blob([text], { type: "application/json" }));
     link.download = "decisions.json";
     link.click();
-    URL.revokeObjectURL(link.href);
   }
 
   // Text only: names of classes and images are never read as HTML.
@@ -253,7 +252,10 @@ function start(page) {
     const button = document.createElement("button");
     button.dataset.answer = answer;
     caption(button, key, text, color);
-    button.onclick = () => decide(answer);
+    button.onclick = () => {
+      button.blur(); // or the space bar would press it again
+      decide(answer);
+    };
     byId("choices").append(button);
     if (key) byKey.set(key, answer);
   }

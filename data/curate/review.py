@@ -22,7 +22,7 @@ from ..datasets import in_threads
 from ..io import id_image
 from ..source import Source
 from .predicted import read_sample
-from .regions import from_runs, part
+from .regions import check_region, from_runs, part
 from .suspects import surroundings
 
 FOLDER = Path(__file__).parent
@@ -37,6 +37,12 @@ def read_suspects(path: str | Path) -> dict:
         if key not in found:
             raise BadInput(f"{path}: no {key!r}; expected a suspects.json that python -m "
                            "data.curate suspects has written")
+    for row in [*found["regions"], *found["controls"]]:
+        check_region(row, path, proposed=str)
+        for name in (row["label"], row["proposed"]):
+            if name not in found["classes"]:
+                raise BadInput(f"{path}: region {row['id']} has the class {name!r}, which is not in "
+                               '"classes"; search suspects again')
     return found | {"sha256": file_sha256(path)}
 
 
@@ -65,12 +71,16 @@ def page_of(suspects: dict, source: Source, limit: int, controls: int, seed: int
 
 def with_pictures(item: dict, source: Source) -> dict:
     """A region and its surroundings: image, and labels A and B, as data URLs."""
+    if item["image"] not in source.pairs:
+        raise BadInput(f"{source.root}: no image {item['image']!r}, which is in suspects.json; "
+                       "search suspects again")
     image, labels = read_sample(source, item["image"])
-    inside = from_runs(item["runs"], tuple(item["box"][2:]))
+    size = tuple(item["box"][2:])
+    inside = from_runs(item["runs"], size)
     place = part(item["box"])
     label, proposed = (source.names.index(item[key]) for key in ("label", "proposed"))
     there = proposed if item["control"] else label  # the label of a control is altered here
-    if not (labels[place][inside] == there).all():
+    if labels[place].shape != size or not (labels[place][inside] == there).all():
         raise BadInput(f"{source.pairs[item['image']][1]}: other labels than when suspects were "
                        "searched; search them again: python -m data.curate suspects")
     around = surroundings(item["box"], labels.shape)
