@@ -387,6 +387,12 @@ class Labels:
                            'add them to "classes" or "ignore" in dataset.json or data/public.py')
         return ids
 
+    def encode(self, values: np.ndarray) -> np.ndarray:
+        """What decode() made, (H, W, 1) ids or (H, W, 3) colours -> class ids and IGNORE."""
+        ids = self.look_up(pack(values) if self.by_color else values[..., 0])
+        ids[ids >= len(self.names)] = IGNORE
+        return ids
+
     def as_colors(self, mask: np.ndarray, palette: np.ndarray | None,
                   path: str | Path) -> np.ndarray:
         """(H, W, 3) of a mask file that should hold colours, by its palette if it has one."""
