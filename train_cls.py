@@ -28,7 +28,7 @@ import torch.distributed as dist
 import torch.nn.functional as F
 
 from data import augment, metrics, plots
-from data.common import BadInput, json_lines, minutes, write
+from data.common import BadInput, escaped, json_lines, minutes, write
 from data.datasets import NORMS
 from data.samplers import StepSampler
 from data.scenes import Scenes, augment_scenes, prepare
@@ -149,7 +149,7 @@ def outputs(f, images, here, batch):
     mine = images[here.rank::here.world]
     results = []
     for i in range(0, len(mine), batch):
-        x = torch.from_numpy(mine[i:i + batch]).to(here.device)
+        x = torch.from_numpy(mine[i:i + batch].copy()).to(here.device)  # the cache's are read-only
         x = prepare(x, NORMS[here.norm], here.size)
         with torch.autocast(here.device.type, torch.bfloat16, enabled=here.amp):
             results.append(f(x).float().cpu())
@@ -235,7 +235,6 @@ def probe(args, d, net, here, s):
     s.chosen, net.head = tried[scores.index(s.best)]
     if args.mode == "knn":
         net.head.k = spec["k"] = s.chosen
-    save_best(net, here, 0, s.best)
     here.title += f", step = number of the {word} in {[value for value, _ in tried]}"
     with torch.inference_mode():
         return net.head(x[d.reports]).cpu().softmax(1)
@@ -261,16 +260,24 @@ def train(args, d, net, here, s):
     warmup = min(args.warmup, steps // 5)  # few-shot runs are short
 
     # Random numbers have no state to restore: each is drawn from the number of its step or sample.
-    same = dict(world=world, weights=here.meta["weights"]["sha256"])
+    same = dict(world=world, weights=here.meta["weights"]["sha256"],
+                stored=here.meta["stored"])
     if args.resume:
         last = checkpoint.load_state(out / "last.pt")
         run.check_same(out, last, same)
+        checkpoint.check_tensors(last["net"], net.state_dict())
         net.load_state_dict(last["net"])
         if ema:
+            checkpoint.check_tensors(last["ema"], net.state_dict())
             ema.net.load_state_dict(last["ema"])
-        opt.load_state_dict(last["opt"])
-        vars(s).update(last["state"])
+        checkpoint.restore_optimizer(opt, last["opt"])
+        this_command = s.command
+        checkpoint.take_up(s, last["state"])
         say(f"resume  {out} at step {s.step} of {steps}, best val accuracy {s.best:.4f}")
+        if args.epochs > last["args"]["epochs"]:
+            s.command += f" && {this_command}"
+            say(f"        {args.epochs} epochs instead of {last['args']['epochs']}: the rate "
+                "follows the longer schedule from here on")
 
     def save_last():
         if rank == 0:
@@ -358,9 +365,12 @@ def train(args, d, net, here, s):
         if due or stopping:
             save_last()
         if stopping:
-            say(f"stopped at step {s.step} of {steps}; go on: {run.again(out)}", flush=True)
-            run.end()
-            stop.exit()
+            break
+
+    if stop.told(device):  # in a step, or in the last validation
+        say(f"stopped at step {s.step} of {steps}; go on: {run.again(out)}", flush=True)
+        run.end()
+        stop.exit()
 
     stop.release()
     run.wait()  # until rank 0 has written best.safetensors
@@ -398,7 +408,7 @@ def main(args):
     K = len(d.names)
     out = run.folder(args.out, f"runs/{d.dataset}-{args.mode}", args.resume)
     say(f"data    {d.base}: {len(d.all)} images, {d.pixels.shape[1]} x {d.pixels.shape[2]}")
-    for line in d.notes:
+    for line in map(escaped, d.notes):
         say(f"        {line}")
     sizes = ", ".join(f"{len(names)} {split}" for split, names in d.splits.items())
     say(f"        {K} classes, {sizes}")
@@ -466,6 +476,7 @@ def main(args):
                            amp=amp, out=out, meta=meta, title=title)
     if rank == 0 and not args.resume:
         write(out / "split.json", d.splits)
+        write(out / "files.json", d.fingerprint())
         write(out / "protocol.json", meta | facts | dict(
             flags=vars(args), selection="best val accuracy", left_out=d.left_out))
     began = time.time()
@@ -486,12 +497,12 @@ def main(args):
         oa, base = metrics.oa(cm), metrics.oa(metrics.majority(cm))
         f1 = metrics.f1(cm)
         macro, counted = f1.nanmean().item(), int((~f1.isnan()).sum())
-        write(out / "log.jsonl", json_lines(s.history))
-        write(out / "results.json", dict(
+        results = dict(
             split=d.reports, accuracy=oa, accuracy_low=low, accuracy_high=high, macro_f1=macro,
             classes_in_mean=counted, majority_accuracy=base, val_accuracy=s.best,
             chosen=s.chosen, images_per_second=s.speed, seconds=round(s.seconds, 1),
-            seed=args.seed, command=s.command, table=table, confusion=cm.tolist()))
+            seed=args.seed, command=s.command, table=table, confusion=cm.tolist())
+        write(out / "log.jsonl", json_lines(s.history))
         write(out / "curves.png", plots.curves(s.history, f"{out.name}: {here.title}"))
         title = f"{d.dataset} {d.reports}"
         write(out / "confusion.png", plots.confusion(cm.numpy(), d.names, title))
@@ -509,6 +520,10 @@ def main(args):
             ("most confident mistakes: true class, then what was predicted",
              [card(i) for i in wrong]),
             (f"drawn at random from {d.reports}", [card(i) for i in np.sort(drawn)])]))
+        # Last: a probe that is killed before these two starts again by the same command.
+        if probing:
+            save_best(net, here, 0, s.best)
+        write(out / "results.json", results)
         print(metrics.table_text(table))
         print(f"{d.reports} accuracy {oa:.4f} (95 % interval {low:.4f} to {high:.4f}), macro F1 "
               f"{macro:.4f};  always the largest class: accuracy {base:.4f}")
@@ -520,5 +535,5 @@ def main(args):
 
 
 if __name__ == "__main__":
-    with run.one_line_errors():
+    with run.one_line_errors(lower="--batch-size or --size"):
         main(parse_args())

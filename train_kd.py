@@ -369,7 +369,7 @@ def main(args):
                         command=facts["command"])
     # What must be equal on resume, or it would be another run.
     same = dict(world=world, weights=info["sha256"], amp=amp,
-                labels=d.labels.parts,
+                labels=d.labels.parts, reading=d.reading,
                 teacher=kd_about.get("sha256"))
     # Random numbers have no state to restore: each is drawn from the number of its step or sample.
     if args.resume:
@@ -378,10 +378,10 @@ def main(args):
         checkpoint.restore(net, last["net"])
         if ema:
             checkpoint.restore(ema.net, last["ema"])
-        opt.load_state_dict(last["opt"])
+        checkpoint.restore_optimizer(opt, last["opt"])
         if look:
             look.load(last["slow"])
-        s = SimpleNamespace(**last["state"])
+        checkpoint.take_up(s, last["state"])
         say(f"resume  {out} at step {s.step} of {args.steps}, best val mIoU {s.best:.4f}")
         if args.steps > last["args"]["steps"]:
             s.command += f" && {facts['command']}"
@@ -397,6 +397,7 @@ def main(args):
         saved="all")
     if rank == 0:
         write(out / "split.json", d.splits)
+        write(out / "files.json", d.fingerprint())
         selection = f"best {d.picks} mIoU" if d.picks else "last step"
         write(out / "protocol.json", meta | facts | dict(
             command=s.command, flags=vars(args), selection=selection, tta="none",
@@ -538,9 +539,12 @@ def main(args):
         if due or stopping:
             save_last()
         if stopping:
-            say(f"stopped at step {s.step} of {args.steps}; go on: {run.again(out)}", flush=True)
-            run.end()
-            stop.exit()
+            break
+
+    if stop.told(device):  # in a step, or in the last validation
+        say(f"stopped at step {s.step} of {args.steps}; go on: {run.again(out)}", flush=True)
+        run.end()
+        stop.exit()
 
     # ---- report: the kept weights on the split that nothing above has looked at
     stop.release()
@@ -569,5 +573,5 @@ def main(args):
 
 
 if __name__ == "__main__":
-    with run.one_line_errors():
+    with run.one_line_errors(lower="--batch-size or --crop"):
         main(parse_args())

@@ -351,7 +351,7 @@ def main(args):
     seen = torch.zeros(K, K, dtype=torch.int64, device=device)
     # What must be equal on resume, or it would be another run.
     same = dict(world=world, weights=info["sha256"], amp=amp,
-                labels=d.labels.parts)
+                labels=d.labels.parts, reading=d.reading)
     # Random numbers have no state to restore: each is drawn from the number of its step or sample.
     if args.resume:
         last = checkpoint.load_state(out / "last.pt")
@@ -359,8 +359,8 @@ def main(args):
         checkpoint.restore(net, last["net"])
         if ema:
             checkpoint.restore(ema.net, last["ema"])
-        opt.load_state_dict(last["opt"])
-        s = SimpleNamespace(**last["state"])
+        checkpoint.restore_optimizer(opt, last["opt"])
+        checkpoint.take_up(s, last["state"])
         if rank == 0:
             seen += last["seen"].to(device)
         say(f"resume  {out} at step {s.step} of {args.steps}, best val mIoU {s.best:.4f}")
@@ -385,6 +385,7 @@ def main(args):
         saved="all")
     if rank == 0:
         write(out / "split.json", d.splits)
+        write(out / "files.json", d.fingerprint())
         points.write_points(out / "points.csv", given, d.names)
         selection = f"best {d.picks} mIoU" if d.picks else "last step"
         write(out / "protocol.json", meta | facts | dict(
@@ -513,9 +514,12 @@ def main(args):
         if due or stopping:
             save_last()
         if stopping:
-            say(f"stopped at step {s.step} of {args.steps}; go on: {run.again(out)}", flush=True)
-            run.end()
-            stop.exit()
+            break
+
+    if stop.told(device):  # in a step, or in the last validation
+        say(f"stopped at step {s.step} of {args.steps}; go on: {run.again(out)}", flush=True)
+        run.end()
+        stop.exit()
 
     # ---- report: the kept weights on the split that nothing above has looked at
     stop.release()
@@ -551,5 +555,5 @@ def main(args):
 
 
 if __name__ == "__main__":
-    with run.one_line_errors():
+    with run.one_line_errors(lower="--batch-size or --crop"):
         main(parse_args())

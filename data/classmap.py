@@ -25,7 +25,7 @@ def read_map(path: str | Path, teacher: list[str], student: list[str]) -> np.nda
 
     The names stand in the order of the models' outputs.
     """
-    found = read_json(path)
+    found = read_json(path, dict, '{"map": {...}}')
     if not isinstance(found.get("map"), dict):
         raise BadInput(f'{path}: no "map" in it; data/classmap.py begins with an example')
     # Names in another order would send every class to a wrong one.

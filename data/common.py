@@ -2,16 +2,27 @@
 
     raise BadInput(f"{path}: found this, expected that; type so and so")      one line, printed without a traceback
     write("runs/a/split.json", {"train": names})                              whole or not at all
+    out = Written("predictions", overwrite=False)                             replaces only files that it wrote
     splits = read_json(path, dict[str, list[str]], "{split: [names]}")        or one line that says what is wrong
     for x, y, name in progress(loader, "validation"): ...                     count and ETA once it takes long
+
+Nothing that a file or a flag claims is trusted: check_file() before one is opened, check_pixels()
+before an image is unpacked, parse_json() and number() for what is written in them, in_time() for
+patterns of the user, escaped() and print_anything() for names that go to a terminal.
 """
 import codecs
 import contextlib
+import hashlib
 import io
 import json
+import math
 import os
+import re
 import reprlib
+import signal
+import stat
 import sys
+import threading
 import time
 import unicodedata
 from collections import Counter
@@ -24,7 +35,17 @@ from PIL import Image
 
 IGNORE = 255  # the one ignore index: unlabelled, void, padding
 SILENT = 10.0  # seconds before progress() says anything
+SHORT = reprlib.Repr()  # of user's values in messages, which may be of any length and depth
+SHORT.maxstring = SHORT.maxother = 200
 MAX_TEXT = 2**30  # bytes; an image or a weight file given for a list would fill the memory
+MAX_PIXELS = 10**9  # of an image that is read as a whole; --max-pixels of the scripts
+PIXELS_VARIABLE = "NANORS_MAX_PIXELS"  # Reading processes inherit it from the script.
+LARGEST_NUMBER = 2**64  # in JSON: of larger whole numbers float64 and int64 hold none exactly
+NUMBER = re.compile(r"[+-]?(\d+\.?\d*|\.\d+)(e[+-]?\d+)?", re.ASCII | re.IGNORECASE)
+
+# What a terminal obeys instead of showing it, and what turns the direction of writing.
+CODES = [*range(0x20), *range(0x7F, 0xA0), *range(0x2028, 0x202F), *range(0x2066, 0x206A)]
+ESCAPES = {code: repr(chr(code))[1:-1] for code in CODES}
 
 
 class BadInput(ValueError):
@@ -52,17 +73,91 @@ def replace(path: str | Path, save: Callable[[str], None]) -> None:
 
 def write(path: str | Path, content: Image.Image | dict | list | str | bytes, **options) -> None:
     """Picture (`options` are Pillow's), JSON, text or bytes into a file, whole or not at all."""
-    path = Path(path)
+    content = file_bytes(path, content, **options)
+    replace(path, lambda name: Path(name).write_bytes(content))
+
+
+def file_bytes(path: str | Path, content: Image.Image | dict | list | str | bytes, **options) -> bytes:
+    """What write() puts into a file of this name: its suffix says the format of a picture."""
     if isinstance(content, Image.Image):
         buffer = io.BytesIO()
         kinds = {".jpg": "JPEG", ".jpeg": "JPEG", ".tif": "TIFF", ".tiff": "TIFF"}
-        content.save(buffer, format=kinds.get(path.suffix.lower(), "PNG"), **options)
-        content = buffer.getvalue()
-    elif not isinstance(content, (str, bytes)):
-        content = json.dumps(content, indent=1) + "\n"
+        content.save(buffer, format=kinds.get(Path(path).suffix.lower(), "PNG"), **options)
+        return buffer.getvalue()
+    if not isinstance(content, (str, bytes)):
+        content = json_text(content, indent=1) + "\n"
     if isinstance(content, str):
         content = as_bytes(content)
-    replace(path, lambda name: Path(name).write_bytes(content))
+    return content
+
+
+class Written:
+    """The files that a program writes into a folder: of those there, only its own are replaced.
+
+    A hidden list beside them holds the sha256 of all that was written. A file that is not in it, or
+    was changed since, is a BadInput unless `overwrite`. Processes may share a folder.
+    """
+
+    def __init__(self, folder: str | Path, overwrite: bool = False):
+        self.folder = Path(folder)
+        self.overwrite = overwrite
+        self.list = self.folder / ".written.jsonl"
+        self.checked = set()
+
+    def check(self, names: Iterable[str]) -> None:
+        """BadInput for the first of these files that may not be replaced: before any long work."""
+        own = self.read_list()
+        for name in names:
+            file = self.folder / name
+            if file.is_dir():
+                raise BadInput(f"{file}: a folder, where a file will be written; name another --out")
+            if not self.overwrite and os.path.lexists(file):
+                if not file.exists() or (name, file_sha256(file)) not in own:
+                    raise BadInput(f"{file}: would be overwritten, and was not written by this "
+                                   "program or was changed since; type --overwrite to replace it, "
+                                   "or name another --out")
+            self.checked.add(name)
+
+    def write(self, name: str, content: Image.Image | dict | list | str | bytes, **options) -> None:
+        """write(folder / name, ...) of a file that may be replaced."""
+        content = file_bytes(name, content, **options)
+        self.replace(name, lambda temporary: Path(temporary).write_bytes(content))
+
+    def replace(self, name: str, save: Callable[[str], None]) -> None:
+        """replace(folder / name, save) of a file that may be replaced."""
+        if name not in self.checked:
+            self.check([name])
+
+        def save_and_list(temporary):
+            save(temporary)
+            # Listed before the new name: if the process is killed here, the old file still counts
+            # by its older line. One short write to the end, so that processes do not mix lines.
+            line = json.dumps({"file": name, "sha256": file_sha256(temporary)})
+            with open(self.list, "ab", buffering=0) as f:
+                f.write(b"\n" + line.encode())
+
+        replace(self.folder / name, save_and_list)
+
+    def read_list(self) -> set[tuple[str, str]]:
+        """(name, sha256) of every file ever written."""
+        if not self.list.exists():
+            return set()
+        found = set()
+        for line in self.list.read_bytes().splitlines():
+            # Lines begin with their line break: one that a full disk cut off spoils no other.
+            with contextlib.suppress(ValueError, LookupError, TypeError):
+                row = json.loads(line)
+                found.add((row["file"], row["sha256"]))
+        return found
+
+
+def file_sha256(path: str | Path) -> str:
+    """Of a file of any size, as hexadecimal digits."""
+    digest = hashlib.sha256()
+    with open(path, "rb") as f:
+        while block := f.read(2**20):
+            digest.update(block)
+    return digest.hexdigest()
 
 
 def as_text(name: str) -> str:
@@ -75,21 +170,44 @@ def as_bytes(text: str) -> bytes:
     return text.encode("utf-8", "surrogateescape")
 
 
-def read_text(path: str | Path, errors: str = "strict") -> str:
-    """A text file of the user: UTF-8 with a byte order mark or without, or UTF-16 with one, as PowerShell writes.
-
-    errors="surrogateescape" keeps bytes that are not UTF-8 as Python has them in names of files.
-    """
-    path = Path(path)
+def check_file(path: str | Path) -> None:
+    """BadInput unless a regular file is there: to open a FIFO is to wait, /dev/zero has no end."""
     try:
-        size = path.stat().st_size
-        if size > MAX_TEXT:
-            raise BadInput(f"{path}: {size / 2**30:.1f} GiB; expected a text file")
-        data = path.read_bytes()
+        mode = os.stat(path).st_mode
     except FileNotFoundError:
         raise BadInput(f"{path}: no such file") from None
     except (OSError, ValueError) as e:  # ValueError: of a name that no file can have
         raise BadInput(f"{str(path)!r}: cannot be read ({getattr(e, 'strerror', e)})") from None
+    if stat.S_ISDIR(mode):
+        raise BadInput(f"{path}: cannot be read (Is a directory); name a file")
+    if not stat.S_ISREG(mode):
+        raise BadInput(f"{path}: a pipe, a socket or a device; expected a regular file, so copy "
+                       "what it gives into one")
+
+
+def check_pixels(path: str | Path, height: int, width: int) -> None:
+    """BadInput where an image by its header has more pixels than --max-pixels allows."""
+    most = int(os.environ.get(PIXELS_VARIABLE, MAX_PIXELS))
+    if height * width > most:
+        raise BadInput(f"{path}: {height} x {width} pixels (H x W) by its header, over the limit "
+                       f"of {most}; where that is right and fits into memory, type --max-pixels "
+                       f"{height * width}, else cut the image up")
+
+
+def read_text(path: str | Path, errors: str = "strict") -> str:
+    """A text file of the user: UTF-8, or UTF-16 with a byte order mark, as PowerShell writes.
+
+    errors="surrogateescape" keeps bytes that are not UTF-8 as Python has them in names of files.
+    """
+    path = Path(path)
+    check_file(path)
+    size = path.stat().st_size
+    if size > MAX_TEXT:
+        raise BadInput(f"{path}: {size / 2**30:.1f} GiB; expected a text file")
+    try:
+        data = path.read_bytes()
+    except (OSError, ValueError) as e:  # ValueError: of a name that no file can have
+        raise BadInput(f"{path}: cannot be read ({getattr(e, 'strerror', e)})") from None
     marked = data.startswith((codecs.BOM_UTF16_LE, codecs.BOM_UTF16_BE))
     try:
         return data.decode("utf-16" if marked else "utf-8-sig", errors)
@@ -98,20 +216,43 @@ def read_text(path: str | Path, errors: str = "strict") -> str:
 
 
 def read_json(path: str | Path, shape: type = dict, expected: str = "{...}"):
-    """What a JSON file of the user holds: a value of `shape`, such as dict[str, list[str]], else BadInput.
+    """What a JSON file of the user holds, of `shape`, such as dict[str, list[str]]; else BadInput.
 
     `expected` is the shape in words. NaN and a name that stands twice in an object are no JSON.
     """
     text = read_text(path)
     try:
-        found = json.loads(text, object_pairs_hook=unique, parse_constant=no_number)
-        # What cannot be written again would end a run later: half a character, a thousand brackets.
-        as_bytes(json.dumps(found, ensure_ascii=False))
+        found = parse_json(text)
     except (ValueError, RecursionError) as e:
         raise BadInput(f"{path}: not valid JSON ({e})") from None
     if not fits(found, shape):
-        raise BadInput(f"{path}: holds {reprlib.repr(found)}; expected JSON {expected}")
+        raise BadInput(f"{path}: holds {SHORT.repr(found)}; expected JSON {expected}")
     return found
+
+
+def parse_json(text: str):
+    """The value of a JSON text; a ValueError or RecursionError where it is none."""
+    found = json.loads(text, object_pairs_hook=unique, parse_constant=no_number,
+                       parse_int=whole_in_json, parse_float=float_in_json)
+    # What cannot be written again would end a run later: half a character, a thousand brackets.
+    as_bytes(json.dumps(found, ensure_ascii=False))
+    return found
+
+
+def whole_in_json(text: str) -> int:
+    """A whole number that others can count with."""
+    value = int(text)
+    if abs(value) > LARGEST_NUMBER:
+        raise ValueError(f"{text[:20]}... is too large a number")
+    return value
+
+
+def float_in_json(text: str) -> float:
+    """A finite number: 1e400 would become infinity."""
+    value = float(text)
+    if not math.isfinite(value):
+        raise ValueError(f"{text[:20]} is too large a number")
+    return value
 
 
 def unique(pairs: list[tuple]) -> dict:
@@ -147,16 +288,104 @@ def nfc(text: str) -> str:
     return unicodedata.normalize("NFC", as_bytes(text).decode("utf-8", "surrogateescape"))
 
 
+def json_text(value, indent: int | None = None) -> str:
+    """A value as JSON text, with null for NaN and infinity, which JSON does not have."""
+    return json.dumps(without_nan(value), indent=indent, allow_nan=False)
+
+
+def without_nan(value):
+    """The value with None for every NaN and infinity in its lists and dicts."""
+    if isinstance(value, dict):
+        return {key: without_nan(part) for key, part in value.items()}
+    if isinstance(value, (list, tuple)):
+        return [without_nan(part) for part in value]
+    if isinstance(value, float) and not math.isfinite(value):
+        return None
+    return value
+
+
 def json_lines(rows: list[dict]) -> str:
     """The rows as text, one JSON object a line."""
-    return "".join(json.dumps(row) + "\n" for row in rows)
+    return "".join(json_text(row) + "\n" for row in rows)
+
+
+# ---- what a user types, and what a terminal shows
+
+def number(text: str, kind: type = float) -> int | float:
+    """A finite number as people write it, else ValueError.
+
+    int() and float() also take "nan", "1e400", "1_0" and the digits of all scripts.
+    """
+    text = text.strip(" ")
+    if len(text) > 100 or not NUMBER.fullmatch(text):
+        raise ValueError(f"{text[:40]!r} is no number")
+    value = kind(text)
+    if not abs(value) < math.inf:
+        raise ValueError(f"{text[:40]!r} is too large a number")
+    return value
+
+
+def check_words(words: list[str], flags: dict) -> None:
+    """BadInput for a word of a command line that no file and none of its `flags` can be."""
+    for word in words:
+        flag, _, value = word.partition("=")
+        if "\0" in word:
+            raise BadInput(f"{word}: no file or flag has a NUL character in it; type it without")
+        if flag in flags and value == "--":  # argparse would take an empty list for the value
+            raise BadInput(f"{word}: expected a value behind the =; a file of that name is ./--")
+
+
+def escaped(text: str) -> str:
+    """The text in one line, with escapes for what a terminal would obey in names of files."""
+    return text.translate(ESCAPES)
+
+
+class Shown:
+    """A text stream that writes escaped lines; all else is the stream's own."""
+    KEPT = {code: escape for code, escape in ESCAPES.items() if chr(code) not in "\n\t"}
+
+    def __init__(self, stream):
+        self.stream = stream
+
+    def __getattr__(self, name):
+        return getattr(self.stream, name)
+
+    def write(self, text: str) -> int:
+        # print() writes its end by itself: a line that changes on a terminal ends with "\r".
+        return self.stream.write(text if text == "\r" else text.translate(self.KEPT))
 
 
 def print_anything() -> None:
-    """At the start of every program: a letter that the terminal's encoding lacks is shown as \\u6c34, no traceback."""
-    for stream in (sys.stdout, sys.stderr):
+    """Call it first in a program: what a terminal lacks, or would obey, is shown as \\u6c34."""
+    for name in ("stdout", "stderr"):
+        stream = getattr(sys, name)
         if hasattr(stream, "reconfigure"):
             stream.reconfigure(errors="backslashreplace")
+        if stream is not None and not isinstance(stream, Shown):
+            setattr(sys, name, Shown(stream))
+
+
+@contextlib.contextmanager
+def in_time(seconds: float, message: str) -> Iterator[None]:
+    """BadInput(message) where the block takes longer: a regex may try 2^n ways to match.
+
+    Only in the main thread, and where the system has such a clock (not on Windows).
+    """
+    in_main = threading.current_thread() is threading.main_thread()
+    if not in_main or not hasattr(signal, "setitimer"):
+        yield
+        return
+
+    def end(signum, frame):
+        raise BadInput(message)
+
+    before = signal.signal(signal.SIGALRM, end)
+    signal.setitimer(signal.ITIMER_REAL, seconds)
+    try:
+        yield
+    finally:
+        signal.setitimer(signal.ITIMER_REAL, 0)
+        signal.signal(signal.SIGALRM, before)
 
 
 def minutes(seconds: float) -> str:

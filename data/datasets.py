@@ -12,7 +12,8 @@ A `folder` data set carries the description as dataset.json in its root (data/ch
      "ignore": ["#000000"],
      "splits": {"train": "Tile [1-6]/*", "val": ["Tile 7/*"], "test": "lists/test.txt"}}
 Masks of ids: {"name": "road", "id": 2, "color": "#6EC1E4"}, the colour for pictures, "ignore": [0].
-An image and a mask belong together when the stars of the two patterns stand for the same text.
+An image and a mask belong together when the stars of the two patterns stand for the same text; a
+[ of a name is written [[]. A line of a list is an image, or an image and its mask.
 "images" and "masks" may also be lists of patterns; then the stars of the first two are compared,
 those of the second two, and so on. Further keys, none of them needed:
     "bands"        [4, 1, 2]: the three to read from images with more, from 1; --bands overrides it
@@ -31,10 +32,10 @@ those of the second two, and so on. Further keys, none of them needed:
 """
 import os
 import re
-import reprlib
 from collections import Counter
 from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
+from difflib import get_close_matches
 from fnmatch import fnmatch
 from glob import has_magic
 from itertools import takewhile
@@ -44,9 +45,10 @@ from shlex import quote
 import numpy as np
 import torch
 
-from .common import (IGNORE, BadInput, as_text, even_sample, nfc, progress, read_json,
-                     read_text)
-from .files import Names, check_folder, is_image, match
+from .common import (IGNORE, SHORT, BadInput, as_text, even_sample, in_time, nfc, progress,
+                      read_json, read_text)
+from .files import (FILE_NAME, MATCH_TIME, SUFFIXES, Names, about_encoding, check_folder, is_file_name,
+                    is_image, match)
 from .io import Labels, read_valid, size_of
 from .ranges import is_range
 
@@ -54,10 +56,17 @@ from .ranges import is_range
 NORMS = {
     "imagenet": ((0.485, 0.456, 0.406), (0.229, 0.224, 0.225)),  # DINOv2, LVD-1689M, torchvision
     "sat": ((0.430, 0.411, 0.296), (0.213, 0.156, 0.143))}  # DINOv3 SAT-493M
+SPELLING = 0.85  # share of equal letters from which a key is taken for a misspelt one
+# What dataset.json may hold, see above.
+CLASS_KEYS = ("name", "id", "color")
+KEYS = ("name", "images", "masks", "classes", "ignore", "splits", "bands", "input_range",
+        "threshold", "select", "scene", "tiles", "unlabelled", "instances", "report", "warning",
+        "variant", "made_by")
 PROJECT = Path(__file__).resolve().parents[1]
+LONGEST_LINE = 2**14  # letters; two paths have at most 2^13
 EXAMPLE = "data/datasets.py begins with an example"
-ONE_IMAGE = ("one training image, of which nothing can be held out to choose the weights; add images, "
-             "or type --final, which trains on all there is")
+ONE_IMAGE = ("one training image, of which nothing can be held out to choose the weights; add "
+             "images, or type --final, which trains on all there is")
 
 
 # ---- commands to type next
@@ -86,7 +95,8 @@ def read_description(root: str | Path) -> dict:
     check_folder(root)
     if not path.exists():
         raise BadInput(f"{path}: no such file; draft it with: {check_command(root)}")
-    d = read_json(path)
+    d = read_json(path, dict, '{"images": ...}')
+    check_spelling(d, path)
     check_needed_keys(d, path)
     # A set without a name is called like its folder, and its runs go to runs/<name>.
     d = {"name": as_text(Path(root).resolve().name), "ignore": [], **d}
@@ -102,12 +112,34 @@ def read_description(root: str | Path) -> dict:
     return d
 
 
+def check_spelling(d: dict, path: Path) -> None:
+    """A key that is nearly a known one would be passed over in silence; all others are the user's."""
+    places = [(d, KEYS)]
+    places += [(c, CLASS_KEYS) for c in entries_of(d.get("classes")) if isinstance(c, dict)]
+    for found, known in places:
+        for key in found.keys() - set(known):
+            meant = get_close_matches(key.lower(), known, 1, SPELLING)
+            if meant:
+                raise BadInput(f"{path}: the key {key!r} is unknown; is {meant[0]!r} meant? Correct "
+                               "it, or give a key of your own another name")
+
+
+def entries_of(value) -> list:
+    """The list, or none instead of anything else."""
+    return value if isinstance(value, list) else []
+
+
 def check_needed_keys(d: dict, path: Path) -> None:
     """Images, masks, classes with names and splits are there and of the right kind."""
     kinds = {"images": (str, list), "masks": (str, list), "classes": list, "splits": dict}
     for key, kind in kinds.items():
         if not d.get(key) or not isinstance(d[key], kind):
             raise BadInput(f'{path}: "{key}" is missing, empty or malformed; {EXAMPLE}')
+    for key in ("images", "masks"):
+        odd = [part for part in entries_of(d[key]) if not isinstance(part, str) or not part]
+        if odd:
+            raise BadInput(f'{path}: "{key}" lists {odd[0]!r:.60}; expected patterns such as '
+                           f"'{key}/*.png'")
     for c in d["classes"]:
         if not isinstance(c, dict) or not isinstance(c.get("name"), str):
             raise BadInput(f'{path}: an entry of "classes" has no "name"; {EXAMPLE}')
@@ -116,11 +148,13 @@ def check_needed_keys(d: dict, path: Path) -> None:
 def check_optional_keys(d: dict, names: list[str], path: Path) -> None:
     """The keys that stand for themselves; `names`: of the classes."""
     rules = {
-        "name": (is_folder_name, "the name of a folder"),
+        "name": (is_file_name, FILE_NAME),  # runs are saved in a folder of it
         "instances": (lambda v: v and isinstance(v, (str, list)), "a pattern as of masks"),
-        "unlabelled": (lambda v: set(v) <= set(d["splits"]), "a list of splits"),
+        "unlabelled": (lambda v: isinstance(v, list) and set(v) <= set(d["splits"]),
+                       "a list of splits"),
         "tiles": (lambda v: type(v) is int and v > 0, "a whole number of pixels"),
         "variant": (lambda v: isinstance(v, str), "text"),
+        "warning": (lambda v: isinstance(v, str), "text"),
         "select": (lambda v: isinstance(v, float) and 0 < v < 1, "a share of train such as 0.2"),
         "scene": (is_regex, 'a regular expression such as "(.*)_\\\\d+$"'),
         "bands": (are_bands, "three whole numbers from 1, such as [4, 1, 2]"),
@@ -135,14 +169,7 @@ def check_optional_keys(d: dict, names: list[str], path: Path) -> None:
         except TypeError:  # a number where a list should be, or the like
             good = False
         if not good:
-            raise BadInput(f'{path}: "{key}" is {reprlib.repr(d[key])}; expected {expected}')
-
-
-def is_folder_name(value) -> bool:
-    """Runs are saved in a folder of the data set's name."""
-    if not isinstance(value, str) or value in ("", ".", ".."):
-        return False
-    return not set(value) & set("/\\\0")
+            raise BadInput(f'{path}: "{key}" is {SHORT.repr(d[key])}; expected {expected}')
 
 
 def is_regex(value) -> bool:
@@ -203,7 +230,8 @@ def unknown_files(root: str | Path, description: dict) -> list[Path]:
     for key in ("images", "masks"):
         patterns = description[key]
         for pattern in [patterns] if isinstance(patterns, str) else patterns:
-            found += [file for file, _ in match(root, pattern) if not is_wanted(file, pattern)]
+            if not pattern.lower().endswith(SUFFIXES):  # else it wants all that it fits
+                found += [file for file, _ in match(root, pattern) if not is_wanted(file, pattern)]
     return sorted(set(found))
 
 
@@ -224,8 +252,9 @@ def match_pairs(root: str | Path, description: dict) -> tuple[dict[str, tuple], 
                            "rename one, or move it away")
         pairs[name] = file, masks.get(key)
     if not pairs:
-        hint = about_brackets(str(description["images"])) + about_folder(root, description["images"])
-        raise BadInput(f"{root}: no image matches {description['images']!r}; "
+        images = description["images"]
+        hint = about_brackets(str(images)) + about_folder(root, images)
+        raise BadInput(f"{root}: no image matches {images!r}; "
                        f'correct "images" in dataset.json or --root{hint}')
     paired = {mask for _, mask in pairs.values()}
     return pairs, sorted(taken - paired)
@@ -246,7 +275,8 @@ def find_pairs(root: str | Path, description: dict, need_masks: bool = True) -> 
 
 
 def check_masks(pairs: dict[str, tuple], description: dict) -> None:
-    """BadInput unless every image has a mask: a missing one taken for empty would be scored as background."""
+    """BadInput unless every image has a mask."""
+    # A missing mask is never taken for an empty one: it would be scored as background.
     lonely = [image for image, mask, *_ in pairs.values() if mask is None]
     if lonely:
         raise BadInput(f"{lonely[0]}: no mask for it by {description['masks']!r} ({len(lonely)} of "
@@ -296,24 +326,30 @@ def part_of(a: np.ndarray, box: tuple[int, int, int, int] | None = None) -> np.n
 
 def split_names(root: str | Path, description: dict,
                 pairs: dict[str, tuple]) -> dict[str, list[str]]:
-    """{split: names} from patterns over the names (* crosses /), or .txt files, one name a line."""
-    names = list(pairs)
+    """{split: names} from patterns over the names (* crosses /), or .txt files, one name a line.
+
+    What fits no name as a pattern may be an image in any way that Names knows, as in a file.
+    """
+    names, known = list(pairs), Names(pairs)
     splits = {}
     for split, rules in description["splits"].items():
         optional = split in description.get("unlabelled", ())
         if isinstance(rules, str):
             rules = [rules]
         if not isinstance(rules, list) or not all(isinstance(rule, str) for rule in rules):
-            raise BadInput(f"split {split!r} is {reprlib.repr(rules)}; expected patterns or a "
-                           ".txt file; for a share, --val-frac")
+            raise BadInput(f"split {split!r} in dataset.json is {SHORT.repr(rules)}; expected "
+                           "patterns or a .txt file; for a share, --val-frac")
         chosen = set()
         for rule in rules:
             if rule.endswith(".txt"):
                 chosen.update(read_list(Path(root) / rule, pairs, optional))
                 continue
-            found = [n for n in names if n == rule or fnmatch(n, nfc(rule))]
+            with in_time(MATCH_TIME, f"split {split!r} in dataset.json: {rule!r} takes too long; "
+                                     "write it with fewer stars"):
+                found = [n for n in names if n == rule or fnmatch(n, nfc(rule))]
+            found = found or [n for n in [known.find(rule)] if n is not None]
             if not found and not optional:
-                raise BadInput(f"split {split!r}: nothing matches {rule!r}; "
+                raise BadInput(f"split {split!r} in dataset.json: nothing matches {rule!r}; "
                                f"names look like {names[0]!r}{about_brackets(rule)}")
             chosen.update(found)
         splits[split] = [n for n in names if n in chosen]
@@ -345,6 +381,9 @@ def read_list(path: Path, pairs: dict[str, tuple], optional: bool = False) -> li
         line = line.strip()
         if not line:
             continue
+        if len(line) > LONGEST_LINE:
+            raise BadInput(f"{path}: a line of {len(line)} letters, {line[:40]!r}...; expected the "
+                           "name of an image in every line")
         try:
             name = names.find_line(line)
         except BadInput as e:
@@ -352,8 +391,11 @@ def read_list(path: Path, pairs: dict[str, tuple], optional: bool = False) -> li
         if name is not None:
             listed.append(name)
         elif not optional:
-            raise BadInput(f"{path}: {line!r} is no image here, or several; "
-                           f"names look like {next(iter(pairs))!r}")
+            raise BadInput(f"{path}: {SHORT.repr(line)} is no image here, or several; "
+                           f"names look like {next(iter(pairs))!r}{about_encoding(line)}")
+    if not listed and not optional:
+        raise BadInput(f"{path}: names no image; write one in every line, or take the list out of "
+                       '"splits" in dataset.json')
     return listed
 
 
@@ -361,6 +403,8 @@ def check_disjoint(splits: dict[str, list[str]]) -> dict[str, list[str]]:
     """The splits, unless a name is in two of them, or twice in one."""
     home = {}
     for split, names in splits.items():
+        if not is_file_name(split):  # eval.py writes to RUN/eval-SPLIT
+            raise BadInput(f"a split is called {SHORT.repr(split)}; expected {FILE_NAME}")
         for n in names:
             if n in home:
                 raise BadInput(f"{n!r} is in the splits {home[n]!r} and {split!r}; "
@@ -373,15 +417,25 @@ def scenes_of(names: list[str], scene: str | None) -> dict[str, str]:
     """{name: its scene}: the regex's first group, or its match; without a regex the name itself."""
     if not scene:
         return {n: n for n in names}
-    regex = compile_regex(scene, '"scene" in dataset.json')
+    where = '"scene" in dataset.json'
     scenes = {}
-    for n in names:
-        found = regex.search(n)
-        group = min(1, regex.groups)
+    for n, found in search_all(scene, names, where).items():
+        group = min(1, found.re.groups) if found else 0
         if not found or found[group] is None:
-            raise BadInput(f'"scene" in dataset.json is {scene!r}, which does not match {n!r}')
+            raise BadInput(f"{where} is {scene!r}, which does not match {n!r}")
         scenes[n] = found[group]
     return scenes
+
+
+def search_all(regex: str, names: list[str], where: str) -> dict[str, re.Match | None]:
+    """{name: what the regex finds in it}; one that takes too long is a BadInput that `where` begins."""
+    pattern = compile_regex(regex, where)
+    found = {}
+    for n in names:
+        with in_time(MATCH_TIME, f"{where}: {regex!r} takes too long on {n!r}; write it without a "
+                                 "repetition inside a repetition"):
+            found[n] = pattern.search(n)
+    return found
 
 
 def hold_out(names: list[str], frac: float, scene: str | None,
@@ -401,7 +455,8 @@ def hold_out(names: list[str], frac: float, scene: str | None,
         raise BadInput(ONE_IMAGE)
     if not 0 < len(chosen) < len(size):
         raise BadInput(f"{frac} of {len(size)} scenes leaves train or val empty; "
-                       'change "select" or "scene" in dataset.json, or --val-frac')
+                       'change "select" or "scene" in dataset.json, or --val-frac; or type --final, '
+                       "which holds nothing out")
     rest = [n for n in names if scenes[n] not in chosen]
     return rest, [n for n in names if scenes[n] in chosen]
 
@@ -441,11 +496,14 @@ def load_splits(root: str | Path, description: dict, pairs: dict[str, tuple],
             continue
         if split == "val" and len(splits["train"]) < 2:
             raise BadInput(f"{root}: no val split: {ONE_IMAGE}")
-        advice = f"add it to {split_file}" if split_file else 'add it to "splits" in dataset.json'
-        if split == "val":
-            advice += (', or hold out whole scenes: "select": 0.2 and "scene": REGEX in '
-                       "dataset.json (or --val-frac 0.2 for one run)")
-        raise BadInput(f"{root}: no {split} split; {advice}")
+        if split_file:
+            advice = f"add it to {split_file}"
+            hold = ", or hold out a part of train: --val-frac 0.2"
+        else:
+            advice = 'add it to "splits" in dataset.json'
+            hold = (', or hold out whole scenes: "select": 0.2 and "scene": REGEX in dataset.json '
+                    "(or --val-frac 0.2 for one run)")
+        raise BadInput(f"{root}: no {split} split; {advice}{hold if split == 'val' else ''}")
     return splits
 
 
@@ -457,7 +515,7 @@ def read_split_file(path: str | Path, pairs: dict[str, tuple]) -> dict[str, list
         splits[split] = [names.find(text) for text in listed]
         for text, name in zip(listed, splits[split]):
             if name is None:
-                raise BadInput(f"{path}: {text!r} is no image here, or several; "
+                raise BadInput(f"{path}: {SHORT.repr(text)} is no image here, or several; "
                                f"names look like {next(iter(pairs))!r}")
     try:
         return check_disjoint(splits)
@@ -558,8 +616,9 @@ class SegDataset(torch.utils.data.Dataset):
     A third entry of a pair is a box (top, left, h, w) in both. Where the image is transparent, y is
     IGNORE. Index with i, or with (i, draw) as data/samplers.py does.
 
-    `augment(image, mask, rng) -> image, mask` sees uint8 arrays; its rng is a function of
-    (seed, draw) alone: workers, ranks and resuming cannot change it.
+    `augment(image, mask, rng) -> image, mask` sees uint8 arrays, large ones perhaps as Rows of
+    data/cache.py; its rng is a function of (seed, draw) alone: workers, ranks and resuming cannot
+    change it.
     `cache(paths, decode, tag)` is a data/cache.py Cache, whose arrays nobody may write to.
     """
 
@@ -586,6 +645,11 @@ class SegDataset(torch.utils.data.Dataset):
 
     def read(self, i: int) -> tuple[np.ndarray, np.ndarray]:
         """(H, W, 3) uint8 image, (H, W) uint8 class ids."""
+        image, mask = self.read_lazily(i)
+        return np.asarray(image), np.asarray(mask)
+
+    def read_lazily(self, i: int) -> tuple:
+        """As read(), but large arrays may be Rows of data/cache.py, of which a crop needs only some."""
         image_path, mask_path, *box = self.files[i]
         paths = image_path, mask_path
         if self.last_paths != paths:
@@ -605,7 +669,7 @@ class SegDataset(torch.utils.data.Dataset):
 
     def __getitem__(self, key):
         i, draw = key if isinstance(key, tuple) else (key, 0)
-        image, mask = self.read(i)
+        image, mask = self.read(i) if self.augment is None else self.read_lazily(i)
         if self.augment is not None:
             # The 2 keeps these draws apart from those of other purposes.
             rng = np.random.default_rng((2, self.seed, draw))

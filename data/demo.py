@@ -11,7 +11,6 @@ Lengths are in pixels, colours in 0..255, points and directions complex numbers 
 distance d is negative inside a shape. The order of the random draws is part of the data set: with
 another one the scenes are others.
 """
-import json
 import os
 import shutil
 import uuid
@@ -22,7 +21,7 @@ import numpy as np
 from numpy.random import Generator
 from PIL import Image, ImageFilter
 
-from .common import BadInput, write
+from .common import BadInput, read_json, write
 
 # Raise it with every change that alters a pixel: older folders are then refused, not mixed in.
 VERSION = 1
@@ -591,8 +590,8 @@ def is_made(root: Path, made_by: dict) -> bool:
     if root.is_dir() and not any(root.iterdir()):
         return False
     try:
-        found = json.loads((root / "dataset.json").read_text())["made_by"]
-    except (OSError, ValueError, KeyError, TypeError):
+        found = read_json(root / "dataset.json")["made_by"]
+    except (BadInput, LookupError):
         found = None
     if found != made_by:
         found = found or "other files"

@@ -7,17 +7,20 @@
 """
 import functools
 import glob
-import math
 import os
 import posixpath
 import re
+import shlex
 from collections import Counter
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from pathlib import Path, PurePosixPath
 
-from .common import BadInput, nfc
+from .common import SHORT, BadInput, escaped, in_time, nfc
 
 SUFFIXES = (".png", ".jpg", ".jpeg", ".tif", ".tiff", ".bmp", ".webp")  # what counts as a picture
+# Images of GIS programs that are not read here, and that GDAL turns into TIFFs.
+OF_GDAL = (".jp2", ".j2k", ".img", ".vrt", ".ecw", ".sid", ".bil", ".bsq", ".gif")
+MATCH_TIME = 10  # seconds that a pattern may take for a name
 # What macOS, Windows and network disks leave in folders: @eaDir holds thumbnails, called *.jpg.
 SYSTEM_FILES = {"__macosx", "icon\r", "thumbs.db", "ehthumbs.db", "desktop.ini", "$recycle.bin",
                 "system volume information", "lost+found", "@eadir", "#recycle"}
@@ -54,31 +57,34 @@ def image_name(file: Path) -> str:
     return (file.with_suffix("") if is_image(file) else file).as_posix()
 
 
-def walk(folder: str | Path, depth: float = math.inf) -> Iterator[Path]:
-    """All files below a folder in the order of their paths, at most so many levels deep.
+def walk(folder: str | Path, levels: list[re.Pattern] | None = None) -> Iterator[Path]:
+    """All files below a folder in the order of their paths, or those whose parts fit `levels`.
 
     Links to folders are followed, but for those to a folder that they lie in.
     """
-    return below(Path(folder), ancestors(folder), depth)
+    return below(Path(folder), ancestors(folder), levels)
 
 
-def below(folder: Path, above: set[str], depth: float) -> Iterator[Path]:
+def below(folder: Path, above: set[str], levels: list[re.Pattern] | None) -> Iterator[Path]:
     """walk() of a folder; `above`: the real paths of the folders that were passed on the way."""
     try:
         entries = sorted(os.scandir(folder), key=lambda entry: entry.name)
     except OSError as e:
         raise BadInput(f"{folder}: cannot be read ({e.strerror}); make it readable, or move it "
                        "away") from None
+    deeper = levels[1:] if levels else None
     for entry in entries:
-        path = folder / entry.name
-        if is_hidden(entry.name):
+        fits = levels is None or levels[0].fullmatch(nfc(entry.name))
+        if is_hidden(entry.name) or not fits:
             continue
+        path = folder / entry.name
         if not is_folder(entry):
-            yield path
-        elif depth > 1:
+            if not deeper:
+                yield path
+        elif levels is None or deeper:
             real = os.path.realpath(path)
             if real not in above:  # else the walk would go round for ever
-                yield from below(path, above | {real}, depth - 1)
+                yield from below(path, above | {real}, deeper)
 
 
 def ancestors(folder: str | Path) -> set[str]:
@@ -104,18 +110,60 @@ def folders(folder: Path) -> list[Path]:
 
 
 def images_in(folder: str | Path) -> tuple[list[Path], list[Path]]:
-    """The images below a folder, and its other files."""
+    """The images below a folder, and its other files.
+
+    What lies beside an image under its name, a.tif.msk or a.tif.aux.xml, is neither.
+    """
     images, others = [], []
     for file in walk(folder):
-        (images if is_image(file) else others).append(file)
+        if is_image(file):
+            images.append(file)
+        elif not any(map(is_image, longer_names(file))):
+            others.append(file)
     return images, others
+
+
+def with_companions(images: Iterable[str | Path]) -> list[str | Path]:
+    """Images, and the files beside them that say what of them is data: a.tif.msk, a.tif.aux.xml."""
+    files = []
+    for image in images:
+        beside = [f"{image}{suffix}" for suffix in (".msk", ".aux.xml")]
+        files += [image, *filter(os.path.exists, beside)]
+    return files
+
+
+def longer_names(file: Path) -> list[Path]:
+    """The files that one is called after and that are there: a.tif.aux.xml -> [a.tif]."""
+    parts = file.name.split(".")
+    names = [file.with_name(".".join(parts[:n])) for n in range(2, len(parts))]
+    return [name for name in names if name.is_file()]
 
 
 def not_used(files: list[Path]) -> str:
     """The files that a walk passes over, in one line: how many, of which suffixes, the first."""
     kinds = Counter(file.suffix or "without suffix" for file in files)
     counts = ", ".join(f"{n} {kind}" for kind, n in kinds.most_common(5))
-    return f"{len(files)} files are no images by their suffix: {counts}; first {files[0]}"
+    first = escaped(str(files[0]))
+    line = f"{len(files)} files are no images by their suffix: {counts}; first {first}"
+    foreign = [file for file in files if file.suffix.lower() in OF_GDAL]
+    if not foreign:
+        return line
+    words = ["gdal_translate", "-co", "COMPRESS=DEFLATE", foreign[0], foreign[0].with_suffix(".tif")]
+    return f"{line}; images are converted with {shlex.join(map(str, words))}"
+
+
+# ---- names that become files
+
+FILE_NAME = "a name without / and \\, at most 200 bytes long"
+
+
+def is_file_name(value) -> bool:
+    """May a file or folder be called so? What users name, such as data sets and splits, becomes one."""
+    if not isinstance(value, str) or value in ("", ".", ".."):
+        return False
+    if set(value) & set("/\\") or any(ord(letter) < 32 for letter in value):
+        return False
+    return len(value.encode("utf-8", "surrogateescape")) <= 200  # systems allow 255, with -kd-2 behind
 
 
 # ---- patterns
@@ -141,8 +189,9 @@ def match(root: str | Path, pattern: str) -> Iterator[tuple[Path, str]]:
         base = base / parts[0]
         parts = parts[1:]
     rest = "/".join(parts)
-    depth = math.inf if "**" in rest else len(parts)
-    for file in walk(base, depth):
+    # Without ** every part has its level, and folders that do not fit are not walked.
+    levels = None if "**" in rest else [star_regex(part) for part in parts]
+    for file in walk(base, levels):
         stars = star_key(rest, "/".join(file.parts[len(base.parts):]))
         if stars is not None:
             yield file, stars
@@ -150,13 +199,16 @@ def match(root: str | Path, pattern: str) -> Iterator[tuple[Path, str]]:
 
 def star_key(pattern: str, path: str) -> str | None:
     """What the stars stand for: "T */*.png", "T 2/a.png" -> "2/a"; None where nothing fits."""
-    found = star_regex(pattern).fullmatch(nfc(path))
+    with in_time(MATCH_TIME, f"{pattern!r}: too many stars to compare with {path!r}; write a "
+                             "pattern of fewer"):
+        found = star_regex(pattern).fullmatch(nfc(path))
     return "/".join(found.groups()) if found else None
 
 
 @functools.lru_cache
 def star_regex(pattern: str) -> re.Pattern:
     """Every star and bracket as a group, the rest as text; "[[]" stands for a bracket itself."""
+    # The groups are what pairs an image with its mask. Python's fnmatch has none.
     wild = {"**/": "((?:.*/)?)", "**": "(.*)", "*": "([^/]*)", "?": "([^/])"}
     regex = ""
     for token in re.split(r"(\*\*/|\*\*|\*|\?|\[!?\]?[^]]*\])", nfc(pattern)):
@@ -173,7 +225,7 @@ def star_regex(pattern: str) -> re.Pattern:
 
 
 def typed(word: str) -> list[Path]:
-    """The files and folders that a word of a command line means: itself if there, else by its stars.
+    """The files and folders that a word of a command line means: itself if there, or by its stars.
 
     Folders that are there may have brackets in their names; shells do not always fill in stars.
     """
@@ -192,6 +244,13 @@ def typed(word: str) -> list[Path]:
 
 
 # ---- names in lists and tables
+
+def about_encoding(text: str) -> str:
+    """The end of a message about a text that was not UTF-8, as read with surrogateescape."""
+    if text.isascii() or not re.search("[\udc80-\udcff]", text):
+        return ""
+    return "; the file is not UTF-8 text: save it again, in a spreadsheet as CSV UTF-8"
+
 
 class Names:
     """The images of a data set, by all that lists, tables and split files call them.
@@ -214,6 +273,7 @@ class Names:
         """The name, or None: nothing is cut off that is not the suffix of an image."""
         if text in self.pairs:
             return text
+        # Lists of Windows have backslashes; "/images/a.png" may mean the root of the data set.
         slashed = posixpath.normpath(text.replace("\\", "/"))
         for path in (text, slashed, slashed.lstrip("/")):
             name = self.known.get(nfc(path)) or self.known.get(nfc(self.bare(path)))
@@ -233,7 +293,8 @@ class Names:
             if name is None:
                 continue
             if not self.is_mask(line[gap.end():], name):
-                raise BadInput(f"{line!r}: the mask of {name} is {self.pairs[name][1]}; correct the "
+                mask = self.pairs[name][1]
+                raise BadInput(f"{SHORT.repr(line)}: the mask of {name} is {mask}; correct the "
                                'line, or "masks" in dataset.json')
             return name
         return None
@@ -244,7 +305,7 @@ class Names:
         return rest if suffix.lower() in self.suffixes else path
 
     def is_mask(self, text: str, name: str) -> bool:
-        """Is this the path of the image's mask, or its end? An image without a mask may have any."""
+        """Is this the path of the image's mask, or its end? An image without one may have any."""
         mask = self.pairs[name][1]
         path = nfc(self.bare(posixpath.normpath(text.replace("\\", "/"))))
         if mask is None or self.bare(real_place(path)) == self.bare(real_place(str(mask))):
@@ -267,6 +328,9 @@ def real_place(path: str) -> str:
     return nfc(Path(real_folder(folder), name).as_posix())
 
 
-@functools.lru_cache
+@functools.lru_cache  # a list names the same folder in every line
 def real_folder(folder: str) -> str:
-    return os.path.realpath(folder)
+    try:
+        return os.path.realpath(folder)
+    except ValueError:  # of a name that no folder can have
+        return folder

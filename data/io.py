@@ -10,16 +10,15 @@ from pathlib import Path
 import numpy as np
 from PIL import Image
 
-from .common import IGNORE, BadInput
+from .common import IGNORE, BadInput, check_pixels, escaped
 from .raster import open_raster, valid_pixels
 from .tiff import Window
 
 UNKNOWN = 254  # marks mask values that no class and no ignore entry names; never leaves this file
 
-MAX_PIXELS = 2_000_000_000  # more of them do not fit into memory
 MAX_ID = 2**53  # float64 holds whole numbers up to here
-SAY_RANGE = ('say which values become 0 and 255: --input-range LOW HIGH, or "input_range": '
-             "[LOW, HIGH] in dataset.json")
+SAY_RANGE = ("say which values become 0 and 255: --input-range LOW HIGH, or p2-98 for percentiles, "
+             'or "input_range": [LOW, HIGH] in dataset.json')
 
 
 # ---- images
@@ -36,13 +35,15 @@ def read_image(path: str | Path, bands: list[int] | None = None,
 
 
 def read_valid(path: str | Path, bands: list[int] | None = None, input_range: list | None = None,
-               window: Window | None = None) -> tuple[np.ndarray, np.ndarray | None]:
+               window: Window | None = None, alpha_is_mask: bool | None = None
+               ) -> tuple[np.ndarray, np.ndarray | None]:
     """(h, w, 3) uint8, and (h, w) bool or None: False where the file says that there is no data.
 
     bands: the three to take, counted from 1. input_range: the values that become 0 and 255,
     linearly, [low, high] or a pair for each of the three. window: (top, left, h, w), else all.
+    alpha_is_mask: where other windows have decided it.
     """
-    a, valid = stored_colours(path, bands, window)
+    a, valid = stored_colours(path, bands, window, alpha_is_mask)
     return in_range(a, input_range, path), valid
 
 
@@ -56,16 +57,14 @@ def in_range(a: np.ndarray, input_range: list | None, path: str | Path) -> np.nd
     return np.ascontiguousarray(a)
 
 
-def stored_colours(path: str | Path, bands: list[int] | None, window: Window | None = None
-                   ) -> tuple[np.ndarray, np.ndarray | None]:
+def stored_colours(path: str | Path, bands: list[int] | None, window: Window | None = None,
+                   alpha_is_mask: bool | None = None) -> tuple[np.ndarray, np.ndarray | None]:
     """(h, w, 3) of three bands in the file's own type, palettes as colours; valid as read_valid."""
     raster = open_raster(path)
     H, W, n = raster.shape
-    h, w = window[2:] if window else (H, W)
-    if h * w > MAX_PIXELS:
-        raise BadInput(f"{path}: {H} x {W} pixels, over the limit of {MAX_PIXELS}; cut it up")
+    check_pixels(path, *(window[2:] if window else (H, W)))
     if not raster.indexed:
-        a, valid, n = chosen_bands(raster, bands, window)
+        a, valid, n = chosen_bands(raster, bands, window, alpha_is_mask)
     else:
         index = raster.read(window)
         valid = valid_pixels(raster, index, window)
@@ -75,7 +74,8 @@ def stored_colours(path: str | Path, bands: list[int] | None, window: Window | N
     return three_bands(a, bands, f"{path}: {n} bands ({raster.photometric})"), valid
 
 
-def chosen_bands(raster, bands: list[int] | None, window: Window | None) -> tuple:
+def chosen_bands(raster, bands: list[int] | None, window: Window | None,
+                 alpha_is_mask: bool | None = None) -> tuple:
     """Pixels (h, w, n) of `bands`, or of all but a mask; valid; how many bands there are."""
     n = raster.shape[2]
     if bands and max(bands) > n:
@@ -91,15 +91,24 @@ def chosen_bands(raster, bands: list[int] | None, window: Window | None) -> tupl
     # write infrared as alpha.
     veil = a[..., read.index(raster.alpha)] if raster.alpha else None
     asked = bands and raster.alpha in bands
-    is_mask = veil is not None and not asked and np.isin(veil, (0, np.iinfo(a.dtype).max)).all()
+    is_mask = veil is not None and not asked
+    if is_mask:
+        is_mask = is_mask_band(veil) if alpha_is_mask is None else alpha_is_mask
     if bands is None and is_mask:
         a = np.delete(a, raster.alpha - 1, axis=2)
+        wanted = [b for b in wanted if b != raster.alpha]
     elif len(read) > len(wanted):
         a = a[..., :len(wanted)]
-    valid = valid_pixels(raster, a, window)
+    valid = valid_pixels(raster, a, window, wanted)
     if is_mask:
         valid = veil > 0 if valid is None else valid & (veil > 0)
     return a, valid, n
+
+
+def is_mask_band(veil: np.ndarray) -> bool:
+    """Whether all of an alpha band is 0 or opaque: the highest number, of floats 1."""
+    opaque = 1 if veil.dtype.kind == "f" else np.iinfo(veil.dtype).max
+    return bool(np.isin(veil, (0, opaque)).all())
 
 
 def paint(raster, index: np.ndarray, bands: list[int] | None, valid: np.ndarray | None) -> tuple:
@@ -124,8 +133,9 @@ def three_bands(a: np.ndarray, bands: list[int] | None, found: str) -> np.ndarra
     if a.shape[2] == 1:
         a = np.repeat(a, 3, axis=2)
     if a.shape[2] != 3:
-        raise BadInput(f"{found}; expected 3: say which with --bands, such as 1,2,3, "
-                       'or "bands": [1, 2, 3] in dataset.json')
+        such = [1, 2, min(3, a.shape[2])]
+        raise BadInput(f"{found}; expected 3: say which with --bands, such as "
+                       f'{",".join(map(str, such))}, or "bands": {such} in dataset.json')
     return a
 
 
@@ -136,7 +146,8 @@ def to_bytes(a: np.ndarray, input_range: list, path: str | Path) -> np.ndarray:
     low, high = np.moveaxis(np.array(input_range, kind), -1, 0)
     if a.dtype == np.uint8 and np.max(high) > 255:
         raise BadInput(f"{path}: 8 bits, for which --input-range {np.min(low):g} {np.max(high):g}, "
-                       'or "input_range" in dataset.json, cannot be meant; leave it out')
+                       'or "input_range" in dataset.json, cannot be meant; leave it out, or the '
+                       "image where others have more bits")
     a = np.nan_to_num(a.astype(kind))  # nodata of floats becomes black, and is not valid
     share = np.clip((a - low) / (high - low), 0, 1)
     return (share * 255 + 0.5).astype(np.uint8)
@@ -158,13 +169,14 @@ def read_labels(path: str | Path) -> tuple[np.ndarray, np.ndarray | None, np.nda
     if raster.lossy:
         raise BadInput(f"{path}: compressed as {raster.compression}, which blurs labels at every "
                        "edge; export the masks anew, as PNG or as TIFF with deflate")
+    check_pixels(path, *raster.shape[:2])
     a = raster.read()
     valid = colors = None
     if raster.indexed:
         colors = np.zeros((256, 3), np.uint8)
         colors[:len(raster.palette)] = raster.palette[:256]
     else:
-        if raster.nodata is not None and is_id(raster.nodata):
+        if type(raster.nodata) in (int, float) and is_id(raster.nodata):
             raster.nodata = None  # a value of the table, "ignore" names it
         valid = valid_pixels(raster, a)
     if raster.alpha and raster.alpha == a.shape[2]:
@@ -268,6 +280,10 @@ class Labels:
             if not isinstance(c, dict) or "name" not in c or value not in c:
                 raise BadInput(f'label table with the class {c}; expected "name" and "id" in every '
                                'class, or "name" and "color" in every class')
+            name = c["name"]
+            if not isinstance(name, str) or not name.strip() or escaped(name) != name:
+                raise BadInput(f"label table with the class name {name!r}; expected text in one "
+                               "line")
         self.classes = [dict(c) for c in classes]
         self.ignore = list(ignore) if isinstance(ignore, (list, tuple)) else [ignore]
         self.names = [c["name"] for c in self.classes]
@@ -369,6 +385,12 @@ class Labels:
             kind = "colours" if self.by_color else "ids"
             raise BadInput(f"{path}: unknown {kind} {shown} on {count.sum()} of {ids.size} pixels; "
                            'add them to "classes" or "ignore" in dataset.json or data/public.py')
+        return ids
+
+    def encode(self, values: np.ndarray) -> np.ndarray:
+        """What decode() made, (H, W, 1) ids or (H, W, 3) colours -> class ids and IGNORE."""
+        ids = self.look_up(pack(values) if self.by_color else values[..., 0])
+        ids[ids >= len(self.names)] = IGNORE
         return ids
 
     def as_colors(self, mask: np.ndarray, palette: np.ndarray | None,

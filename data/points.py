@@ -7,8 +7,9 @@
 x is the column and y the row of a pixel, counted from 0 at the top left. A file of points is a CSV
 with the columns image, x, y, class, or a GeoJSON of Point features [x, y] with the properties image
 and class; pixel coordinates in both, and fractions belong to the pixel they lie in. Coordinates of
-a map (a "crs", or columns such as lon and lat) become pixels where the image's georeference is in
-the same system, else they are refused. `image` is the name in the data set (path without suffix) or
+a map (a "crs", or columns such as lon and lat, or easting and northing, which are in the image's
+own system) become pixels where the image's georeference is in the same system, else they are
+refused. `image` is the name in the data set (path without suffix) or
 what else data/files.py's Names takes for it; `class` is the class's name.
 """
 import contextlib
@@ -18,21 +19,21 @@ import io
 import json
 import os
 import re
-import reprlib
 import shlex
 from collections import defaultdict
 from concurrent.futures import ThreadPoolExecutor
 from functools import lru_cache
 from pathlib import Path
+from typing import NamedTuple
 
 import numpy as np
 import torch
 from numpy.random import Generator
 
-from .common import IGNORE, BadInput, as_bytes, nfc, read_json, read_text, write
+from .common import IGNORE, SHORT, BadInput, as_bytes, nfc, number, read_json, read_text, write
 from .crops import nearest
 from .datasets import SegDataset, normalise
-from .files import Names
+from .files import Names, about_encoding
 from .io import Labels, read_mask, read_valid, size_of
 from .raster import open_raster
 
@@ -51,8 +52,17 @@ COLUMNS = ("image", "x", "y", "class")
 # How tables call the coordinates of a map.
 EAST = ("lon", "lng", "long", "longitude", "easting")
 NORTH = ("lat", "latitude", "northing")
+METRES = ("easting", "northing")  # of the system in which the image itself lies
 WGS84 = 4326  # EPSG's number of longitude and latitude
 GEOJSON = (".geojson", ".json")
+
+
+class System(NamedTuple):
+    """The system of coordinates of a file of points, where they are a map's."""
+    words: str  # how a message calls it
+    epsg: int | None  # its code, None where the file does not give it
+    columns: tuple[str, str] | None = None  # of a table: those of the coordinates
+    own: bool = False  # that of the image itself
 
 
 # ---- files
@@ -63,14 +73,17 @@ def read_points(path: str | Path, files: dict[str, tuple], names: list[str]) -> 
     files {name: (image, mask)} or {name: (image, mask, (top, left, h, w))} as data/datasets.py has
     them: a point counts from the corner of its box. `names`: the classes.
     """
+    path = Path(path)
     known = Names(files)
-    number = {nfc(name): c for c, name in enumerate(names)}
+    class_of = {nfc(name): c for c, name in enumerate(names)}
     # An image's header is read once, however many points it has.
     sizes = {}
     found = {}  # {name: {(x, y): class id}}
-    rows, system = read_rows(Path(path))
+    rows, system = read_rows(path)
     if system is None and within_a_pixel(rows):
-        system = "degrees, it seems: all points of an image lie within one pixel"
+        columns = None if path.suffix.lower() in GEOJSON else ("x", "y")
+        system = System("degrees, it seems: all points of an image lie within one pixel", WGS84,
+                        columns)
     for row, image, x, y, label in rows:
         where = f"{path} {row}"
         name = known.find(image)
@@ -78,18 +91,21 @@ def read_points(path: str | Path, files: dict[str, tuple], names: list[str]) -> 
             x, y = on_image(as_number(x, where), as_number(y, where), system, files.get(name), path)
         if name is None:
             like = next(iter(files))
-            raise BadInput(f"{where}: {image!r} is no image of the data set, or several; "
-                           f"names look like {like!r}")
-        c = number.get(nfc(label))
+            raise BadInput(f"{where}: {SHORT.repr(image)} is no image of the data set, or several; "
+                           f"names look like {like!r}{about_encoding(image)}")
+        c = class_of.get(nfc(label))
         if c is None:
-            raise BadInput(f"{where}: unknown class {label!r}; expected one of: {', '.join(names)}")
+            raise BadInput(f"{where}: unknown class {SHORT.repr(label)}; "
+                           f"expected one of: {', '.join(names)}{about_encoding(label)}")
         if name not in sizes:
-            # Of a broken image nothing is used: opening the data set has stopped at it or left it out.
+            # Of a broken image nothing is used: opening the data set has stopped at it, or left
+            # it out.
+            sizes[name] = None
             with contextlib.suppress(BadInput):
                 sizes[name] = size_in(files[name])
-        if name not in sizes:
+        if sizes[name] is None:
             continue
-        pixel = pixel_of(x, y, sizes[name], name, where)
+        pixel = pixel_of(x, y, sizes[name], files[name], name, where)
         # The same point twice is one; a pixel has one class.
         marked = found.setdefault(name, {})
         earlier = marked.setdefault(pixel, c)
@@ -105,25 +121,23 @@ def read_points(path: str | Path, files: dict[str, tuple], names: list[str]) -> 
     return points
 
 
-def on_image(x: float, y: float, system: str, file: tuple | None,
+def on_image(x: float, y: float, system: System, file: tuple | None,
              path: Path) -> tuple[float, float]:
     """Coordinates of a map -> column and row of an image, or of its box, by its georeference.
 
     An image without one, or with one in another system, is a BadInput.
     """
     image, _, *box = file or ("the image", None)
-    code = epsg_of(system)
     place = georef_of(image) if file else None
-    if code is None or place is None or place.epsg != code:
+    same = system.own or system.epsg is not None and place and place.epsg == system.epsg
+    if place is None or not same:
         lies = "has no georeference"
         advice = "expected pixels: x, the column, and y, the row, from 0 at the top left"
         if place is not None:
             lies = f"lies in EPSG:{place.epsg}" if place.epsg else "does not name its system"
         if place is not None and place.epsg:
-            new = path.with_name(f"{path.stem}_{place.epsg}{path.suffix}")
-            advice += (f", or convert them: ogr2ogr -t_srs EPSG:{place.epsg} -lco RFC7946=NO "
-                       f"{shlex.quote(str(new))} {shlex.quote(str(path))}")
-        raise BadInput(f"{path}: coordinates in {system}, but {image} {lies}; {advice}")
+            advice += f", or convert them: {conversion(system, place.epsg, path)}"
+        raise BadInput(f"{path}: coordinates in {system.words}, but {image} {lies}; {advice}")
     # The inverse of x = a column + b row + c, y = d column + e row + f.
     a, b, c, d, e, f = place.transform
     x, y = x - c, y - f
@@ -131,6 +145,18 @@ def on_image(x: float, y: float, system: str, file: tuple | None,
     column, row = (e * x - b * y) / area, (a * y - d * x) / area
     top, left = box[0][:2] if box else (0, 0)
     return column - left, row - top
+
+
+def conversion(system: System, epsg: int, path: Path) -> str:
+    """The command that writes the points as a GeoJSON in the system of the images."""
+    words = ["ogr2ogr"]
+    if system.columns:  # a table does not say which system it is in, nor where
+        east, north = system.columns
+        words += ["-s_srs", f"EPSG:{system.epsg}", "-oo", f"X_POSSIBLE_NAMES={east}",
+                  "-oo", f"Y_POSSIBLE_NAMES={north}"]
+    new = path.with_name(f"{path.stem}_{epsg}.geojson")
+    words += ["-t_srs", f"EPSG:{epsg}", "-lco", "RFC7946=NO", str(new), str(path)]
+    return shlex.join(words)
 
 
 @lru_cache(64)
@@ -141,10 +167,10 @@ def georef_of(image: Path):
 
 def epsg_of(system: str) -> int | None:
     """The number in the name of a system of coordinates; None where it names none."""
-    if any(word in system for word in ("CRS84", "degrees", "lon", "lng")):
+    if "CRS84" in system:
         return WGS84
-    number = re.search(r"EPSG\D+(\d+)", system)
-    return int(number[1]) if number else None
+    code = re.search(r"EPSG\D+(\d{1,9})(?!\d)", system)
+    return int(code[1]) if code else None
 
 
 def size_in(file: tuple) -> tuple[int, int]:
@@ -156,31 +182,49 @@ def size_in(file: tuple) -> tuple[int, int]:
     return size_of(image)
 
 
-def pixel_of(x, y, size: tuple[int, int], name: str, where: str) -> tuple[int, int]:
+def pixel_of(x, y, size: tuple[int, int], file: tuple, name: str, where: str) -> tuple[int, int]:
     """(x, y) of the pixel in which two coordinates of a file lie."""
     x = as_number(x, where)
     y = as_number(y, where)
-    H, W = size
-    # NaN compares as outside.
-    if 0 <= x < W and 0 <= y < H:
+    if inside_size(x, y, size):
         return int(x), int(y)
     hint = ""
-    if 0 <= y < W and 0 <= x < H:
+    if inside_size(y, x, size):
         hint = "; are x and y exchanged?"
+    elif georef_of(file[0]):
+        # Perhaps they are a map's, and nothing in the file says so.
+        place = on_image(x, y, System("", None, own=True), file, Path(where))
+        if inside_size(*place, size):
+            epsg = georef_of(file[0]).epsg or "CODE"
+            hint = ("; it lies in it as coordinates of its own map: call the columns easting and "
+                    f'northing, or give the GeoJSON its "crs": {{"type": "name", "properties": '
+                    f'{{"name": "EPSG:{epsg}"}}}}')
+    H, W = size
     raise BadInput(f"{where}: x {x:g}, y {y:g} is outside {name} of {W} x {H} (W x H); "
                    f"expected pixels from 0 at the top left{hint}")
 
 
+def inside_size(x: float, y: float, size: tuple[int, int]) -> bool:
+    """Is the point in an image of the size (H, W)? NaN is not."""
+    return 0 <= x < size[1] and 0 <= y < size[0]
+
+
 def as_number(value, where: str) -> float:
+    """A coordinate as it stands in a CSV (text) or in JSON; `where` it stands begins the BadInput."""
     try:
-        return float(value)
-    except (TypeError, ValueError, OverflowError):
-        raise BadInput(f"{where}: {reprlib.repr(value)} is no number; "
-                       "expected x and y in pixels") from None
+        if isinstance(value, str):
+            return number(value)
+        if type(value) in (int, float):  # not isinstance: True is an int, too
+            return float(value)
+        raise ValueError
+    except (ValueError, OverflowError):
+        hint = ", with a decimal point" if "," in str(value) else ""
+        raise BadInput(f"{where}: {SHORT.repr(value)} is no number; "
+                       f"expected x and y in pixels{hint}") from None
 
 
 def within_a_pixel(rows: list[tuple]) -> bool:
-    """Do all points of an image lie within one pixel, three or more in the file? They are no clicks."""
+    """Do all points of an image lie within one pixel, three or more in the file? No clicks do."""
     places = defaultdict(set)
     for _, image, x, y, _ in rows:
         with contextlib.suppress(TypeError, ValueError, OverflowError):
@@ -194,7 +238,7 @@ def within_a_pixel(rows: list[tuple]) -> bool:
     return len(every) >= 3
 
 
-def read_rows(path: Path) -> tuple[list[tuple], str | None]:
+def read_rows(path: Path) -> tuple[list[tuple], System | None]:
     """Rows (what errors call it, image, x, y, class) of a file of points, x and y as they stand.
 
     And the system of coordinates that the file names; None for pixels.
@@ -207,15 +251,15 @@ def read_rows(path: Path) -> tuple[list[tuple], str | None]:
     return read_table(path)
 
 
-def read_features(path: Path) -> tuple[list[tuple], str | None]:
+def read_features(path: Path) -> tuple[list[tuple], System | None]:
     """The rows of a GeoJSON, and its "crs", which GIS programs write."""
-    found = read_json(path)
+    found = read_json(path, dict, "of a FeatureCollection")
     features = found.get("features")
     system = found.get("crs")
     if isinstance(system, dict) and isinstance(system.get("properties"), dict):
         system = system["properties"].get("name", "another system")
     if system is not None:
-        system = f'{str(system)[:60]}, as "crs" says'
+        system = System(f'{str(system)[:60]}, as "crs" says', epsg_of(str(system)))
     if not isinstance(features, list):
         raise BadInput(f"{path}: no GeoJSON FeatureCollection; expected Point features")
     rows = []
@@ -237,8 +281,8 @@ def read_features(path: Path) -> tuple[list[tuple], str | None]:
     return rows, system
 
 
-def read_table(path: Path) -> tuple[list[tuple], str | None]:
-    """The rows of a CSV, whose delimiter is what its header has most of, and the columns of a map."""
+def read_table(path: Path) -> tuple[list[tuple], System | None]:
+    """The rows of a CSV, whose delimiter is what its header has most of; its columns of a map."""
     text = read_text(path, "surrogateescape")
     # Spreadsheets write commas, semicolons or tabs, by language.
     header = text.split("\n", 1)[0]
@@ -247,8 +291,15 @@ def read_table(path: Path) -> tuple[list[tuple], str | None]:
     table = csv.DictReader(lines, delimiter=delimiter, skipinitialspace=True)
     rows = []
     try:
-        columns, system = columns_of(path, table.fieldnames or [])
+        there = table.fieldnames or []
+        twice = [column for column in COLUMNS if there.count(column) > 1]
+        if twice:
+            raise BadInput(f"{path} line 1: the column {twice[0]!r} stands twice; take one out")
+        columns, system = columns_of(path, there)
         for row in table:
+            if None in row:  # where csv puts what lies behind the last column
+                raise BadInput(f"{path} line {table.line_num}: more fields than the header has; put "
+                               "a name that holds the delimiter in double quotes")
             image, x, y, label = (row[column] for column in columns)
             rows.append((f"line {table.line_num}", str(image), x, y, str(label)))
     except csv.Error as e:
@@ -258,21 +309,24 @@ def read_table(path: Path) -> tuple[list[tuple], str | None]:
     return rows, system
 
 
-def columns_of(path: Path, there: list[str]) -> tuple[list[str], str | None]:
+def columns_of(path: Path, there: list[str]) -> tuple[list[str], System | None]:
     """The columns of a table with image, x, y and class; the system if x and y are a map's."""
-    small = {str(column).lower(): column for column in there}
-    if not {"x", "y"} <= set(there):
-        east = [small[word] for word in EAST if word in small]
-        north = [small[word] for word in NORTH if word in small]
-        if east and north and {"image", "class"} <= set(there):
-            columns = ["image", east[0], north[0], "class"]
-            return columns, f"the columns {east[0]}, {north[0]}"
-    for column in COLUMNS:
-        if column not in there:
-            shown = ", ".join(there) or "an empty file"
+    # Spreadsheets are given capital letters, and blanks before a comma.
+    small = {str(column).strip().lower(): column for column in there}
+    columns, system = list(COLUMNS), None
+    east = [word for word in EAST if word in small]
+    north = [word for word in NORTH if word in small]
+    if east and north and not {"x", "y"} <= set(small):
+        columns[1:3] = east[0], north[0]
+        pair = small[east[0]].strip(), small[north[0]].strip()
+        own = tuple(columns[1:3]) == METRES
+        system = System(f"the columns {', '.join(pair)}", None if own else WGS84, pair, own)
+    for column in columns:
+        if column not in small:
+            shown = SHORT.repr(", ".join(there)) if there else "an empty file"
             raise BadInput(f"{path} line 1: no column {column!r} in {shown}; "
                            "expected a header with image,x,y,class")
-    return list(COLUMNS), None
+    return [small[column] for column in columns], system
 
 
 def write_points(path: str | Path, points: Points, names: list[str]) -> None:
@@ -571,7 +625,7 @@ class PointSet(SegDataset):
 
     def __getitem__(self, key):
         i, draw = key if isinstance(key, tuple) else (key, 0)
-        image, mask = self.read(i)
+        image, mask = self.read_lazily(i)
         rng = np.random.default_rng((2, self.seed, draw))  # as SegDataset draws
         image, mask = self.augment(image, mask, rng, self.points[i])
         y = torch.from_numpy(mask.astype(np.int64))

@@ -15,8 +15,8 @@ from pathlib import Path
 
 import numpy as np
 
-from .common import BadInput, even_sample, progress, read_json
-from .io import stored_colours
+from .common import BadInput, even_sample, number, progress, read_json
+from .io import is_mask_band, stored_colours
 from .raster import open_raster
 from .tiff import Tiff, Window
 
@@ -24,7 +24,7 @@ from .tiff import Tiff, Window
 IMAGES = 64
 GRID = 3  # windows along each side
 SIDE = 128  # of a window, in pixels
-PERCENTILES = re.compile(r"p(\d+(?:\.\d+)?)-(\d+(?:\.\d+)?)")
+PERCENTILES = re.compile(r"p(\d+(?:\.\d+)?)-(\d+(?:\.\d+)?)", re.ASCII)
 RANGES = ("the lower number first, a pair of numbers for each of three bands, or percentiles such "
           "as p2-98")
 
@@ -33,13 +33,25 @@ Pairs = list[list[float]]  # [[low, high], ...] of three bands
 
 # ---- what may be written
 
+def band_numbers(text: str) -> list[int]:
+    """What stands behind --bands: "4,1,2" -> [4, 1, 2]."""
+    words = text.split(",")
+    try:
+        numbers = [number(word, int) for word in words]
+    except ValueError:
+        numbers = []
+    if len(numbers) != 3 or min(numbers) < 1:
+        raise BadInput(f"{text}: expected three numbers from 1, such as 4,1,2")
+    return numbers
+
+
 def parse_range(words: list[str]) -> list | str:
     """Words behind --input-range -> "p2-98", [low, high] or three such pairs."""
     text = " ".join(words)
     value = text
     if not PERCENTILES.fullmatch(text):
         try:
-            numbers = [float(word) for word in words]
+            numbers = [number(word) for word in words]
         except ValueError:
             numbers = []
         value = numbers
@@ -129,7 +141,10 @@ def some_pixels(image: Path, box: Window | None, bands: list[int] | None) -> np.
     raster = open_raster(image)
     windows = spread_windows(box or (0, 0, *raster.shape[:2]))
     if isinstance(raster, Tiff):
-        parts = [stored_colours(image, bands, window) for window in windows]
+        is_mask = None
+        if raster.alpha:  # a window of an infrared band may hold nothing but 0 and 255
+            is_mask = all(is_mask_band(raster.read(window, [raster.alpha])) for window in windows)
+        parts = [stored_colours(image, bands, window, is_mask) for window in windows]
     else:  # Pillow decodes whole files
         a, valid = stored_colours(image, bands)
         parts = []
@@ -160,6 +175,7 @@ def range_of_run(run: str | Path) -> list:
     """The numbers with which a run reads its images."""
     path = Path(run) / "protocol.json"
     reading = read_json(path).get("reading")
-    if not isinstance(reading, dict) or not isinstance(reading.get("input_range"), list):
+    limits = reading.get("input_range") if isinstance(reading, dict) else None
+    if not isinstance(limits, list) or not is_range(limits):
         raise BadInput(f"{path}: no input range in its \"reading\"; start a new run")
-    return reading["input_range"]
+    return limits

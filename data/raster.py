@@ -8,19 +8,24 @@
 TIFFs are read by data/tiff.py, all other formats by Pillow, whole.
 """
 import contextlib
+import os
+import struct
 import sys
+import zlib
 from pathlib import Path
 
 import numpy as np
 from PIL import Image, ImageFile
 
-from .common import BadInput
-from .tiff import Georef, Tiff, Window, both, data_pixels, mask_beside, read_world_file
+from .common import BadInput, check_file, check_pixels
+from .tiff import (Georef, Tiff, Window, both, data_pixels, mask_beside, nodata_beside, of_bands,
+                   read_world_file)
 
 Image.MAX_IMAGE_PIXELS = None  # Pillow's limit of 179 million refuses normal orthophotos
 ImageFile.LOAD_TRUNCATED_IMAGES = False
 
 TIFF_STARTS = (b"II*\0", b"MM\0*", b"II+\0", b"MM\0+")  # + is 43, the version of BigTIFF
+PART = 2**20  # bytes of a file that are read at once
 LOSSY = {"JPEG", "JPEG2000", "MPO"}  # what Pillow calls them
 
 # Pillow's mode -> bands, type. Of the others the colours are read.
@@ -33,11 +38,10 @@ COLOURS = {"PA": "RGBA", "La": "LA", "RGBa": "RGBA", "RGBX": "RGBA"}
 
 def open_raster(path: str | Path) -> "Tiff | Picture":
     """The header of a picture file."""
+    check_file(path)
     try:
         with open(path, "rb") as file:
             start = file.read(4)
-    except FileNotFoundError:
-        raise BadInput(f"{path}: no such file") from None
     except OSError as e:
         raise BadInput(f"{path}: cannot be read ({e.strerror})") from None
     if start not in TIFF_STARTS:
@@ -55,9 +59,8 @@ class Picture:
     indexed: are the pixels indices of a palette? palette: its (256, 3) uint8 colours after read();
     opacity: (256,) uint8 beside it, or None. opaque: (H, W) bool after read() where one colour is
     transparent, else None. alpha: number of the alpha band, or None. lossy: does
-    the compression change values?
+    the compression change values? nodata: as of a Tiff, by the file NAME.aux.xml.
     """
-    nodata = None
 
     def __init__(self, path: str | Path):
         self.path = path
@@ -73,6 +76,7 @@ class Picture:
         self.bits = {"1": 1, "L;2": 2, "L;4": 4}.get(raw_mode(image), 8 * self.dtype.itemsize)
         self.lossy = image.format in LOSSY or is_lossy_webp(image)
         self.alpha = bands if self.mode in ("LA", "RGBA") else None
+        self.nodata = nodata_beside(path, bands)
         self.indexed = self.mode == "P"
         self.palette = None  # of an indexed one once it is read: Pillow decodes to tell it
         # Some PNGs declare one colour, or entries of their palette, to be transparent.
@@ -86,12 +90,18 @@ class Picture:
         try:
             return Image.open(self.path)
         except Exception as e:  # Pillow raises a dozen kinds on damaged headers
-            raise BadInput(f"{self.path}: not a readable image ({str(e)[:100]}); "
+            why = str(e).split(" '")[0][:100]  # without the path once more
+            if os.path.getsize(self.path) == 0:
+                why = "an empty file"
+            raise BadInput(f"{self.path}: not a readable image ({why}); "
                            "expected PNG, JPEG or TIFF") from None
 
     def read(self, window: Window | None = None, bands: list[int] | None = None) -> np.ndarray:
         """(h, w, len(bands)) as stored; without window the whole image, without bands all."""
+        check_pixels(self.path, *self.shape[:2])
         try:
+            if self.compression == "PNG":
+                check_png(self.path)
             a = deep_pixels(self) if self.deep else self.decode()
         except Exception as e:
             raise BadInput(f"{self.path}: damaged or truncated ({str(e)[:100]}); "
@@ -136,19 +146,42 @@ def part(a: np.ndarray, window: Window | None) -> np.ndarray:
 
 
 def valid_pixels(raster: "Tiff | Picture", pixels: np.ndarray,
-                 window: Window | None = None) -> np.ndarray | None:
-    """Which pixels (h, w, n) are data, (h, w) bool, or None where all are. Alpha is not asked.
+                 window: Window | None = None, bands: list[int] | None = None
+                 ) -> np.ndarray | None:
+    """Which pixels (h, w, n) of `bands` are data, (h, w) bool, None where all are. Not by alpha.
 
     As GDAL has it: by the mask page; without one by the file NAME.msk; without that, a pixel is
     nodata if all its bands are. Beyond GDAL: a transparent colour, NaN and infinity are no data.
     """
     seen = raster.mask(window or (0, 0, *raster.shape[:2]))
-    valid = data_pixels(pixels, seen, raster.nodata)
+    valid = data_pixels(pixels, seen, of_bands(raster.nodata, bands))
     opaque = getattr(raster, "opaque", None)
     return valid if opaque is None else both(valid, part(opaque, window))
 
 
 # ---- what Pillow does not tell
+
+def check_png(path: str | Path) -> None:
+    """ValueError where a chunk of a PNG differs from its checksum, which Pillow does not ask of pixels."""
+    with open(path, "rb") as file:
+        file.seek(8)  # behind the signature
+        name = b""
+        while name != b"IEND":
+            head = file.read(8)
+            if len(head) < 8:
+                raise ValueError("it ends too early")
+            length, name = struct.unpack(">I4s", head)
+            digest = zlib.crc32(name)
+            while length:
+                part = file.read(min(length, PART))
+                if not part:
+                    raise ValueError("it ends too early")
+                digest = zlib.crc32(part, digest)
+                length -= len(part)
+            if file.read(4) != struct.pack(">I", digest):
+                raise ValueError(f"the checksum of its chunk {name!r} is wrong")
+
+
 
 def opacity_of(key: int | bytes) -> np.ndarray:
     """(256,) uint8: a palette's transparent entry, or the opacity of the first entries."""

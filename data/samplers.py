@@ -15,7 +15,7 @@ from pathlib import Path
 
 import numpy as np
 
-from .common import BadInput, read_json
+from .common import BadInput, number, read_json
 
 # The KD report's rule: images with up to 0, 2, 4 and with more hard classes have these weights.
 LIMITS = (0, 2, 4)
@@ -161,7 +161,7 @@ def share_of(text: str | None) -> float | None:
     if not text or not text.endswith("%"):
         return None
     try:
-        share = float(text[:-1]) / 100
+        share = number(text[:-1]) / 100
     except ValueError:
         share = -1.0
     if not 0 < share <= 1:

@@ -22,8 +22,9 @@ from torch import Tensor
 
 from .cache import Cache
 from .common import BadInput, as_bytes, as_text, nfc
-from .datasets import compile_regex, read_split_file, uncached
+from .datasets import read_split_file, search_all, uncached
 from .files import check_folder, folders, images_in, not_used
+from .fingerprint import fingerprint, prints_of_run
 from .io import in_range, read_image, size_of, stored_colours
 from .ranges import percentile_range, range_of_run
 
@@ -71,10 +72,10 @@ def find_scenes(root: str | Path) -> tuple[Path, dict[str, str], dict[str, list[
         scenes[place.as_posix()] = nfc(place.parts[level])
         if official:
             splits.setdefault(SPLITS[place.parts[0].lower()], []).append(place.as_posix())
-    if not scenes:
-        raise BadInput(f"{base}: no images in sub-folders; expected {base}/CLASS/NAME.jpg, or "
-                       f"{base}/train/CLASS/...")
     notes = [not_used(others)] if others else []
+    if not scenes:
+        raise BadInput("; ".join([f"{base}: no images in sub-folders", *notes, "expected "
+                                  f"{base}/CLASS/NAME.jpg, or {base}/train/CLASS/..."]))
     if loose:
         notes.append(f"{len(loose)} images lie in no class folder, first {loose[0]}")
     places = tops
@@ -91,13 +92,11 @@ def groups_of(names: list[str], regex: str | None) -> dict[str, str]:
     """{name: its group}: the regex's first group, or its match; without a regex every name is its own."""
     if not regex:
         return {name: name for name in names}
-    pattern = compile_regex(regex, "--group-regex")
     groups = {}
-    for name in names:
-        match = pattern.search(name)
+    for name, match in search_all(regex, names, "--group-regex").items():
         if match is None:
             raise BadInput(f"--group-regex {regex!r} does not match {name!r}")
-        groups[name] = match[1 if pattern.groups else 0] or ""  # of an optional group
+        groups[name] = match[min(1, match.re.groups)] or ""  # of an optional group
     return groups
 
 
@@ -342,13 +341,18 @@ class Scenes:
         if self.percentiles and resume:
             input_range = range_of_run(resume)
         self.reading = dict(bands=bands, input_range=input_range)
+        self.prints = None  # of files.json of a run that goes on
+        if resume:
+            self.prints, more = prints_of_run(resume, self.base)
+            notes = notes + more
         self.notes = [f"note: {line}" for line in notes]
         classes = classes and [nfc(name) for name in classes]
         check_asked(self.base, classes, found)
         if empty and not classes:
             if not skip_bad:
-                raise BadInput(f"{self.base}: class folder {empty[0]!r} holds no image; fill it or "
-                               "remove it, or name the classes to take: --classes A B C")
+                why = "; ".join([f"class folder {empty[0]!r} holds no image", *notes])
+                raise BadInput(f"{self.base}: {why}; fill it or remove it, or name the classes to "
+                               "take: --classes A B C")
             self.notes.append(f"left out: {', '.join(empty)}: class folders without an image")
         scenes = {n: c for n, c in found.items() if not classes or c in classes}
 
@@ -426,6 +430,13 @@ class Scenes:
     def images(self, split: str) -> np.ndarray:
         """(n, S, S, 3) uint8 of a split."""
         return self.pixels[self.rows[split]]
+
+    def fingerprint(self) -> dict:
+        """Of the images of all splits, for a run's files.json."""
+        if self.prints is None:
+            used = [self.base / name for names in self.splits.values() for name in names]
+            self.prints = fingerprint(self.base, used)
+        return self.prints
 
     def about(self) -> dict:
         """What a run's files say of its data."""

@@ -11,11 +11,12 @@ import numpy as np
 
 from . import demo, public
 from .cache import Cache
-from .common import BadInput, as_bytes, progress
+from .common import BadInput, as_bytes, escaped, progress
 from .datasets import (
-    SegDataset, check_masks, check_size, check_sizes, class_counts, count_ids, find_pairs, in_threads,
-    load_splits, read_description, read_list, unknown_files)
+    SegDataset, check_masks, check_size, check_sizes, class_counts, count_ids, find_pairs,
+    in_threads, load_splits, read_description, read_list, unknown_files)
 from .files import not_used
+from .fingerprint import fingerprint, prints_of_run
 from .io import Labels, read_valid
 from .ranges import percentile_range, range_of_run
 from .samplers import rich, share_of
@@ -67,6 +68,11 @@ class Source:
             self.percentiles = self.reading["input_range"]
         self.cache = {} if cache == "off" else dict(cache=Cache(cache))
 
+        # Before the splits, which complain of images that are gone, too.
+        self.notes = []
+        self.prints = None  # of files.json of a run that goes on
+        if resume:
+            self.prints, self.notes = prints_of_run(resume, self.root)
         # {name: (image, mask)} or {name: (image, mask, box)} of all images. Of a split file, images
         # beside those that it lists need no masks.
         all_needed = need_masks and not (split_file or skip_bad)
@@ -75,7 +81,6 @@ class Source:
             need = tuple(split for split in need if split != "val")
         self.splits = load_splits(self.root, self.description, self.pairs, split_file, val_frac,
                                   need=need, final=final)
-        self.notes = []
         if self.percentiles and resume:
             self.reading["input_range"] = range_of_run(resume)
         elif self.percentiles and "train" in need:
@@ -83,11 +88,10 @@ class Source:
         self.left_out = {}  # {name: why}
         if skip_bad:
             self.leave_out_bad(need_masks)
+        used = {n: self.pairs[n] for names in self.splits.values() for n in names}
         if need_masks:
-            for split in self.splits:
-                check_masks(self.files(split), self.description)
+            check_masks(used, self.description)
         if "train" in need:
-            used = {n: self.pairs[n] for names in self.splits.values() for n in names}
             self.sizes = check_sizes(used)  # {image file: (H, W)}
         # The split that chooses the weights, and the one that is reported: the same one only where
         # there is no other with labels.
@@ -117,8 +121,9 @@ class Source:
         images = {}  # {(file, box): None}
         for image, _, *box in self.files("train").values():
             images[image, box[0] if box else None] = None
-        self.reading["input_range"], self.notes = percentile_range(
+        self.reading["input_range"], notes = percentile_range(
             self.percentiles, list(images), self.reading["bands"])
+        self.notes += notes
 
     def leave_out_bad(self, need_masks: bool) -> None:
         """Takes images and masks that cannot be read out of the splits: all are read now."""
@@ -134,16 +139,14 @@ class Source:
                 return str(e)
             return None
 
-        names = [name for split in self.splits.values() for name in split]
-        pairs = list(dict.fromkeys(self.pairs[name][:2] for name in names))
+        pair_of = {n: self.pairs[n][:2] for names in self.splits.values() for n in names}
+        pairs = list(dict.fromkeys(pair_of.values()))  # tiles share theirs
         faults = dict(zip(pairs, in_threads(fault, pairs, "images")))
-        for name in names:
-            if faults[self.pairs[name][:2]]:
-                self.left_out[name] = faults[self.pairs[name][:2]]
+        self.left_out = {n: faults[pair] for n, pair in pair_of.items() if faults[pair]}
         for split, names in self.splits.items():
             self.splits[split] = [name for name in names if name not in self.left_out]
             if names and not self.splits[split]:
-                raise BadInput(f"{self.left_out[names[0]]} (so --skip-bad leaves nothing of {split})")
+                raise BadInput(f"{self.left_out[names[0]]} (--skip-bad leaves nothing of {split})")
 
     def headline(self) -> str:
         """Name, classes and numbers of images, and a line for each note, warning and image left out."""
@@ -151,7 +154,8 @@ class Source:
         lines = [f"data    {self.name}, {len(self.names)} classes, images: {sizes}"]
         lines += [f"        {line}" for line in self.notes]
         lines += [f"        WARNING {line}" for line in self.warnings]
-        lines += [f"        left out: {why}" for why in dict.fromkeys(self.left_out.values())]
+        for why in dict.fromkeys(self.left_out.values()):
+            lines.append(f"        left out: {escaped(why)}")
         return "\n".join(lines)
 
     def files(self, split: str) -> dict[str, tuple]:
@@ -206,6 +210,16 @@ class Source:
         data = self.part(split, "imagenet")
         images = progress(range(len(data)), f"{split} masks")
         return np.stack([count_ids(data.read(i)[1], len(self.names))[:-1] for i in images])
+
+    def fingerprint(self) -> dict:
+        """Of the images and masks of all splits, for a run's files.json."""
+        if self.prints is None:
+            used = []
+            for split in self.splits:
+                for image, mask, *_ in self.files(split).values():
+                    used += [image, mask] if mask else [image]
+            self.prints = fingerprint(self.root, used)
+        return self.prints
 
     def about(self) -> dict:
         """What a run's files say of its data: enough to open it again, and to tell other splits from these."""

@@ -3,33 +3,83 @@
     save_weights("runs/a/best.safetensors", net.state_dict(), meta)     meta: plain JSON types, kept in the header
     tensors, meta = load_weights("runs/a")
     save_state("runs/a/last.pt", net=learned(net), opt=opt.state_dict(), state=vars(s))
-    restore(net, load_state("runs/a/last.pt")["net"])
+    last = load_state("runs/a/last.pt")
+    restore(net, last["net"]), restore_optimizer(opt, last["opt"]), take_up(s, last["state"])
+
+Both may come from anybody: what no run writes is a BadWeights before anything is built of it.
 """
-import json
-import pickle
-from numbers import Real
+import sys
 from pathlib import Path
+from types import SimpleNamespace
 
 import torch
 from safetensors import SafetensorError
 from safetensors.torch import save_file
 from torch import nn
 
-from data.common import replace
-from data.datasets import NORMS
+from data.common import BadInput, check_file, fits, json_text, replace
+from data.datasets import NORMS, are_bands
+from data.io import Labels
+from data.ranges import is_range
 
-from .weights import BadWeights, read, run_meta
+from .weights import BadWeights, read, run_meta, short
+from .weights import fits as fits_type
 
 FORMAT = 1
-# What the header of best.safetensors holds. Each of the two kinds of run has some of these fields,
-# an old run has fewer.
-FIELDS = {
-    "model": dict, "classes": list, "ignore": list, "weights": dict, "reading": dict,
-    "report": dict, "splits": dict, "dataset": str, "root": str, "source": str, "norm": str,
-    "amp": str, "saved": str, "crop": int, "size": int, "stored": int, "overlap": Real,
-}
-# Their lowest and highest values, in pixels and as a share of a window.
-RANGES = {"crop": (1, 2**16), "size": (1, 2**16), "stored": (1, 2**16), "overlap": (0, 0.99)}
+
+
+# ---- what may stand in the header of best.safetensors
+
+def is_text(value) -> bool:
+    return isinstance(value, str)
+
+
+def is_text_or_none(value) -> bool:
+    return value is None or isinstance(value, str)
+
+
+def is_side(value) -> bool:
+    """A side in pixels."""
+    return type(value) is int and 1 <= value <= 2**16
+
+
+def is_overlap(value) -> bool:
+    """A share of a window."""
+    return type(value) in (int, float) and 0 <= value <= 0.99
+
+
+def is_reading(value) -> bool:
+    """How images are read: three bands or None, an input range in numbers or None."""
+    if not isinstance(value, dict) or not value.keys() <= {"bands", "input_range"}:
+        return False
+    chosen, limits = value.get("bands"), value.get("input_range")
+    if isinstance(limits, str):  # training has put numbers there
+        return False
+    return (chosen is None or are_bands(chosen)) and (limits is None or is_range(limits))
+
+
+def are_classes(value) -> bool:
+    """Class names in dicts, each once; of segmentation with more in them, see Labels."""
+    if not isinstance(value, list):
+        return False
+    names = [c.get("name") if isinstance(c, dict) else None for c in value]
+    return all(map(is_text, names)) and len(set(names)) == len(names)
+
+
+def are_texts(value) -> bool:
+    return isinstance(value, dict) and all(map(is_text_or_none, value.values()))
+
+
+# Each of the two kinds of run has some of these fields, an old run has fewer.
+RULES = {
+    "model": lambda v: isinstance(v, dict), "classes": are_classes,
+    "ignore": lambda v: isinstance(v, list), "report": lambda v: fits(v, dict[str, list[str]]),
+    "weights": are_texts, "splits": are_texts, "reading": is_reading,
+    "norm": lambda v: v in NORMS, "saved": lambda v: v in ("all", "head"), "amp": is_text,
+    "task": lambda v: v in (None, "classification"), "dataset": is_text, "root": is_text,
+    "source": is_text, "variant": is_text_or_none, "percentiles": is_text_or_none,
+    "chosen_on": is_text_or_none, "reported": is_text_or_none,
+    "crop": is_side, "size": is_side, "stored": is_side, "overlap": is_overlap}
 
 
 # ---- best.safetensors
@@ -37,7 +87,7 @@ RANGES = {"crop": (1, 2**16), "size": (1, 2**16), "stored": (1, 2**16), "overlap
 def save_weights(path: str | Path, tensors: dict[str, torch.Tensor], meta: dict) -> None:
     """Tensors and `meta` (plain JSON types) into one .safetensors file, whole or not at all."""
     tensors = {name: t.detach().cpu().contiguous() for name, t in tensors.items()}
-    header = {"nanors": json.dumps({"format": FORMAT, **meta})}
+    header = {"nanors": json_text({"format": FORMAT, **meta})}
 
     def save(name):
         try:
@@ -67,23 +117,26 @@ class Header(dict):
 
 def check_header(path: Path, meta: dict) -> None:
     """Nobody vouches for a file: a field of another type or size is a BadWeights."""
-    def need(name, is_right):
-        if not is_right:
+    for name, is_right in RULES.items():
+        if name not in meta:
+            continue
+        try:
+            right = is_right(meta[name])
+        except TypeError:  # a number where a list should be, or the like
+            right = False
+        if not right:
             raise BadWeights(f"{path}: {name} in its header is {str(meta[name])[:60]!r}, which no "
                              "run writes; copy the file from its run again")
-
-    for name, kind in FIELDS.items():
-        if name in meta:
-            need(name, isinstance(meta[name], kind))
-    for name, (low, high) in RANGES.items():
-        if name in meta:
-            need(name, low <= meta[name] <= high)
-    if "norm" in meta:
-        need("norm", meta["norm"] in NORMS)
-    for c in meta.get("classes", []):
-        need("classes", isinstance(c, dict) and isinstance(c.get("name"), str))
-    for value in meta.get("weights", {}).values():
-        need("weights", value is None or isinstance(value, str))
+    outputs = meta.get("model", {}).get("classes")
+    if "classes" in meta and outputs not in (None, len(meta["classes"])):
+        raise BadWeights(f"{path}: {len(meta['classes'])} classes in its header for a network of "
+                         f"{str(outputs)[:40]}; copy the file from its run again")
+    # Of segmentation; a classifier's classes have names alone.
+    if "classes" in meta and "ignore" in meta:
+        try:
+            Labels.of(meta)
+        except BadInput as e:
+            raise BadWeights(f"{path}: {e}") from None
 
 
 def load_weights(path: str | Path, header_only: bool = False) -> tuple[dict[str, torch.Tensor], dict]:
@@ -111,16 +164,28 @@ def save_state(path: str | Path, **state) -> None:
     replace(path, lambda name: torch.save(state, name))
 
 
-def load_state(path: str | Path) -> dict:
-    """What save_state was given, on the CPU."""
+class State(dict):
+    """What last.pt holds; to ask for an entry that is not there is a BadWeights."""
+
+    def __init__(self, path: str | Path, entries: dict):
+        super().__init__(entries)
+        self.path = path
+
+    def __missing__(self, name):
+        raise BadWeights(f"{self.path}: no {name} in it; start a new run")
+
+
+def load_state(path: str | Path) -> State:
+    """What save_state was given, on the CPU; tensors and plain Python values, nothing is executed."""
     if not Path(path).exists():
         raise BadWeights(f"{path}: no such file, so there is nothing to resume; start without "
                          "--resume")
-    damaged = (RuntimeError, EOFError, OSError, ValueError, TypeError, LookupError,
-               pickle.UnpicklingError)
     try:
-        return dict(torch.load(path, map_location="cpu", weights_only=True))
-    except damaged as e:
+        check_file(path)
+        return State(path, torch.load(path, map_location="cpu", weights_only=True))
+    except BadInput as e:
+        raise BadWeights(str(e)) from None
+    except Exception as e:  # of any kind, by what the pickle holds
         raise BadWeights(f"{path}: no last.pt of a run, or truncated ({type(e).__name__}); start a "
                          "new run") from None
 
@@ -134,6 +199,77 @@ def learned(net: nn.Module) -> dict[str, torch.Tensor]:
 
 def restore(net: nn.Module, state: dict[str, torch.Tensor]) -> None:
     """Puts back what learned(net) gave, exactly these tensors; of another network it is a BadWeights."""
-    if state.keys() != learned(net).keys():
-        raise BadWeights("last.pt holds other tensors than this network learns; start a new run")
+    check_tensors(state, learned(net))
     net.load_state_dict(state, strict=False)
+
+
+def check_tensors(state: dict[str, torch.Tensor], own: dict[str, torch.Tensor]) -> None:
+    """BadWeights unless `state`, of last.pt, has the names, shapes and types of `own`, and finite numbers."""
+    if not isinstance(state, dict) or state.keys() != own.keys():
+        raise BadWeights("last.pt holds other tensors than this network learns; start a new run")
+    for name, t in state.items():
+        if not isinstance(t, torch.Tensor) or t.shape != own[name].shape:
+            raise BadWeights(f"last.pt: {name} has another shape than in this network; start a new "
+                             "run")
+        if not fits_type(t.dtype, own[name].dtype) or not t.isfinite().all():
+            raise BadWeights(f"last.pt: {name} is {t.dtype}, or holds NaN or infinity; start a new "
+                             "run")
+
+
+def restore_optimizer(opt: torch.optim.Optimizer, state: dict) -> None:
+    """Puts back an AdamW's state_dict(); of another network or other flags it is a BadWeights."""
+    own = opt.state_dict()["param_groups"]
+    try:
+        for group, now in zip(state["param_groups"], own, strict=True):
+            # The rate is set at every step. What else differs would be another run.
+            for key in now.keys() & group.keys() - {"lr"}:
+                if group[key] != now[key]:
+                    raise ValueError(f"{key} is {str(group[key])[:40]}, not {now[key]}")
+        for moments in state["state"].values():
+            if not all(t.is_floating_point() for t in moments.values()):
+                raise ValueError("moments that are no floats")
+        opt.load_state_dict(state)
+        for p, moments in opt.state.items():
+            wanted = dict(step=(), exp_avg=p.shape, exp_avg_sq=p.shape)
+            if moments.keys() != wanted.keys():
+                raise ValueError(f"moments {', '.join(map(str, moments))}")
+            for name, shape in wanted.items():
+                t = moments[name]
+                # Of squares, as of a number of steps, none is negative.
+                if t.shape != shape or not t.isfinite().all():
+                    raise ValueError(f"{name} of shape {tuple(t.shape)}, or with NaN or infinity")
+                if name != "exp_avg" and (t < 0).any():
+                    raise ValueError(f"{name} below 0")
+    except Exception as e:  # of any kind, by what the file holds
+        raise BadWeights(f"last.pt: of another optimiser ({short(e)}); start a new run") from None
+
+
+def take_up(s: SimpleNamespace, state: dict) -> None:
+    """Puts the values that a run remembers into `s`, which has those of a new run; else a BadWeights."""
+    names = state.keys() if isinstance(state, dict) else set()
+    if names != vars(s).keys():
+        raise BadWeights(f"last.pt: its state is {str(state)[:60]!r}; start a new run")
+    for name, was in state.items():
+        new = getattr(s, name)
+        kinds = (type(new),) if new is not None else (type(None), int, float, dict)
+        right = type(was) in kinds
+        if type(was) in (int, float) and new is not None:
+            # A best score begins at -1; all others are counts and seconds.
+            right = right and is_finite(was) and was >= min(new, 0)
+        if name == "history":
+            right = right and all(map(is_row, was))
+        if not right:
+            raise BadWeights(f"last.pt: {name} is {str(was)[:60]!r}; start a new run")
+    vars(s).update(state)
+
+
+def is_row(row) -> bool:
+    """A line of log.jsonl: the step, and numbers by their names, None for those that were not finite."""
+    if not isinstance(row, dict) or type(row.get("step")) is not int:
+        return False
+    return all(value is None or is_finite(value) for value in row.values())
+
+
+def is_finite(value) -> bool:
+    """A number that a float can hold; math.isfinite() fails at 10^400."""
+    return type(value) in (int, float) and abs(value) <= sys.float_info.max

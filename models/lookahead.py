@@ -27,9 +27,15 @@ class Lookahead:
             fast.copy_(slow)
 
     def load(self, slow: list[torch.Tensor]) -> None:
-        """Takes .slow from last.pt; of another network it is a ValueError."""
-        if [t.shape for t in slow] != [p.shape for p in self.fast]:
-            raise ValueError("slow weights of another network")
+        """Takes .slow from last.pt; of another network it is a BadInput."""
+        try:
+            fits = [t.shape for t in slow] == [p.shape for p in self.fast]
+            fits = fits and all(t.is_floating_point() and t.isfinite().all() for t in slow)
+        except (TypeError, AttributeError):  # no list of tensors
+            fits = False
+        if not fits:
+            raise BadInput("last.pt: slow weights of another network, or with NaN or infinity; "
+                           "start a new run")
         self.slow = [t.to(p, copy=True) for t, p in zip(slow, self.fast)]
 
 

@@ -21,7 +21,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from data.common import IGNORE, BadInput
+from data.common import IGNORE, BadInput, number
 
 # B batch, K classes, H W pixels.
 
@@ -247,7 +247,7 @@ def parse_loss(text: str) -> list[tuple[float, str]]:
     """'ce+0.5*dice' -> [(1.0, 'ce'), (0.5, 'dice')]; what is wrong is a BadInput."""
     terms = []
     for part in text.split("+"):
-        number, _, name = part.rpartition("*")
+        factor, _, name = part.rpartition("*")
         name = name.strip()
         if name not in LOSSES:
             known = ", ".join(LOSSES)
@@ -256,7 +256,7 @@ def parse_loss(text: str) -> list[tuple[float, str]]:
         if name in [other for _, other in terms]:
             raise BadInput(f"--loss {text}: term '{name}' stands twice, give it one weight")
         try:
-            weight = float(number or 1)
+            weight = number(factor or "1")
         except ValueError:
             weight = math.nan
         if not 0 <= weight < math.inf:

@@ -11,7 +11,7 @@ from pathlib import Path
 
 from torch import nn
 
-from data.common import BadInput
+from data.common import BadInput, number
 from data.datasets import NORMS
 
 from . import classify, deeplab, efficientnet_unet, unetformer
@@ -20,7 +20,8 @@ from .classify import ChannelMeans, Classifier, Knn, cnn
 from .heads import HEADS, VERSION, Segmenter
 from .vit import PRESETS, ViT, arch_name, spread_taps
 from .weights import (
-    RESNET, RESNET_PARTS, BadWeights, config_of, fill, is_url, load_vit, open_weights, select)
+    RESNET, RESNET_PARTS, BadWeights, config_of, fill, is_url, load_vit, open_weights, select,
+    short)
 
 # What --model may name beside vit: class, loader of published files, arguments of the class.
 NETS = {
@@ -30,6 +31,9 @@ NETS = {
     "ftunetformer": (unetformer.FTUNetFormer, unetformer.load_pretrained, {}),
     "effunet": (efficientnet_unet.EfficientNetUnet, efficientnet_unet.load_pretrained, {}),
 }
+# What a spec may hold.
+SPEC = {"name", "cnn", "stem", "classes", "options", "backbone", "head", "version", "taps",
+        "feat_norm", "features", "bank", "k", "temperature"}
 # How the names of backbone parameters begin, which --backbone-lr is for: of a ViT "backbone.",
 # the others are those of CNNs.
 TRUNKS = ("backbone.", "encoder.", "stem.", "stages.", "conv1.", "bn1.", "layer")
@@ -144,8 +148,8 @@ def load_run(run: str | Path, weights: str | None = None,
         check_spec(meta["model"], state)
         net = build(meta["model"])
     except Exception as e:  # of any kind, by what the header holds
-        raise BadWeights(f"{run}: the network in its header does not fit its tensors ({e}); copy "
-                         "the file from its run again") from None
+        raise BadWeights(f"{run}: the network in its header does not fit its tensors "
+                         f"({short(e)}); copy the file from its run again") from None
     fill(net, state, dict(path=run))
     return net.eval(), meta
 
@@ -176,11 +180,16 @@ def check_spec(spec: dict, state: dict) -> None:
     need("fold", lambda n: n == 2)
     need("options", lambda options: options in [known for _, _, known in NETS.values()])
     need("head", lambda name: name in HEADS)
-    need("version", lambda number: number == VERSION)
+    need("version", lambda n: n == VERSION)
     need("features", lambda kind: kind in ("cls", "cls+patch", "mean"))
     need("k", lambda k: isinstance(k, int) and k > 0)
     need("temperature", lambda t: t > 0)
-    need("classes", lambda n: isinstance(n, int) and 0 < n <= 2**16)
+    need("classes", lambda n: type(n) is int and 0 < n <= 2**16)
+    need("feat_norm", lambda value: type(value) is bool)
+    need("stem", lambda stem: stem in ("small", "imagenet"))
+    strange = spec.keys() - SPEC
+    if strange:
+        raise BadWeights(f"{min(strange)!r:.60} is unknown")
     if "bank" in spec:
         labels = set(state["head.labels"].tolist())
         need("bank", lambda n: n == len(state["head.labels"]))
@@ -226,11 +235,16 @@ def size_line(net: nn.Module) -> str:
 
 def unfreeze(net: nn.Module, blocks: str) -> bool:
     """--unfreeze: "all", or how many of a ViT's last blocks train -> is its backbone frozen? CNNs always train."""
-    if blocks != "all" and not blocks.isdecimal():
-        raise BadInput(f"--unfreeze {blocks}: expected a number of blocks, or all")
-    number = None if blocks == "all" else int(blocks)
+    count = None
+    if blocks != "all":
+        try:
+            count = number(blocks, int)
+        except ValueError:
+            count = -1
+        if count < 0:
+            raise BadInput(f"--unfreeze {blocks}: expected a number of blocks, or all")
     if isinstance(net, (Segmenter, Classifier)):
-        return net.unfreeze(number) == 0
+        return net.unfreeze(count) == 0
     return False
 
 

@@ -14,10 +14,13 @@ import argparse
 import contextlib
 import copy
 import ctypes
+import errno
 import math
 import os
+import re
 import shlex
 import signal
+import stat
 import sys
 from collections.abc import Callable
 from datetime import timedelta
@@ -29,8 +32,12 @@ import torch.distributed as dist
 from torch import nn
 from torch.nn.parallel import DistributedDataParallel
 
-from data.common import BadInput, as_text, nfc, print_anything
-from data.ranges import parse_range
+from data.common import (
+    MAX_PIXELS, PIXELS_VARIABLE, BadInput, as_text, check_words, escaped, nfc, number,
+    print_anything, read_json)
+from data.datasets import are_bands
+from data.files import SYSTEM_FILES
+from data.ranges import band_numbers, is_range, parse_range
 
 from .checkpoint import load_state
 from .weights import BadWeights
@@ -78,19 +85,34 @@ class Help(argparse.ArgumentDefaultsHelpFormatter, argparse.RawDescriptionHelpFo
         return f"{action.help} (default: %(default)s)"
 
 
+class MaxPixels(argparse.Action):
+    """--max-pixels goes into the environment, which reading processes inherit; a run does not keep it."""
+
+    def __call__(self, parser, args, value, option_string=None):
+        os.environ[PIXELS_VARIABLE] = str(value)
+
+
 class Parser(argparse.ArgumentParser):
     """argparse whose errors are one line, and which answers flags of earlier versions."""
 
     def __init__(self, description: str):
         super().__init__(description=description, formatter_class=Help, allow_abbrev=False)
+        self.add_argument("--max-pixels", action=MaxPixels, type=between(1, 2**40, int),
+                          metavar="N", default=argparse.SUPPRESS,
+                          help=f"larger images are not read as a whole ({MAX_PIXELS})")
 
     def error(self, message):
-        self.exit(2, f"error: {message}\n")
+        self.exit(2, f"error: {escaped(message)}\n")
 
     def parse_known_args(self, args=None, namespace=None):
-        """As argparse's, behind a look for flags that are gone and values that are empty."""
+        """As argparse's, behind a look for flags that are gone and values that are none."""
         known = self._option_string_actions
-        for word in sys.argv[1:] if args is None else args:
+        words = sys.argv[1:] if args is None else args
+        try:
+            check_words(words, known)
+        except BadInput as e:
+            self.error(str(e))
+        for word in words:
             flag = word.split("=")[0]
             if flag in REMOVED and flag not in known:
                 self.error(f"{flag} is gone: {REMOVED[flag]}; leave it out")
@@ -103,9 +125,9 @@ class Parser(argparse.ArgumentParser):
 
 def between(low: float, high: float, kind: type = float) -> Callable[[str], float]:
     """An argparse type: a number from low to high."""
-    def number(text):
+    def in_range(text):
         try:
-            value = kind(text)
+            value = number(text, kind)
         except ValueError:
             value = math.nan
         if not low <= value <= high:
@@ -113,7 +135,7 @@ def between(low: float, high: float, kind: type = float) -> Callable[[str], floa
             raise argparse.ArgumentTypeError(f"{text}: expected {what} from {low} to {high}")
         return value
 
-    return number
+    return in_range
 
 
 COUNT = between(1, 2**31, int)
@@ -124,10 +146,10 @@ RATE = between(0, 10)
 
 def bands(text: str) -> list[int]:
     """An argparse type: "4,1,2" -> [4, 1, 2]."""
-    words = text.split(",")
-    if len(words) != 3 or not all(w.isdecimal() and w != "0" for w in words):
-        raise argparse.ArgumentTypeError(f"{text}: expected three numbers from 1, such as 4,1,2")
-    return [int(w) for w in words]
+    try:
+        return band_numbers(text)
+    except BadInput as e:
+        raise argparse.ArgumentTypeError(str(e)) from None
 
 
 class InputRange(argparse.Action):
@@ -170,10 +192,16 @@ def parse(parser: Parser, argv: list[str] | None = None, movable: tuple[str, ...
     args = parser.parse_args(argv)
     if not args.resume:
         return args
+    check_saved(Path(args.resume))
     stored = load_state(Path(args.resume) / "last.pt").get("args")
     if not isinstance(stored, dict) or stored.keys() != vars(args).keys():
         raise BadInput(f"{args.resume}/last.pt: of another script, or of an earlier version of this "
                        "one; go on with the code that began it, or start a new run")
+    for action in parser._actions:
+        value = stored.get(action.dest)
+        if action.dest in stored and not could_be_typed(action, value):
+            raise BadInput(f"{args.resume}/last.pt: {action.option_strings[-1]} is "
+                           f"{str(value)[:60]!r} in it; start a new run")
     parser.set_defaults(**stored | {"resume": args.resume, "out": args.resume})
     args = parser.parse_args(argv)
     if Path(args.out).resolve() != Path(args.resume).resolve():
@@ -192,21 +220,107 @@ def parse(parser: Parser, argv: list[str] | None = None, movable: tuple[str, ...
     return args
 
 
+def could_be_typed(action: argparse.Action, value) -> bool:
+    """Is this a value that the flag can have, by its default, choices or type?"""
+    if value is None or type(value) is type(action.default) and value == action.default:
+        return True
+    if action.nargs == 0:
+        return type(value) is bool
+    if isinstance(action, InputRange):
+        return isinstance(value, (str, list)) and is_range(value)
+    if action.type is bands:
+        return isinstance(value, list) and are_bands(value)
+    if isinstance(value, (list, tuple)) != (action.nargs is not None):
+        return False
+    values = [value] if action.nargs is None else value
+    if isinstance(action.nargs, int) and len(values) != action.nargs:
+        return False
+    for one in values:
+        if action.choices and one not in action.choices:
+            return False
+        if action.type is None and not isinstance(one, str):
+            return False
+        try:
+            if action.type and action.type(str(one)) != one:
+                return False
+        except argparse.ArgumentTypeError:
+            return False
+    return True
+
+
+def check_saved(out: Path) -> None:
+    """BadInput where a run was ended before its first last.pt: it is started again."""
+    if (out / "last.pt").exists() or not (out / ".lock").exists() or not is_free(out):
+        return
+    command = "its command without --resume"
+    if (out / "protocol.json").exists():
+        command = read_json(out / "protocol.json").get("command", command)
+    raise BadInput(f"{out}: was ended before its first last.pt, so there is nothing to resume; "
+                   f"start it again: {command}")
+
+
+# ---- errors
+
 @contextlib.contextmanager
-def one_line_errors():
-    """Around main(): what a user can mend ends as one line on stderr and exit code 2."""
+def one_line_errors(lower: str = "--batch-size"):
+    """Around main(): what a user can mend ends as one line on stderr and exit code 2.
+
+    `lower` these flags where memory was too small.
+    """
     print_anything()
     try:
         yield
-    except (BadInput, BadWeights, OSError) as e:
-        lines = (str(e) or repr(e)).splitlines()
-        # An error in a DataLoader worker arrives behind its traceback: show the last line.
-        if any("Traceback" in line for line in lines):
-            lines = [lines[-1].split("BadInput: ")[-1]]
-        print(f"error: {' '.join(lines)}", file=sys.stderr)
+    except (BadInput, BadWeights, OSError, MemoryError, RuntimeError) as e:
+        line = about_reader(e) or about_memory(e, lower)
+        if line is None and isinstance(e, (MemoryError, RuntimeError)):
+            raise  # a fault of the code
+        if line is None:
+            line = str(e) or repr(e)
+            # An error in a DataLoader worker arrives behind its traceback, and may have several lines.
+            if line.startswith("Caught "):
+                line = line.rpartition("BadInput: " if "BadInput: " in line else "\n")[2]
+        print(f"error: {escaped(line.rstrip())}", file=sys.stderr)
         sys.exit(2)
     except KeyboardInterrupt:
         sys.exit(130)
+
+
+def about_reader(e: Exception) -> str | None:
+    """One line where a process of a DataLoader is gone, which arrives in the midst of anything."""
+    text = f"{e.__cause__}\n{e}"  # of which the first may know the signal
+    found = re.search(r"DataLoader worker .*(killed by signal: ([\w ]+)|exited unexpectedly)", text)
+    if not found:
+        return None
+    ended = f"was killed ({found[2]})" if found[2] else found[1]
+    cause, fewer = "out of memory", "--workers 1"
+    if found[2] == "Bus error":
+        cause, fewer = "out of shared memory, /dev/shm", "--workers 0"
+    return f"a reading process {ended}: {cause}? try {fewer}{go_on(fewer)}"
+
+
+def about_memory(e: Exception, lower: str) -> str | None:
+    """One line where the memory of the GPU or of the machine was too small."""
+    text = str(e)
+    signs = ("out of memory", "allocate memory", "MemoryError", "bad_alloc", "ALLOC_FAILED")
+    full = isinstance(e, MemoryError) or getattr(e, "errno", None) == errno.ENOMEM
+    if isinstance(e, RuntimeError):
+        full = full or any(sign in text for sign in signs)
+    if not full:
+        return None
+    where = " of the GPU" if re.search("CUDA|HIP|CUBLAS|CUDNN", text) else ""
+    asked = re.search(r"ried to allocate ([\d.]+ \w+)|nable to allocate ([\d.]+ \w+)", text)
+    amount = f" (asked for {asked[1] or asked[2]})" if asked else ""
+    if "DataLoader worker" in text:
+        return f"a reading process is out of memory{amount}; lower --workers{go_on('--workers 1')}"
+    return f"out of memory{where}{amount}; lower {lower}"
+
+
+def go_on(flags: str) -> str:
+    """The end of a message: how to go on with this process's run, where it has saved something."""
+    folders = [Path(file.name).parent for file in LOCKS]
+    if not folders or not (folders[-1] / "last.pt").exists():
+        return ""
+    return f"; go on: {again(folders[-1])} {flags}"
 
 
 # ---- processes
@@ -314,16 +428,28 @@ def end() -> None:
 # ---- signals
 
 class Stop:
-    """Ctrl-C and SIGTERM only set .signal, so that a step ends and is saved; a second one ends at once."""
+    """Ctrl-C, SIGTERM and a closed terminal only set .signal, so that a step ends and is saved.
+
+    A second signal ends at once.
+    """
 
     def __init__(self):
         self.signal = 0
-        numbers = signal.SIGINT, signal.SIGTERM
+        numbers = [signal.SIGINT, signal.SIGTERM]
+        # nohup has a closed terminal ignored. Windows has no such signal.
+        if hasattr(signal, "SIGHUP") and signal.getsignal(signal.SIGHUP) != signal.SIG_IGN:
+            numbers.append(signal.SIGHUP)
         self.before = {number: signal.signal(number, self.note) for number in numbers}
 
     def note(self, number, frame):
         self.signal = number
         self.release()
+        if number not in (signal.SIGINT, signal.SIGTERM):
+            leave_terminal()
+
+    def told(self, device: torch.device) -> bool:
+        """Was any rank told to stop?"""
+        return bool(over_ranks(torch.tensor(self.signal, device=device)))
 
     def exit(self) -> None:
         """Ends the program with the code of its signal; SIGTERM's where another rank was told."""
@@ -331,8 +457,19 @@ class Stop:
 
     def release(self) -> None:
         """Gives the signals back: what follows has nothing to save."""
-        for number, handler in self.before.items():
-            signal.signal(number, handler)
+        for signum, handler in self.before.items():
+            signal.signal(signum, handler)
+
+
+def leave_terminal() -> None:
+    """Prints no more where nobody reads: on a closed terminal that is an error; files stay."""
+    for name in ("stdout", "stderr"):
+        try:
+            mode = os.fstat(getattr(sys, name).fileno()).st_mode
+        except (OSError, ValueError, AttributeError):  # no file of the system
+            continue
+        if not stat.S_ISREG(mode):
+            setattr(sys, name, open(os.devnull, "w"))
 
 
 def keep_signals_from_worker(worker_id: int) -> None:
@@ -344,19 +481,31 @@ def keep_signals_from_worker(worker_id: int) -> None:
 
 # ---- the run folder
 
-# What a run has written before its first last.pt.
-FIRST = {".lock", "split.json", "protocol.json", "points.csv", "map.json", "replicated.txt",
-         "difficulty.json", "log.jsonl", "curves.png", "bars.png"}
+# What a run has written before its first last.pt, or a probe before its weights.
+FIRST = {".lock", "split.json", "files.json", "protocol.json", "points.csv", "map.json",
+         "replicated.txt", "difficulty.json", "log.jsonl", "curves.png", "bars.png",
+         "confusion.png", "samples.png"}
+LATER = {"last.pt", "best.safetensors", "results.json"}
+
+
+def is_temporary(name: str) -> bool:
+    """Has data/common.py's replace() left this file of a run, because it was killed?"""
+    stem, _, number = name.removesuffix(".tmp").rpartition(".")
+    return name.endswith(".tmp") and stem in FIRST | LATER and number.isdecimal()
 
 
 def is_free(folder: Path) -> bool:
     """Nothing there, or what a run left that was ended before its first last.pt."""
-    if not folder.exists():
+    if not os.path.lexists(folder):
         return True
-    if not folder.is_dir() or any((folder / n).exists() for n in ("last.pt", "results.json")):
+    if not folder.is_dir():
         return False
-    left = {file.name for file in folder.iterdir() if file.suffix != ".tmp"}
-    return left <= FIRST
+    left = {file.name for file in folder.iterdir()}
+    # What Finder and Explorer leave belongs to nobody.
+    left = {name for name in left if not is_temporary(name) and not name.startswith("._")}
+    left = {name for name in left if name.lower() not in SYSTEM_FILES | {".ds_store"}}
+    # Files of such names are only a run's beside its .lock.
+    return not left or ".lock" in left and left <= FIRST
 
 
 def numbered(default: str) -> Path:
@@ -368,23 +517,36 @@ def numbered(default: str) -> Path:
     return folder
 
 
+def refusal(out: Path) -> str | None:
+    """Why a new run cannot have this folder."""
+    if is_busy(out):
+        return f"{out}: another run is writing there; wait for it, or name another --out"
+    if (out / "last.pt").exists():
+        return (f"{out}: holds a run; type --resume {shlex.quote(str(out))} to go on with it, or "
+                "another --out")
+    if (out / "results.json").exists() and (out / "protocol.json").exists():
+        return f"{out}: holds a finished run; type another --out"
+    if not is_free(out):
+        return f"{out}: there, and no run of this script; name another --out"
+    return None
+
+
 def folder(wanted: str | None, default: str, resume: str | None) -> Path:
     """Where the run will write; makes nothing yet. A `wanted` one that holds something is a BadInput."""
     if resume:  # locked before its last.pt is read
         return claim(Path(resume), None, resume)
-    if not wanted:
-        return numbered(default)
-    out = Path(wanted)
-    if as_text(nfc(wanted)) != nfc(wanted):
-        raise BadInput(f"{out}: safetensors cannot open a path that is not UTF-8; name another --out")
-    if (out / "last.pt").exists():
-        raise BadInput(f"{out}: holds a run; type --resume {shlex.quote(str(out))} to go on with it, "
-                       "or another --out")
-    if (out / "results.json").exists() and (out / "protocol.json").exists():
-        raise BadInput(f"{out}: holds a finished run; type another --out")
-    if not is_free(out):
-        raise BadInput(f"{out}: there, and no run of this script; name another --out")
-    return out
+
+    def choose():
+        if not wanted:
+            return numbered(default)
+        if as_text(nfc(wanted)) != nfc(wanted):
+            raise BadInput(f"{wanted}: safetensors cannot open a path that is not UTF-8; name "
+                           "another --out")
+        if why := refusal(Path(wanted)):
+            raise BadInput(why)
+        return Path(wanted)
+
+    return from_rank_0(choose)
 
 
 def claim(out: Path, wanted: str | None, resume: str | None) -> Path:
@@ -392,23 +554,37 @@ def claim(out: Path, wanted: str | None, resume: str | None) -> Path:
 
     Call it just before the first write: a default folder that was taken meanwhile is numbered on.
     """
-    failure = None
-    if not dist.is_initialized() or dist.get_rank() == 0:
+    def take():
         base, i = stem_of(out), 1
-        while not lock(out, going_on=bool(resume)):
-            if wanted or resume:
-                failure = BadInput(f"{out}: another run is writing there, or has just been; wait "
-                                   "for it, or name another --out")
-                break
+        place = out
+        while not lock(place, going_on=bool(resume)):
+            if resume:
+                raise BadInput(f"{place}: another run is writing there; wait for it, or end it")
+            if wanted:
+                raise BadInput(refusal(place) or f"{place}: another run has just been there; type "
+                               "the command again, or name another --out")
             i += 1
-            out = Path(f"{base}-{i}")
+            place = Path(f"{base}-{i}")
+        return place
+
+    return from_rank_0(take)
+
+
+def from_rank_0(make: Callable[[], Path]) -> Path:
+    """What make() returns on rank 0, on all ranks; its BadInput likewise."""
+    answer = None
+    if not dist.is_initialized() or dist.get_rank() == 0:
+        try:
+            answer = make()
+        except (BadInput, OSError) as e:
+            answer = e
     if dist.is_initialized():
-        shared = [str(out), failure]
+        shared = [answer]
         dist.broadcast_object_list(shared)
-        out, failure = Path(shared[0]), shared[1]
-    if failure:
-        raise failure
-    return out
+        answer = shared[0]
+    if isinstance(answer, Exception):
+        raise answer
+    return answer
 
 
 def stem_of(out: Path) -> Path:
@@ -424,27 +600,47 @@ LOCKS = []  # open files: closing one would end its lock
 def lock(out: Path, going_on: bool) -> bool:
     """Has this process the folder for itself, and is it free, or a run to go on with?
 
-    The system ends the lock with the process, killed or not.
+    The system ends the lock with the process, killed or not. Nothing is touched in a folder that
+    is not free.
     """
+    if not going_on and not is_free(out):
+        return False
     out.mkdir(parents=True, exist_ok=True)
+    file = open(out / ".lock", "a")
+    locked = try_lock(file)
+    # Another run may have come and gone since the look above.
+    if locked is False or not going_on and not is_free(out):
+        file.close()
+        return False
+    LOCKS.append(file)
+    if locked:
+        for old in out.iterdir():  # of a killed run
+            if is_temporary(old.name):
+                old.unlink()
+    return True
+
+
+def try_lock(file) -> bool | None:
+    """Locks the open file for this process -> has it? None where the system has no locks."""
     if fcntl is None:
-        return going_on or is_free(out)
-    file = open(out / ".lock", "w")
+        return None
     try:
         # lockf, not flock: a DataLoader worker, which is a fork, would hold that one too.
         fcntl.lockf(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
     except (BlockingIOError, PermissionError):
-        file.close()
         return False
-    except OSError:  # a network disk without locks
-        pass
-    if not going_on and not is_free(out):
-        file.close()
-        return False
-    LOCKS.append(file)
-    for old in out.glob("*.tmp"):  # of a killed run
-        old.unlink()
+    except OSError:  # a network disk
+        return None
     return True
+
+
+def is_busy(out: Path) -> bool:
+    """Does another process hold the folder? Not to be asked of one that this process holds."""
+    try:
+        with open(out / ".lock", "r+") as file:
+            return try_lock(file) is False
+    except OSError:  # not there, or not ours
+        return False
 
 
 def again(out: Path) -> str:
@@ -461,9 +657,11 @@ def check_same(out: Path, last: dict, same: dict) -> None:
                         "for 1",
                   amp="choose it by --amp bf16 or off",
                   weights="name the file with that sha256", teacher="name the run with that sha256",
-                  labels="the classes or ignored values have changed; undo that")
+                  labels="the classes or ignored values have changed; undo that",
+                  reading='"bands" or "input_range" in dataset.json have changed; undo that',
+                  stored="images of another size were added; take them out")
     for key, now in same.items():
-        was = last.get(key)
+        was = last.get(key, now)  # earlier versions have kept fewer
         if was != now:
             what = "processes" if key == "world" else key
             raise BadInput(f"{out}: was trained with {what} {was}, not {now}; "

@@ -11,9 +11,7 @@ Every refusal is a BadWeights with one line. Files are read as tensors only: not
 executed, and what they claim is compared with their size. It copies with data/common.py alone.
 """
 import hashlib
-import json
 import os
-import pickle
 import re
 import time
 import warnings
@@ -27,7 +25,7 @@ import torch
 import torch.nn.functional as F
 from safetensors import safe_open
 
-from data.common import BadInput, progress, read_json, replace
+from data.common import BadInput, check_file, parse_json, progress, read_json, replace
 
 # One row per parameter: the file's name and ours (= Meta DINOv3). * is the block number, + is
 # weight and bias. A block's q, k and v are joined to qkv after renaming. None = not part of the
@@ -268,8 +266,11 @@ def read(path: Path) -> dict[str, torch.Tensor]:
             state |= read(shard)
         return state
     try:
+        check_file(path)
         tensors = read_file(path)
         check_claims(tensors, path.stat().st_size)
+    except BadInput as e:
+        raise BadWeights(str(e)) from None
     except BadWeights as e:
         raise BadWeights(f"{path}: {e}") from None
     return tensors
@@ -412,7 +413,7 @@ def run_meta(file: Path) -> dict | None:
         with safe_open(file, "pt") as f:
             text = (f.metadata() or {}).get("nanors")
         if text is not None:
-            meta = dict(json.loads(text))
+            meta = dict(parse_json(text))
     except Exception as e:  # of several kinds, by what the header holds
         raise BadWeights(f"{file}: its header is not readable ({short(e)}); expected the "
                          "best.safetensors of a run") from None

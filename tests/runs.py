@@ -28,7 +28,7 @@ TINY = [*FOLDER, "--steps", 6, "--eval-every", 2, "--log-every", 1, "--batch-siz
         "--crop", 32, "--warmup", 2, "--arch", "nano16"]
 SEGMENTATION_FILES = {
     ".lock", "best.safetensors", "confusion.png", "curves.png", "last.pt", "log.jsonl",
-    "protocol.json", "results.json", "samples.png", "split.json"}
+    "files.json", "protocol.json", "results.json", "samples.png", "split.json"}
 
 
 @functools.cache

@@ -3,6 +3,7 @@ import errno
 import io
 import multiprocessing
 import os
+import pickle
 import signal
 import time
 
@@ -11,9 +12,9 @@ import pytest
 from PIL import Image
 
 from data import cache as module
-from data.cache import HEADER, Cache
+from data.cache import HEADER, Cache, Rows
 from data.common import BadInput
-from data.io import Labels, read_image
+from data.io import Labels, read_image, read_valid
 
 SIZE = HEADER + 60 * 40 * 4  # bytes of an entry
 
@@ -40,6 +41,18 @@ def save(folder, seed, H=60):
 @pytest.fixture
 def pair(tmp_path):
     return save(tmp_path, 0)
+
+
+@pytest.fixture(autouse=True)
+def nothing_said():
+    module.NOTES[:] = bytes(len(module.NOTES))
+
+
+@pytest.fixture
+def blocks(monkeypatch):
+    """Arrays above 1000 bytes are verified in blocks of 4 rows of an image, 12 of a mask."""
+    monkeypatch.setattr(module, "LAZY", 1000)
+    monkeypatch.setattr(module, "BLOCK", 500)
 
 
 def same(got, paths):  # Pillow alone is the oracle
@@ -94,6 +107,26 @@ def test_a_changed_file_is_decoded_again(pair, tmp_path, which):
         os.utime(pair[which], ns=(stat.st_atime_ns, stat.st_mtime_ns + later))
         assert same(cache(pair, decode), pair)
     assert decode.calls == 3 and all(np.array_equal(a, b) for a, b in zip(before, kept))
+
+
+def test_a_mask_or_a_nodata_value_laid_beside_an_image_counts_at_once(pair, tmp_path):
+    """A GIS writes them without touching the image; what was decoded before does not know them."""
+    cache, image = Cache(tmp_path / "cache"), pair[0]
+    Image.fromarray(np.uint8([[7, 7], [7, 9]])).save(image)
+
+    def valid(path):
+        _, valid = read_valid(path)
+        return (np.zeros((1, 1)) if valid is None else valid,)
+
+    assert cache((image,), valid)[0].shape == (1, 1)
+    for value, want in ((7, [[0, 0], [0, 1]]), (9, [[1, 1], [1, 0]])):
+        beside = image.with_name(f"{image.name}.aux.xml")
+        beside.write_text(f'<PAMDataset><PAMRasterBand band="1"><NoDataValue>{value}</NoDataValue></PAMRasterBand>'
+                          "</PAMDataset>")
+        os.utime(beside, ns=(value, value))
+        assert cache((image,), valid)[0].tolist() == want
+    Image.fromarray(np.uint8([[0, 0], [255, 255]])).save(f"{image}.msk", "TIFF")
+    assert cache((image,), valid)[0].tolist() == [[0, 0], [1, 1]]
 
 
 def test_bad_input_is_said_each_time_and_not_kept(pair, tmp_path):
@@ -162,6 +195,94 @@ def test_a_file_cut_short_is_written_anew(pair, tmp_path):
     assert decode.calls == 5
 
 
+def flip(file, bits):
+    data = np.fromfile(file, np.uint8)
+    for bit in bits:
+        data[bit // 8] ^= np.uint8(1 << bit % 8)
+    with open(file, "r+b") as f:  # in place, as a disk does it: times and mappings stay
+        f.write(data)
+    module.open_map.cache_clear()
+
+
+@pytest.mark.parametrize("lazily", [False, True])
+def test_whatever_bits_of_a_file_flip_the_right_pixels_come_out(pair, tmp_path, request, lazily):
+    if lazily:
+        request.getfixturevalue("blocks")
+    cache, rng = Cache(tmp_path / "cache"), np.random.default_rng(0)
+    cache(pair, Decode())
+    file, = files(cache)
+    size, header = 8 * file.stat().st_size, len(file.read_bytes()[:HEADER].rstrip())
+    drawn = [rng.integers(0, end, n) for end in (size, 8 * header) for n in (1, 1, 2, 5) for _ in range(10)]
+    for bits in [*drawn, [8 * HEADER], [size - 1]]:
+        flip(file, bits)
+        decode, want = Decode(), [np.asarray(Image.open(p)) for p in pair]
+        got = [np.array(a) for a in cache(pair, decode)]
+        if lazily:  # parts of it, too
+            flip(file, bits)
+            image, mask = cache(pair, decode)
+            at = np.s_[rng.integers(40):50:rng.integers(1, 4), 3:9]
+            assert type(image) is Rows and type(image[at]) is type(mask[at]) is np.ndarray
+            assert np.array_equal(image[at], want[0][at]) and np.array_equal(mask[at], want[1][at])
+            mask.whole(), image.whole()  # what the part did not touch is found now
+        assert all(np.array_equal(a, b) for a, b in zip(got, want, strict=True)), bits
+        before = decode.calls
+        assert before >= 1 and len(files(cache)) == 1
+        module.open_map.cache_clear()
+        assert same([np.asarray(a) for a in cache(pair, decode)], pair) and decode.calls == before  # written anew
+
+
+def test_a_part_verifies_its_own_rows_only_and_each_once(pair, tmp_path, blocks, capsys):
+    cache, decode = Cache(tmp_path / "cache"), Decode()
+    cache(pair, decode)
+    file, = files(cache)
+    flip(file, [8 * (HEADER + 41 * 120)])  # row 41 of the image
+    image, _ = cache(pair, decode)
+    want = np.asarray(Image.open(pair[0]))
+    for part in (np.s_[:40], np.s_[44:], np.s_[-3], np.s_[[3, 50]], np.s_[39:30:-2, 5], np.s_[9:9]):
+        assert np.array_equal(image[part], want[part]) and decode.calls == 1
+    assert np.array_equal(image[40], want[40]) and decode.calls == 2
+    assert np.array_equal(image[::7], want[::7]) and np.array_equal(image[...], want) and decode.calls == 2
+    said = capsys.readouterr().err
+    assert said.count("\n") == 1 and str(file) in said and str(pair[0]) in said and "decoded anew" in said
+
+
+def test_a_large_array_that_is_not_cut_is_as_any_other(pair, tmp_path, blocks):
+    cache, want = Cache(tmp_path / "cache"), np.asarray(Image.open(pair[0]))
+    image, mask = cache(pair, Decode())
+    assert type(image) is Rows and (image.shape, image.dtype, len(image)) == ((60, 40, 3), np.uint8, 60)
+    assert np.array_equal(image == 7, want == 7) and np.array_equal(7 + image, 7 + want)
+    assert np.array_equal(image.transpose(2, 0, 1), want.transpose(2, 0, 1)) and image.mean() == want.mean()
+    assert np.array_equal(image[want > 9], want[want > 9]) and np.array_equal(np.stack([image])[0], want)
+    assert np.array_equal(pickle.loads(pickle.dumps(image)), want)
+    with pytest.raises(ValueError, match="read-only"):
+        np.asarray(mask)[0] = 1
+    with pytest.raises(IndexError):
+        image[60]
+
+
+def test_the_umask_says_who_may_read_an_entry(pair, tmp_path):
+    cache = Cache(tmp_path / "cache")
+    before = os.umask(0o027)
+    try:
+        cache(pair, Decode())
+    finally:
+        os.umask(before)
+    assert [f.stat().st_mode & 0o777 for f in files(cache)] == [0o640]
+
+
+def test_two_files_of_one_size_and_time_that_change_places_are_told_apart(tmp_path):
+    pairs, cache, decode = [save(tmp_path, seed) for seed in (1, 2)], Cache(tmp_path / "cache"), Decode()
+    for image, _ in pairs:
+        image.write_bytes(image.read_bytes().ljust(9000, b"\0"))
+        os.utime(image, (1000, 1000))
+    for pair in pairs:
+        cache(pair, decode)
+    a, b, c = pairs[0][0], pairs[1][0], tmp_path / "c.png"
+    os.rename(a, c), os.rename(b, a), os.rename(c, b)
+    for pair in pairs:
+        assert same(cache(pair, decode), pair)
+
+
 def test_the_oldest_make_room_but_none_of_this_run(tmp_path):
     pairs, folder, decode = [save(tmp_path, seed) for seed in range(6)], tmp_path / "cache", Decode()
     folder.mkdir()
@@ -193,14 +314,23 @@ class Full(io.FileIO):
         raise OSError(errno.ENOSPC, "No space left on device")
 
 
-def test_a_full_disk_slows_down_but_stops_nothing(pair, tmp_path, monkeypatch):
+def test_a_full_disk_slows_down_but_stops_nothing(pair, tmp_path, monkeypatch, capsys):
     cache, decode = Cache(tmp_path / "cache"), Decode()
     with monkeypatch.context() as m:
         m.setattr(module.os, "fdopen", Full)
         assert same(cache(pair, decode), pair) and same(cache(pair, decode), pair)
     assert decode.calls == 2 and not files(cache)
+    said = capsys.readouterr().err
+    assert said.count("\n") == 1 and "cannot be written (No space left on device)" in said and "--cache DIR" in said
+    for _ in range(4):  # there is room again, which is found out at last
+        cache(pair, decode)
+    assert len(files(cache)) == 1 and decode.calls == 5
+    cache.clear()
     monkeypatch.setattr(module, "KEEP_FREE", 2**60)
-    assert same(Cache(cache.folder)(pair, decode), pair) and not files(cache)
+    for _ in range(2):
+        assert same(Cache(cache.folder)(pair, decode), pair) and not files(cache)
+    said = capsys.readouterr().err
+    assert said.count("\n") == 1 and f"{cache.folder}: full" in said and "--cache DIR" in said
 
 
 def test_a_folder_removed_during_a_run_comes_back(pair, tmp_path):

@@ -1,7 +1,9 @@
 """models/checkpoint.py: the two files of a run are whole, plain, and named where they are not."""
+import math
 import pickle
 import stat
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -9,7 +11,7 @@ from safetensors.torch import load_file, save_file
 from torch import nn
 
 from models.checkpoint import (
-    learned, load_state, load_weights, restore, save_state, save_weights, weights_file)
+    learned, load_state, load_weights, restore, restore_optimizer, save_state, save_weights, take_up, weights_file)
 from models.weights import BadWeights
 
 
@@ -62,7 +64,12 @@ def test_weights_that_no_run_wrote_are_told_apart(tmp_path):
     ("model", None), ("model", []), ("classes", {}), ("classes", ["a"]), ("classes", [{"id": 3}]),
     ("crop", "256"), ("crop", 0), ("crop", 10**9), ("crop", None), ("overlap", 1), ("overlap", -0.1),
     ("overlap", float("nan")), ("norm", "mars"), ("norm", []), ("amp", 1), ("saved", False), ("size", -1),
-    ("reading", [1]), ("weights", "a.pth"), ("weights", {"path": 3}), ("splits", []), ("root", 3)])
+    ("reading", [1]), ("reading", {"bands": 3}), ("reading", {"bands": [1, 2]}), ("reading", {"more": 1}),
+    ("reading", {"input_range": "p2-98"}), ("reading", {"input_range": [3, 1]}), ("crop", True), ("crop", 64.0),
+    ("overlap", True), ("saved", "some"), ("reported", 3), ("variant", []), ("task", "painting"),
+    ("report", {"a": "b"}),
+    ("classes", [{"name": "a"}, {"name": "a"}]), ("ignore", 255), ("weights", "a.pth"), ("weights", {"path": 3}),
+    ("splits", []), ("root", 3)])
 def test_a_field_that_no_run_writes_is_named(field, value, tmp_path):
     good = dict(model={}, classes=[{"name": "a"}], crop=64, overlap=0.25, norm="sat", amp="off", saved="all",
                 size=64, reading={}, weights={"path": None}, splits={}, root=".")
@@ -71,6 +78,16 @@ def test_a_field_that_no_run_writes_is_named(field, value, tmp_path):
     save_weights(tmp_path / "best.safetensors", {}, good | {field: value})
     said = refusal(load_weights, tmp_path)
     assert f"best.safetensors: {field} in its header is" in said
+
+
+def test_there_are_as_many_classes_as_outputs(tmp_path):
+    for names, right in (("ab", True), ("a", False), ("abc", False)):
+        meta = dict(model={"classes": 2}, classes=[{"name": name} for name in names])
+        save_weights(tmp_path / "best.safetensors", {}, meta)
+        if right:
+            assert load_weights(tmp_path)[1]["classes"] == meta["classes"]
+        else:
+            assert f"{len(names)} classes in its header for a network of 2" in refusal(load_weights, tmp_path)
 
 
 def test_a_field_that_is_not_there_is_named_by_whoever_asks(tmp_path):
@@ -167,3 +184,92 @@ def test_restore_refuses_the_tensors_of_another_network(change):
     state = dict(learned(network(0)))
     change(state)
     assert "holds other tensors than this network learns" in refusal(restore, network(1), state)
+
+
+@pytest.mark.parametrize("name, change, said", [
+    ("2.weight", lambda t: t.t(), "2.weight has another shape"), ("2.bias", lambda t: t[None], "another shape"),
+    ("2.bias", lambda t: 3, "another shape"), ("2.bias", lambda t: t.int(), "2.bias is torch.int32"),
+    ("2.bias", lambda t: t.bool(), "is torch.bool"), ("2.bias", lambda t: t.to(torch.complex64), "is torch.complex64"),
+    ("2.bias", lambda t: t / 0, "NaN or infinity"), ("1.running_var", lambda t: t * math.nan, "NaN or infinity")])
+def test_restore_refuses_tensors_that_are_no_weights_of_the_network(name, change, said):
+    state = dict(learned(network(0)))
+    state[name] = change(state[name].detach())
+    assert said in refusal(restore, network(1), state)
+
+
+# ---- what else last.pt holds
+
+def stepped(seed, lr=0.1):
+    net = network(seed)
+    opt = torch.optim.AdamW([p for p in net.parameters() if p.requires_grad], lr=lr, weight_decay=0.05)
+    net(torch.randn(5, 3)).sum().backward()
+    opt.step()
+    return opt
+
+
+def test_an_optimiser_goes_on_where_it_was():
+    first, second = stepped(0, lr=0.1), stepped(1, lr=0.2)
+    restore_optimizer(second, first.state_dict())
+    a, b = first.state_dict(), second.state_dict()
+    assert a["param_groups"] == b["param_groups"]
+    assert all(torch.equal(t, b["state"][i][key]) for i, one in a["state"].items() for key, t in one.items())
+    new = torch.optim.AdamW([p for p in network(2).parameters() if p.requires_grad], weight_decay=0.05)
+    restore_optimizer(stepped(1), new.state_dict())  # of a run that was ended before its first step
+
+
+def spoil(path, value):
+    """A change of an optimiser's state."""
+    def change(state):
+        for key in path[:-1]:
+            state = state[key]
+        if value is None:
+            del state[path[-1]]
+        else:
+            state[path[-1]] = value
+    return change
+
+
+@pytest.mark.parametrize("change", [
+    spoil(["state"], None), spoil(["param_groups"], []), spoil(["param_groups"], 3), spoil(["state"], [1]),
+    spoil(["param_groups", 0, "weight_decay"], math.nan), spoil(["param_groups", 0, "betas"], (0.5, 0.5)),
+    spoil(["param_groups", 0, "params"], [0]), spoil(["state", 0, "exp_avg"], torch.ones(2, 2)),
+    spoil(["state", 0, "exp_avg"], torch.tensor(math.nan)), spoil(["state", 0, "exp_avg_sq"], None),
+    spoil(["state", 1, "exp_avg_sq"], -torch.ones(4)), spoil(["state", 0, "step"], torch.tensor(-1.0)),
+    spoil(["state", 0, "exp_avg"], torch.ones(4, dtype=torch.complex64)),
+    spoil(["state", 0, "exp_avg"], torch.ones(4, dtype=torch.bool)), spoil(["state", 0, "step"], "3")])
+def test_what_is_no_state_of_this_optimiser_is_refused(change):
+    state = stepped(0).state_dict()
+    change(state)
+    assert "last.pt: of another optimiser" in refusal(restore_optimizer, stepped(1), state)
+
+
+NEW = dict(step=0, best=-1.0, seconds=0.0, history=[], command="python a.py", speed=None)
+DONE = dict(step=7, best=0.5, seconds=9.5, history=[dict(step=1, loss=None), dict(step=7, loss=0.1)], command="b",
+            speed=3.5)
+
+
+def test_the_state_of_a_run_is_taken_up():
+    s = SimpleNamespace(**NEW)
+    take_up(s, DONE)
+    assert vars(s) == DONE
+    take_up(s := SimpleNamespace(**NEW), NEW)
+    assert vars(s) == NEW
+
+
+@pytest.mark.parametrize("change", [
+    dict(step=-1), dict(step=7.0), dict(step=True), dict(step="7"), dict(best=math.nan), dict(best=-2.0),
+    dict(best=None), dict(seconds=math.inf), dict(seconds=-1.0), dict(history={}), dict(history=[3]), dict(more=1),
+    dict(history=[dict(loss=1.0)]), dict(history=[dict(step=1, loss="a")]), dict(history=[dict(step=1, loss=math.nan)]),
+    dict(history=[dict(step=1, loss=10**400)]), dict(step=10**400),
+    dict(command=3), dict(speed="fast")])
+def test_a_state_that_no_run_has_is_refused(change):
+    s = SimpleNamespace(**NEW)
+    said = refusal(take_up, s, DONE | change)
+    assert said.startswith("last.pt: ") and said.endswith("; start a new run") and vars(s) == NEW
+    for state in (None, [], {}, {"step": 3}):
+        assert "last.pt: its state is" in refusal(take_up, s, state)
+
+
+def test_what_is_missing_in_last_pt_is_named(tmp_path):
+    save_state(tmp_path / "last.pt", net={})
+    assert "last.pt: no opt in it; start a new run" in refusal(load_state(tmp_path / "last.pt").__getitem__, "opt")

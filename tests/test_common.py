@@ -2,9 +2,14 @@
 import errno
 import io
 import json
+import math
 import os
+import re
 import signal
+import socket
 import stat
+import sys
+import time
 from pathlib import Path
 from types import SimpleNamespace
 
@@ -14,8 +19,14 @@ from PIL import Image
 
 from data import common
 from data.common import (
-    BadInput, as_text, even_sample, json_lines, minutes, nfc, print_anything, progress, read_json, read_text,
-    replace, write)
+    BadInput, Written, as_text, check_file, check_pixels, escaped, even_sample, in_time, json_lines, json_text,
+    minutes, nfc, number, print_anything, progress, read_json, read_text, replace, write)
+from data.io import read_image, read_mask
+from data.raster import open_raster
+from data.tiff import Tiff
+from models import weights
+from models.checkpoint import load_state
+from models.weights import BadWeights
 
 
 # ---- files
@@ -122,7 +133,7 @@ def test_what_is_no_file_is_named(tmp_path, monkeypatch):
         read_json(tmp_path)
     with pytest.raises(BadInput, match="none.json: no such file"):
         read_json(tmp_path / "none.json")
-    with pytest.raises(BadInput, match="x00.json': cannot be read .embedded null byte"):
+    with pytest.raises(BadInput, match=r"a\\x00.json.: cannot be read .embedded null byte"):
         read_json(tmp_path / "a\0.json")
     monkeypatch.setattr(common, "MAX_TEXT", 9)
     (tmp_path / "a.json").write_text("0123456789")
@@ -143,6 +154,64 @@ def test_the_shape_of_what_a_json_file_holds(tmp_path, shape, good, bad):
         (tmp_path / "a.json").write_text(json.dumps(value))
         with pytest.raises(BadInput, match="a.json: holds .*; expected JSON so"):
             read_json(tmp_path / "a.json", shape, "so")
+
+
+@pytest.mark.parametrize("text, said", [
+    ("1e400", "too large a number"), ("-1e999", "too large"), (str(2**64 + 1), "too large"), ("9" * 400, "too large")])
+def test_a_number_that_nothing_can_count_with_is_no_json(tmp_path, text, said):
+    (tmp_path / "a.json").write_text(f'{{"a": [{text}]}}')
+    with pytest.raises(BadInput, match=f"a.json: not valid JSON .*{said}"):
+        read_json(tmp_path / "a.json")
+    (tmp_path / "a.json").write_text(f'{{"a": [{2**64}, 1e300, -0.5]}}')
+    assert read_json(tmp_path / "a.json") == {"a": [2**64, 1e300, -0.5]}
+
+
+def test_what_json_does_not_have_is_written_as_null(tmp_path):
+    value = {"a": [math.nan, (math.inf, 1.5)], "b": {"c": -math.inf, "d": True}, "e": 3}
+    want = {"a": [None, [None, 1.5]], "b": {"c": None, "d": True}, "e": 3}
+    write(tmp_path / "a.json", value)
+    assert read_json(tmp_path / "a.json") == json.loads(json_text(value)) == want
+    assert json.loads(json_lines([value])) == want and math.isnan(value["a"][0])  # what was given stays as it was
+
+
+# ---- what is opened
+
+@pytest.fixture
+def odd_files(tmp_path):
+    """{words of the refusal: what is no regular file}."""
+    os.mkfifo(tmp_path / "fifo")
+    (tmp_path / "zero").symlink_to("/dev/zero")
+    (tmp_path / "loop").symlink_to("loop")
+    with socket.socket(socket.AF_UNIX) as s:
+        s.bind(str(tmp_path / "socket"))
+        yield {"fifo: a pipe, a socket or a device": tmp_path / "fifo", "zero: a pipe, a socket": tmp_path / "zero",
+               "socket: a pipe, a socket": tmp_path / "socket", "Is a directory": tmp_path, "loop": tmp_path / "loop",
+               "none: no such file": tmp_path / "none"}
+
+
+def test_only_regular_files_are_opened(odd_files):
+    """Of all readers; a FIFO would wait for ever for somebody to write."""
+    for said, file in odd_files.items():
+        for call in (check_file, read_text, read_json, open_raster, Tiff):
+            with pytest.raises(BadInput, match=said) as e:
+                call(file)
+            assert str(file) in str(e.value)
+        for call in (load_state, weights.read):
+            with pytest.raises(BadWeights, match=str(file)):
+                call(file)
+
+
+def test_pixels_are_counted_before_they_are_unpacked(tmp_path, monkeypatch):
+    check_pixels("a.png", 10**4, 10**5)
+    with pytest.raises(BadInput, match="a.png: 10001 x 100000 pixels .* type --max-pixels 1000100000"):
+        check_pixels("a.png", 10_001, 10**5)
+    monkeypatch.setenv(common.PIXELS_VARIABLE, "20")
+    Image.new("L", (5, 4)).save(tmp_path / "a.png")
+    Image.new("L", (7, 3)).save(tmp_path / "b.tif")
+    assert read_image(tmp_path / "a.png").shape == (4, 5, 3)
+    for call in (read_image, read_mask):
+        with pytest.raises(BadInput, match="b.tif: 3 x 7 pixels .* over the limit of 20; .* --max-pixels 21"):
+            call(tmp_path / "b.tif")
 
 
 def test_bytes_that_are_not_utf_8_stay_what_they_are_where_asked(tmp_path):
@@ -169,6 +238,49 @@ def test_text_that_a_terminal_cannot_show_is_printed_as_escapes(monkeypatch, enc
         stream.write("Straße 水 " + os.fsdecode(b"t\xff"))
         stream.flush()
         assert stream.buffer.getvalue() == shown
+
+
+def test_what_a_terminal_obeys_is_shown_as_escapes(monkeypatch):
+    name = "a\x1b[31mb\n\rc\x9b\u202ed\x00é水"
+    assert escaped(name) == "a\\x1b[31mb\\n\\rc\\x9b\\u202ed\\x00é水" and escaped("a b-é.png") == "a b-é.png"
+    for stream in ("stdout", "stderr"):
+        raw = io.StringIO()
+        monkeypatch.setattr(f"sys.{stream}", raw)
+        print_anything()
+        print_anything()  # the second time changes nothing
+        print(name, "x\ty", file=getattr(sys, stream))
+        print("3 of 4", end="\r", file=getattr(sys, stream))
+        assert raw.getvalue() == "a\\x1b[31mb\n\\rc\\x9b\\u202ed\\x00é水 x\ty\n3 of 4\r"
+
+
+@pytest.mark.parametrize("text, value", [
+    ("1", 1), ("-2.5", -2.5), ("+3.", 3), (".5", 0.5), ("1e-3", 0.001), (" 7 ", 7), ("1E5", 1e5)])
+def test_numbers_as_people_write_them(text, value):
+    assert number(text) == value and type(number(text)) is float
+    if text.strip().isdigit():
+        assert number(text, int) == value and type(number(text, int)) is int
+
+
+@pytest.mark.parametrize("text",
+                                  ["", " ", "nan", "inf", "-Infinity", "1e400", "-1e400", "1_0", "٣", "１", "²", "½",
+                                  "0x10",
+                                  "1,5", "1 2", "--1", "e5", ".", "True", "9" * 400, "1\n"])
+def test_what_is_no_finite_number_is_refused(text):
+    for kind in (int, float):
+        with pytest.raises(ValueError):
+            number(text, kind)
+
+
+def test_what_takes_too_long_ends_with_a_message():
+    before = signal.getsignal(signal.SIGALRM)
+    began = time.monotonic()
+    with pytest.raises(BadInput, match="^too long$"), in_time(0.1, "too long"):
+        re.fullmatch("(a+)+", "a" * 40 + "b")
+    assert time.monotonic() - began < 5
+    with in_time(0.05, "too long"):
+        pass
+    time.sleep(0.1)  # what was in time is not ended later
+    assert signal.getsignal(signal.SIGALRM) == before
 
 
 def test_a_name_is_the_same_text_whatever_the_disk_and_the_locale_make_of_it():
@@ -263,3 +375,72 @@ def test_an_even_sample_reaches_both_ends_and_repeats_nothing():
             assert found == sorted(set(found)) and len(found) == limit
             assert (found[0], found[-1]) == (0, n - 1)
             assert max(np.diff(found)) - min(np.diff(found)) <= 1
+
+
+# ---- files of earlier calls
+
+def contents(folder):
+    return {f.name: f.read_text() for f in sorted(folder.iterdir()) if not f.name.startswith(".")}
+
+
+def test_own_files_are_replaced_however_often(tmp_path):
+    for text in ("one", "two", "one"):
+        out = Written(tmp_path)
+        out.check(["a.txt", "deep/b.txt"])
+        out.write("a.txt", text)
+        out.replace("deep/b.txt", lambda name: Path(name).write_text(text))
+        assert contents(tmp_path / "deep") == {"b.txt": text}
+    assert (tmp_path / "a.txt").read_text() == "one"
+
+
+def touched(folder):
+    (folder / "a.txt").write_text("by hand")
+
+
+def put_there(folder):
+    (folder / "b.txt").write_text("by hand")
+
+
+def copied_over(folder):
+    (folder / "a.txt").write_bytes((folder / "c.txt").read_bytes())  # ours, but of another name
+
+
+def linked(folder):
+    (folder / "b.txt").symlink_to("nowhere")
+
+
+@pytest.mark.parametrize("change", [touched, put_there, copied_over, linked])
+def test_files_of_others_and_changed_ones_need_overwrite(tmp_path, change):
+    Written(tmp_path).write("a.txt", "first")
+    Written(tmp_path).write("c.txt", "third")
+    change(tmp_path)
+    name = "b.txt" if change in (put_there, linked) else "a.txt"
+    before = os.readlink(tmp_path / name) if change is linked else contents(tmp_path)
+    for say in (lambda out: out.check(["c.txt", name]), lambda out: out.write(name, "second")):
+        with pytest.raises(BadInput, match=f"{name}: would be overwritten.*type --overwrite"):
+            say(Written(tmp_path))
+        assert before == (os.readlink(tmp_path / name) if change is linked else contents(tmp_path))
+    Written(tmp_path, overwrite=True).write(name, "second")
+    Written(tmp_path).write(name, "third time")  # it is ours from now on
+    assert (tmp_path / name).read_text() == "third time"
+
+
+def test_a_process_that_is_killed_between_two_steps_leaves_files_that_can_be_replaced(tmp_path):
+    Written(tmp_path).write("a.txt", "old")
+
+    def killed(name):
+        Path(name).write_text("new")
+        raise KeyboardInterrupt
+    with pytest.raises(KeyboardInterrupt):
+        Written(tmp_path).replace("a.txt", killed)
+    with open(tmp_path / ".written.jsonl", "a") as f:
+        f.write('\n{"file": "a.txt", "sha')  # a full disk
+    Written(tmp_path).write("a.txt", "next")
+    Written(tmp_path).write("a.txt", "last")
+    assert contents(tmp_path) == {"a.txt": "last"}
+
+
+def test_a_folder_in_the_place_of_a_file_is_named(tmp_path):
+    (tmp_path / "a.txt").mkdir()
+    with pytest.raises(BadInput, match="a.txt: a folder, .*--out"):
+        Written(tmp_path, overwrite=True).check(["a.txt"])

@@ -21,7 +21,7 @@ from data.common import BadInput, write
 from data.datasets import (SegDataset, check_command, class_counts, find_pairs, hold_out, load_splits, match_files,
                            match_pairs, read_description, read_list, split_names, unknown_files)
 from data.io import Labels
-from data.scenes import find_scenes
+from data.scenes import find_scenes, groups_of
 from predict import find_images
 
 RGB = np.random.default_rng(0).integers(1, 256, (9, 7, 3), np.uint8)
@@ -75,8 +75,13 @@ def test_splits_by_pattern_and_by_list(tmp_path):
     splits = split_names(tmp_path, {"splits": {"train": ["l.txt"], "val": ["*/d", "T [3-9]/d"], "test": []}}, PAIRS)
     assert splits == {"train": NAMES[:4], "val": ["T 3/d"], "test": []}
     for rules, said in (({"train": "T 1/*", "val": "*/a"}, "'T 1/a' is in the splits"), ({"train": "t.txt"}, "no such"),
-                        ({"train": "X*"}, "nothing matches 'X*'"), ({"train": 0.8}, "--val-frac")):
+                        ({"train": "X*"}, "nothing matches 'X*'"), ({"train": 0.8}, "--val-frac"),
+                        ({"train": "T 1/a", "../../x": "T 1/b"}, "a split is called '../../x'; expected a name")):
         assert said in refusal(split_names, tmp_path, {"splits": rules}, PAIRS)
+    # Names stand in dataset.json as they may in a list.
+    splits = split_names(tmp_path, {"splits": {"train": ["b", "T 2\\a.png"], "val": "/d/T 3/d.png"}}, PAIRS)
+    assert splits == {"train": ["T 1/b", "T 2/a"], "val": ["T 3/d"]}
+    assert "nothing matches 'a'" in refusal(split_names, tmp_path, {"splits": {"train": "a"}}, PAIRS)  # two of them
     (tmp_path / "l.txt").write_text("a\n")
     assert "'a' is no image here, or several" in refusal(split_names, tmp_path, {"splits": {"train": "l.txt"}}, PAIRS)
 
@@ -166,26 +171,27 @@ GOOD = {"images": "images/*.png", "masks": "masks/*.png", "classes": BY_ID, "spl
 
 @pytest.mark.parametrize("key, good, bad", [
     ("bands", [[4, 1, 2], [1, 1, 1]], [[0, 1, 2], [1, 2], [1, 2, 3, 4], [1, 2, 2.5], [True, 1, 2], "123", 3, None]),
-    ("input_range", [[0, 3000], [-1.5, 2]], [[3, 1], [1, 1], [1], [0, float("inf")], ["0", "1"], 5]),
+    ("input_range", [[0, 3000], [-1.5, 2]], [[3, 1], [1, 1], [1], ["0", "1"], 5]),
     ("scene", [r"(.*)_\d+$", "a"], ["(", "*a", "a{99999999999}", 3, ["a"], None]),
     ("instances", ["i/*.png", ["i/*.png"]], [5, "", None, {}]),
     ("select", [0.2], [0.0, 1.0, 1, "0.2", None]), ("tiles", [512], [0, 2.5, "512"]),
-    ("unlabelled", [["test"], []], [["val"], "test", 3]), ("name", ["a b", "..a"], ["", "a/b", "..", "a\0", 3]),
+    ("unlabelled", [["test"], []], [["val"], "test", "", {}, 3]), ("name", ["a b", "..a"], ["", "a/b", "..", "a\0", 3]),
     ("report", [{"without a": ["a"]}], [{"without d": ["d"]}, ["a"], {"x": "a"}, {"x": [["a"]]}])])
 def test_every_key_of_the_description_is_checked(tmp_path, key, good, bad):
     for value in good:
         write(tmp_path / "dataset.json", GOOD | {key: value})
         assert read_description(tmp_path)[key] == value
     for value in bad:
-        text = json.dumps(GOOD | {key: value}).replace("Infinity", "1e999")  # valid JSON, read as infinity
-        (tmp_path / "dataset.json").write_text(text)
+        (tmp_path / "dataset.json").write_text(json.dumps(GOOD | {key: value}))
         said = refusal(read_description, tmp_path)
         assert said.startswith(f'{tmp_path}/dataset.json: "{key}" is {value!r}; expected ')
 
 
 @pytest.mark.parametrize("key, value", [
     ("report", '{"a": ' * 900 + "1" + "}" * 900), ("bands", '"' + "1" * 10**6 + '"'), ("name", '"a", "name": "b"'),
-    ("select", "NaN"), ("images", "null"), ("classes", "[null]"), ("classes", '[{"name": "a"}]'), ("splits", "[[[]]]")])
+    ("select", "NaN"), ("input_range", "[0, 1e999]"), ("tiles", "9" * 400), ("warning", "3"), ("images", "null"),
+    ("images", "[3]"), ("masks", '["a/*", null]'), ("masks", '[""]'), ("classes", "[null]"),
+    ("classes", '[{"name": "a"}]'), ("splits", "[[[]]]")])
 def test_what_no_description_can_hold_is_one_short_line(tmp_path, key, value):
     rest = json.dumps({k: v for k, v in GOOD.items() if k != key})[1:]
     (tmp_path / "dataset.json").write_text(f'{{"{key}": {value}, {rest}')
@@ -193,10 +199,54 @@ def test_what_no_description_can_hold_is_one_short_line(tmp_path, key, value):
     assert said.startswith(f"{tmp_path}/dataset.json: ") and len(said) < 400
 
 
+def test_a_key_that_is_misspelt_is_refused_and_others_are_the_users_own(tmp_path):
+    for key, meant in {"scenes": "scene", "ignored": "ignore", "input-range": "input_range", "Bands": "bands"}.items():
+        write(tmp_path / "dataset.json", GOOD | {key: 1})
+        assert f"dataset.json: the key {key!r} is unknown; is {meant!r} meant?" in refusal(read_description, tmp_path)
+    write(tmp_path / "dataset.json", GOOD | {"classes": [{**BY_ID[0], "colour": "#000000"}, *BY_ID[1:]]})
+    assert "the key 'colour' is unknown; is 'color' meant?" in refusal(read_description, tmp_path)
+    own = GOOD | {"license": "CC0", "made_by": {"seed": 3}, "doi": "10.1/x"}
+    write(tmp_path / "dataset.json", own)
+    assert read_description(tmp_path)["license"] == "CC0"
+
+
+def test_patterns_that_name_everything_or_nothing_are_one_line(plain):
+    for images, said in {"**": "no mask for it by", ".": "no pattern", "": "missing, empty", "/": "no pattern"}.items():
+        write(plain / "dataset.json", {**json.loads((plain / "dataset.json").read_text()), "images": images})
+
+        def read(root):
+            d = read_description(root)
+            return find_pairs(root, d)
+
+        assert said in refusal(read, plain)
+
+
+def test_a_regex_that_does_not_end_is_refused_in_time(monkeypatch):
+    monkeypatch.setattr(datasets, "MATCH_TIME", 0.1)
+    names = ["a" * 40 + "!", "b"]
+    for regex in ("(a+)+$", "(a|a)*$", "(.*)*x"):
+        said = refusal(hold_out, names, 0.5, regex, 0)
+        assert said.startswith(f'"scene" in dataset.json: {regex!r} takes too long on')
+        said = refusal(groups_of, names, regex)
+        assert said.startswith(f"--group-regex: {regex!r} takes too long on")
+    either = [(["a_1", "a_2"], ["b_1"]), (["b_1"], ["a_1", "a_2"])]
+    assert hold_out(["a_1", "a_2", "b_1"], 0.3, "([a-z]+)_", 0) in either
+
+
+def test_a_line_that_no_name_can_be_is_refused_at_once(tmp_path):
+    (tmp_path / "a.txt").write_text("a," * 10**5)
+    assert "a.txt: a line of 200000 letters, 'a,a,a" in refusal(read_list, tmp_path / "a.txt", PAIRS)
+    for text in ("", " \n\n"):  # cut off, it would leave a split out in silence
+        (tmp_path / "a.txt").write_text(text)
+        assert "a.txt: names no image" in refusal(read_list, tmp_path / "a.txt", PAIRS)
+        assert read_list(tmp_path / "a.txt", PAIRS, optional=True) == []
+
+
 def test_a_split_that_is_no_list_of_patterns_is_one_short_line(tmp_path):
     for rules in (None, 0.8, [["a"]], ["a", 1], {"a": "b"}, [["a" * 10**6]]):
         said = refusal(split_names, tmp_path, {"splits": {"train": rules}}, PAIRS)
-        assert said.startswith("split 'train' is ") and "expected patterns" in said and len(said) < 200
+        assert said.startswith("split 'train' in dataset.json is ") and "expected patterns" in said
+        assert len(said) < 400
 
 
 @pytest.mark.parametrize("here", [True, False])
@@ -256,14 +306,15 @@ def test_all_walkers_take_and_leave_out_the_same_files(tmp_path):
     complaints = Complaints()
     assert [root / p for p in find_pictures(root, None, complaints)[0]] == want
     note = "4 files are no images by their suffix: 2 .txt, 1 .tfw, 1 .jp2; first "
-    assert complaints.lines["note", "suffix"] == [f"{note}{root}/a/images/again/note.txt"]
+    said, = complaints.lines["note", "suffix"]
+    assert said.startswith(f"{note}{root}/a/images/again/note.txt; images are converted with gdal_translate ")
     found, left = find_images([str(root / "a"), str(root / "_c")])
     assert sorted(found) == want and sorted(file.name for file in left) == others
     assert set(found.values()) == {"images/_DSC0001", "images/b", "images/more/2", "images/again/2", "images/1"}
     shutil.rmtree(root / "masks")
     base, scenes, _, notes, _ = find_scenes(root)
     assert sorted(base / n for n in scenes) == want and set(scenes.values()) == {"a", "_c"}
-    assert notes == [f"{note}{base}/a/images/again/note.txt"]
+    assert notes == [said.replace(f"{root}/", f"{base}/")]
 
 
 # ---- masks of a whole data set

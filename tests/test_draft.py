@@ -1,19 +1,25 @@
 """Drafts of data.check for many layouts can be used as they are; what they rest on is said."""
+import shlex
 import shutil
+from collections import Counter
 from pathlib import Path
 
 import numpy as np
 import pytest
 import rasterio
+import rasterio.shutil
 import tifffile
 from folder_sets import BLACK, GREEN, RED, described, put, rng, run, save, trainable  # noqa: F401: a fixture
 from PIL import Image
 
 from data.check.complaints import Complaints
 from data.check.proposal import natural, propose_hold_out
+from data.check.shares import print_shares
+from data.check.values import Values, draft_classes
 from data.common import write
 from data.datasets import (
     check_command, class_counts, hold_out, load_splits, read_description, scenes_of, script_command)
+from data.io import Labels
 
 DUBAI = Path(__file__).parents[2] / "shared/data/dubai"
 
@@ -164,6 +170,15 @@ def test_the_draft_takes_official_lists_for_splits(tmp_path, rng, capsys):
     code, out = run(capsys, tmp_path, "--force")
     assert "not used for the splits" in out and "'elsewhere' is no image here" in out
     assert read_description(tmp_path)["splits"] == {"train": "*"}
+
+
+def test_folders_without_one_to_learn_from_are_an_error_at_once(tmp_path, rng, capsys):
+    for i in range(4):
+        split = ("val", "test")[i % 2]
+        put(rng, tmp_path / f"{split}/img/{i}.png", tmp_path / f"{split}/gt/{i}.png")
+    for _ in range(2):
+        code, out = run(capsys, tmp_path)
+        assert code == 2 and 'no train split, only val, test; name the images to learn from under "train"' in out
 
 
 def test_a_draft_is_never_overwritten_without_force(tmp_path, rng, capsys):
@@ -416,6 +431,52 @@ def test_ids_are_no_soft_masks(values, tmp_path, rng, capsys):
 
 # ---- drafts: how the images are read
 
+def test_images_of_several_kinds_have_no_one_range(tmp_path, rng, capsys):
+    """Bytes beside 16 bits: the draft says which are which; made alike, as it says, they are drafted."""
+    for i in range(6):
+        put(rng, tmp_path / f"images/{i}.png", tmp_path / f"masks/{i}.png")
+        pixels = np.asarray(Image.open(tmp_path / f"images/{i}.png"))
+        deep = pixels.astype(np.uint16) * 8 if i % 2 else pixels
+        tifffile.imwrite(tmp_path / f"images/{i}.tif", deep, photometric="rgb")
+        (tmp_path / f"images/{i}.png").unlink()
+    code, out = run(capsys, tmp_path)
+    assert code == 2 and f"3 of 8 bits, first {tmp_path}/images/0.tif, 3 of whole numbers of more bits" in out
+    assert f"gdal_translate -ot Byte -scale LOW HIGH 0 255 {tmp_path}/images/1.tif NEW.tif" in out
+    assert out.endswith(f"data.check {tmp_path} --force\n")
+    assert "input_range" not in (tmp_path / "dataset.json").read_text()
+    for i in (1, 3, 5):
+        with rasterio.open(tmp_path / f"images/{i}.tif") as file:
+            pixels = file.read() // 8
+        tifffile.imwrite(tmp_path / f"images/{i}.tif", pixels.astype(np.uint8).transpose(1, 2, 0), photometric="rgb")
+    assert run(capsys, tmp_path, "--force")[0] == run(capsys, tmp_path)[0] == 0
+
+
+def test_a_grey_image_among_those_of_four_bands_gets_copies_of_its_band(tmp_path, rng, capsys):
+    for i in range(4):
+        put(rng, tmp_path / f"images/{i}.png", tmp_path / f"masks/{i}.png")
+        (tmp_path / f"images/{i}.png").unlink()
+        shape = (12, 16) if i == 2 else (12, 16, 4)
+        tifffile.imwrite(tmp_path / f"images/{i}.tif", rng.integers(0, 256, shape, np.uint8),
+                         photometric="minisblack" if i == 2 else "rgb", planarconfig=None if i == 2 else "contig")
+    code, out = run(capsys, tmp_path, "--bands", "4,1,2")
+    assert code == 2 and "1 bands, and number 4 of the others is read (1 such images)" in out
+    *_, source, new = command = shlex.split(out.split("in each band: ")[1].split("\n")[0])
+    with rasterio.open(source) as file:
+        pixels = file.read([int(n) for flag, n in zip(command, command[1:]) if flag == "-b"])
+    tifffile.imwrite(tmp_path / new, pixels, photometric="minisblack", planarconfig="separate")
+    (tmp_path / new).rename(source)
+    assert run(capsys, tmp_path, "--bands", "4,1,2", "--force")[0] == run(capsys, tmp_path)[0] == 0
+
+
+def test_an_image_that_cannot_be_read_is_said_by_the_draft(tmp_path, rng, capsys):
+    for i in range(4):
+        put(rng, tmp_path / f"images/{i}.png", tmp_path / f"masks/{i}.png")
+    tifffile.imwrite(tmp_path / "images/3.tif", np.ones((12, 16, 3), np.uint8), compression="lerc", photometric="rgb")
+    (tmp_path / "images/3.png").unlink()
+    code, out = run(capsys, tmp_path)
+    assert code == 2 and "error: " in out and "images/3.tif: uint8, 3 bands, compression 34887 (LERC)" in out
+
+
 def test_images_of_16_bits_get_percentiles_of_train_as_numbers(tmp_path, rng, capsys):
     pixels = []
     for i in range(10):
@@ -457,6 +518,7 @@ def test_bands_are_drafted_where_the_header_names_the_colours(tmp_path, rng, cap
     for photometric in ({}, {"photometric": "RGB"}):  # infrared as alpha, which GDAL writes by default; and without
         code, out, d = images(**photometric)
         assert code == 0 and d["bands"] == [1, 2, 3] and "first are red, green and blue by its header" in out
+        assert ("band 4 is called alpha, but is no mask of transparent and opaque" in out) == (not photometric)
         assert run(capsys, tmp_path)[0] == 0
     for bands, numbers in ((4, "1,2,3"), (2, "1,2,2"), (6, "1,2,3")):
         code, out, d = images("uint16", bands, 4000, photometric="MINISBLACK")
@@ -486,6 +548,29 @@ def test_likely_void_stays_a_class_and_is_named(tmp_path, rng, capsys):
     assert len(d["classes"]) == 3 and 'value #000000 is a class in the draft; if it means unlabelled' in out
 
 
+@pytest.mark.parametrize("pixels, named", [
+    ({1: 9, 2: 9, 65535: 2}, [65535]), ({1: 9, 0: 9, -9999: 2, -1: 1}, [0, -9999, -1]),
+    ({7: 5, 2**32 - 1: 3}, [2**32 - 1]),
+    ({1: 9, 254: 9}, []), ({0: 60, 255: 40, 30: 5, 90: 5, 200: 5}, [0, 255, "soft edges"])])
+def test_what_may_be_no_class_is_named(pixels, named, capsys):
+    complaints = Complaints()
+    values = Values(Counter(pixels), {v: [Path("a.tif")] for v in pixels}, {}, 1, Counter(grey=1), [])
+    drafted = draft_classes(values, complaints)
+    assert [c["id"] for c in drafted["classes"]] == sorted(pixels) and drafted["ignore"] == []
+    complaints.show(1, "", "")
+    out = capsys.readouterr().out
+    said = [v for v in pixels if f"value {v} is a class in the draft; if it" in out]
+    assert said == [v for v in named if v in pixels]
+    assert ("soft edges" in out) == ("soft edges" in named)
+
+
+def test_a_table_of_no_pixel_names_no_class(capsys):
+    print_shares({"train": np.array([0, 0, 5]), "val": np.array([3, 1, 0])}, {"train": 1, "val": 1},
+                 Labels([{"name": "land", "id": 0}, {"name": "road", "id": 1}]))
+    *_, major, accuracy, miou = capsys.readouterr().out.splitlines()
+    assert [line.split()[-2:] for line in (major, accuracy, miou)] == [["-", "land"], ["-", "0.7500"], ["-", "0.3750"]]
+
+
 def test_stray_colours_are_ignored_loudly_but_blurred_masks_refused(tmp_path, rng, capsys):
     d, out = draft_of(tmp_path, rng, capsys, ((RED, GREEN), None), size=(120, 160))
     mask = np.asarray(Image.open(tmp_path / "masks/0.png")).copy()
@@ -504,6 +589,35 @@ def test_a_wrong_classes_json_is_compared_not_believed(tmp_path, rng, capsys):
     d, out = draft_of(tmp_path, rng, capsys, ((RED, GREEN), None))
     assert "classes.json lists 2 colours, 1 of them are in the masks" in out
     assert {c["color"] for c in d["classes"]} == {"#FF0000", "#00FF00"}
+
+
+def test_one_letter_may_be_spelt_in_two_ways(tmp_path, rng, capsys):
+    """macOS writes a letter with a mark as two code points; for a reader the names are equal."""
+    for i in range(4):
+        put(rng, tmp_path / f"Fl\u00e4che/images/B\u00e4ume {i}.png",
+            tmp_path / f"Fla\u0308che/masks/Ba\u0308ume {i}.png")
+    code, out = run(capsys, tmp_path)
+    assert code == 0 and "4 masks read" in out and "in no pair" not in out
+    assert run(capsys, tmp_path)[0] == 0
+
+
+def test_pictures_of_gis_programs_are_told_how_to_be_read(tmp_path, rng, capsys):
+    """Sentinel-2 comes as JPEG 2000: the line names the files, and its command makes images of them."""
+    for i in range(3):
+        put(rng, tmp_path / f"images/{i}.png", tmp_path / f"masks/{i}.png")
+        with Image.open(tmp_path / f"images/{i}.png") as image:
+            image.save(tmp_path / f"images/{i}.jp2", irreversible=False)
+        (tmp_path / f"images/{i}.png").unlink()
+    code, out = run(capsys, tmp_path)
+    assert code == 2 and "first masks/0.png" in out and "3 .jp2" in out
+    command = shlex.split(out.split("converted with ")[1])
+    assert command[:3] == ["gdal_translate", "-co", "COMPRESS=DEFLATE"]
+    for i in range(3):
+        rasterio.shutil.copy(command[-2].replace("0.jp2", f"{i}.jp2"), command[-1].replace("0.tif", f"{i}.tif"))
+    # Files that GDAL keeps beside an image are a part of it.
+    (tmp_path / "images/0.tif.aux.xml").write_text("<PAMDataset/>")
+    code, out = run(capsys, tmp_path)
+    assert code == 0 and "images/*.tif" in out and "aux" not in out
 
 
 def test_what_cannot_be_drafted(tmp_path, rng, capsys):

@@ -1,12 +1,14 @@
 """data/files.py: what a folder holds, what patterns and words of a command line mean; oracles: glob, definitions."""
 import glob
 import os
+import re
 from pathlib import Path
 
 import pytest
 
+from data import files as files_module
 from data.common import BadInput
-from data.files import Names, image_name, is_hidden, match, not_used, star_key, typed, walk
+from data.files import Names, image_name, is_file_name, is_hidden, match, not_used, star_key, typed, walk
 
 
 def touch(root, *names):
@@ -25,13 +27,15 @@ def test_hidden_and_system_files(names, hidden):
     assert [name for name in names if is_hidden(name) != hidden] == []
 
 
-def test_a_walk_goes_by_the_order_of_paths_and_so_many_levels_deep(tmp_path):
+def test_a_walk_goes_by_the_order_of_paths_and_may_be_told_what_fits(tmp_path):
     names = ["b/1.png", "a.png", "a/z.png", "a/b/c/1.png", "A.txt", "b.png", "a/b.png", "a-b/1.png", "a/b-c/1.png"]
     touch(tmp_path, *names)
-    for depth in (1, 2, 3, 9):
-        want = sorted(tmp_path / name for name in names if name.count("/") < depth)
-        assert list(walk(tmp_path, depth)) == want
-    assert len(list(walk(tmp_path))) == len(names)
+    assert list(walk(tmp_path)) == sorted(tmp_path / name for name in names)
+    any_name, starts_with_a = re.compile(".*"), re.compile("a.*")
+    for levels, want in (([any_name], [n for n in names if "/" not in n]),
+                         ([starts_with_a, any_name], ["a-b/1.png", "a/b.png", "a/z.png"]),
+                         ([starts_with_a, any_name, any_name], ["a/b-c/1.png"])):
+        assert list(walk(tmp_path, levels)) == sorted(tmp_path / name for name in want)
 
 
 def test_links_to_nothing_are_files_that_cannot_be_read_not_left_out(tmp_path):
@@ -55,7 +59,21 @@ def test_only_the_suffix_of_an_image_is_cut(tmp_path, path, name):
 def test_files_not_used_are_counted_by_suffix(tmp_path):
     files = [tmp_path / name for name in ("b.jp2", "a.txt", "c.jp2", "README")]
     assert not_used(files) == ("4 files are no images by their suffix: 2 .jp2, 1 .txt, 1 without suffix; first "
-                               f"{tmp_path}/b.jp2")
+                               f"{tmp_path}/b.jp2; images are converted with gdal_translate -co COMPRESS=DEFLATE "
+                               f"{tmp_path}/b.jp2 {tmp_path}/b.tif")
+
+
+# ---- names that become files
+
+@pytest.mark.parametrize("good, names", [
+    (True, ["a", "a b", "..a", "...", ".a", "水", "a.b", "x" * 200, "-", "~", "C:"]),
+    (False, ["", ".", "..", "/", "a/b", "../a", "a/", "\\", "a\\b", "a\0", "a\nb",
+             "x" * 201, "水" * 67, 3, None, ["a"]])])
+def test_a_name_is_a_name_and_no_path(tmp_path, good, names):
+    assert [is_file_name(name) for name in names] == [good] * len(names)
+    for name in names if good else ():  # and the system can make it, inside
+        (tmp_path / f"{name}-points-12").mkdir()
+    assert good == (len(list(tmp_path.iterdir())) == len(names))
 
 
 # ---- patterns
@@ -132,7 +150,7 @@ def pairs(tmp_path):
     ("T 1//b", "T 1/b"), ("T 2/../T 1/a", "T 1/a"), ("ROOT/T 1/a.tif", "T 1/a"), ("ROOT/T 1/a", "T 1/a"),
     ("ROOT/T 1/c.5", None), ("ROOT", None), ("ROOT/x/e\u0301 1.tif", "x/é 1"),
     ("LINK/T 2/a.tif", "T 2/a"), ("/home/alice/T 1/a.tif", None), ("C:\\set\\T 1\\a.tif", None),
-    ("x/e\u0301 1", "x/é 1"), ("e\u0301 1.tif", "x/é 1"), ("x/e 1", None)])
+    ("x/e\u0301 1", "x/é 1"), ("e\u0301 1.tif", "x/é 1"), ("x/e 1", None), ("/a\0/T 1/a.tif", None)])
 def test_nothing_of_a_name_is_cut_but_the_suffix_of_an_image(pairs, tmp_path, text, name):
     (tmp_path.with_name(tmp_path.name + "-link")).symlink_to(tmp_path)
     text = text.replace("ROOT", str(tmp_path)).replace("LINK", f"{tmp_path}-link")
@@ -167,3 +185,10 @@ def test_one_file_of_several_tiles_is_none_of_them(tmp_path):
 def test_a_suffix_that_the_data_set_itself_has_counts_as_one():
     assert Names({"a": (Path("/d/a.jp2"), None)}).find("a.jp2") == "a"
     assert Names({"a": (Path("/d/a.png"), None)}).find("a.jp2") is None
+
+
+def test_a_pattern_of_too_many_stars_is_refused_in_time(monkeypatch):
+    monkeypatch.setattr(files_module, "MATCH_TIME", 0.1)
+    with pytest.raises(BadInput, match="too many stars to compare with 'aaa"):
+        star_key("*a" * 30 + "b", "a" * 200)
+    assert star_key("*a*b", "xaab") == "xa/"

@@ -147,9 +147,45 @@ def test_an_unknown_value_names_file_value_pixels_and_remedy(tmp_path, classes, 
     ([], []), (["road"], []), ([{"id": 1}], []), (BY_ID + BY_COLOR, []), (BY_ID + [{"name": "d", "id": 3}], []),
     (BY_ID + [{"name": "a", "id": 4}], []), (BY_ID, [0]), (BY_ID, ["9"]), (BY_ID, None), (BY_COLOR, ["#000000"]),
     ([{"name": "a", "id": 1.5}], []), ([{"name": "a", "id": "1"}], []), ([{"name": "a", "id": [1]}], []),
-    ([{"name": "a", "color": "red"}], []), ([{"name": str(i), "id": i} for i in range(255)], [])])
+    ([{"name": "a\nb", "id": 0}], []), ([{"name": "\x1b[31m", "id": 0}], []), ([{"name": " ", "id": 0}], []),
+    ([{"name": 3, "id": 0}], []), ([{"name": None, "id": 0}], []), ([{"name": "a", "color": "red"}], []),
+    ([{"name": str(i), "id": i} for i in range(255)], [])])
 def test_label_tables_that_contradict_themselves(classes, ignore):
     refusal(Labels, classes, ignore)
+
+
+def chunk(name, data):
+    return struct.pack(">I", len(data)) + name + data + struct.pack(">I", zlib.crc32(name + data))
+
+
+def bomb(width, height):
+    """A PNG of a few bytes that says it is so large."""
+    head = struct.pack(">IIBBBBB", width, height, 8, 2, 0, 0, 0)
+    return b"\x89PNG\r\n\x1a\n" + chunk(b"IHDR", head) + chunk(b"IDAT", zlib.compress(bytes(99))) + chunk(b"IEND", b"")
+
+
+def test_a_bomb_is_refused_by_its_header_and_by_how_to_read_it_all_the_same(tmp_path, monkeypatch):
+    (tmp_path / "a.png").write_bytes(bomb(36_000, 36_000))  # 3.9 GB when it is unpacked
+    for call in (read_image, read_mask, lambda path: read_valid(path)):
+        said = refusal(call, tmp_path / "a.png")
+        assert "a.png: 36000 x 36000 pixels (H x W) by its header" in said and "--max-pixels 1296000000" in said
+    (tmp_path / "b.png").write_bytes(bomb(3, 4))
+    assert (read_image(tmp_path / "b.png") == 0).all() and read_image(tmp_path / "b.png").shape == (4, 3, 3)
+
+
+def test_every_byte_of_a_png_is_under_a_checksum(tmp_path):
+    """The right pixels or a refusal, whichever bit is turned; and no end is cut off in silence."""
+    file = save(tmp_path / "a.png", RGB)
+    good = file.read_bytes()
+    rng = np.random.default_rng(0)
+    for i in [*range(0, 33), *rng.integers(0, len(good), 60), len(good) - 1]:
+        file.write_bytes(good[:i] + bytes([good[i] ^ 1 << int(rng.integers(8))]) + good[i + 1:])
+        assert "a.png" in refusal(read_image, file)
+    for end in (10, 40, len(good) - 12, len(good) - 4, len(good) - 1):
+        file.write_bytes(good[:end])
+        assert "a.png" in refusal(read_image, file)
+    file.write_bytes(good + b"behind the end")
+    assert (read_image(file) == RGB).all()
 
 
 def test_id_image_reads_back_as_ids_and_opens_in_colour(tmp_path):

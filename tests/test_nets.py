@@ -250,6 +250,10 @@ LIES = [  # a spec of a run, what its header says instead, words of the refusal
     (SEGMENTER, dict(classes="3"), "classes is 3"),
     (SEGMENTER, dict(classes=2), "head.out"),
     (SEGMENTER, dict(head="x"), "head is x"),
+    (SEGMENTER, dict(feat_norm="inf"), "feat_norm is inf"),
+    (SEGMENTER, dict(feat_norm=1), "feat_norm is 1"),
+    (SEGMENTER, dict(classes=True), "classes is True"),
+    (SEGMENTER, dict(strange=1), "'strange' is unknown"),
     (SEGMENTER, dict(version=99), "version is 99"),
     (SEGMENTER, dict(head="fpn"), "missing"),
     (SEGMENTER, dict(taps=[0, 1, 2, 4]), "taps is"),
@@ -386,7 +390,7 @@ def test_a_cnn_always_trains():
         assert len(trains(net)) == len(list(net.parameters()))
 
 
-@pytest.mark.parametrize("blocks", ["x", "-1", "1.5", "", "Âµ"])
+@pytest.mark.parametrize("blocks", ["x", "-1", "1.5", "", "Âµ", "²", "٣", "1_0", "nan"])
 def test_unfreeze_needs_a_number_or_all(blocks):
     with pytest.raises(BadInput, match="expected a number of blocks, or all"):
         nets.unfreeze(vit(), blocks)

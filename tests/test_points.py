@@ -184,7 +184,10 @@ def test_points_of_a_broken_image_are_passed_over(files, tmp_path):
 
 @pytest.mark.parametrize("row, said", [
     ("a,80,5,road", r"line 3: x 80, y 5 is outside train/a of 80 x 60 .*from 0"),
-    ("a,5,60,road", r"line 3: .*exchanged\?"), ("a,-1,5,road", "line 3: .*outside"), ("a,nan,5,road", "outside"),
+    ("a,5,60,road", r"line 3: .*exchanged\?"), ("a,-1,5,road", "line 3: .*outside"),
+    ("a,nan,5,road", "'nan' is no number"),
+    ("a,٣,5,road", "'٣' is no number"), ("a,1_0,5,road", "'1_0' is no number"), ("a,1e400,5,road", "is no number"),
+    ("a,1,5,road,3", "line 3: more fields than the header has"),
     ("a,1,5,lake", "line 3: unknown class 'lake'; expected one of: road, roof, tree"),
     ("c,1,5,road", "line 3: 'c' is no image"), ("a.5,1,5,road", "line 3: 'a.5' is no image"),
     ("x/a,1,5,road", "line 3: 'x/a' is no image"),
@@ -200,13 +203,14 @@ def test_a_row_that_cannot_be_used_is_named(files, tmp_path, row, said):
 
 @pytest.mark.parametrize("name, text, said", [
     ("p.csv", "image,x,class\na,1,road", "no column 'y'"), ("p.csv", "", "no column 'image' in an empty file"),
+    ("p.csv", "image,x,x,y,class\na,1,2,3,road", "line 1: the column 'x' stands twice"),
     ("p.csv", "image,x,y,class\n", "no points"), ("p.geojson", "{}", "no GeoJSON FeatureCollection"),
     ("p.geojson", '{"features": null}', "no GeoJSON FeatureCollection"),
     ("p.geojson", "[1]", r"holds \[1\]; expected JSON"),
     ("p.geojson", '{"features": [{"properties": {"image": "a", "class": "road"}, "geometry": {'
      '"type": "Point", "coordinates": [NaN, 2]}}]}', "NaN is no number"), ("p.geojson", "[" * 10**5, "not valid JSON"),
     ("p.geojson", '{"features": [{"properties": {"image": "a", "class": "road"}, "geometry": {'
-     '"type": "Point", "coordinates": [1' + "0" * 400 + ', 2]}}]}', "feature 1: 10+[.]{3}0+ is no number"),
+     '"type": "Point", "coordinates": [1' + "0" * 400 + ', 2]}}]}', "not valid JSON .10+[.]{3} is too large a number"),
     ("p.csv", 'image,x,y,class\n"a,2,2,roof\n' + "a,2,2,roof\n" * 20_000, "line 2.*is a quote left open"),
     ("p.csv", "image,x,y,class\ra,11,480,roof\r", "line 2: .*outside"),  # line ends of old spreadsheets
     ("p.geojson", json.dumps({"features": [{"properties": {"image": "a", "class": "road"}, "geometry": {
@@ -278,7 +282,23 @@ def test_coordinates_of_a_map_become_pixels_by_the_georeference(tmp_path, code, 
     other = {"type": "name", "properties": {"name": "urn:ogc:def:crs:EPSG::3857"}}
     (tmp_path / "q.geojson").write_text(geojson(places, crs=other))
     with pytest.raises(BadInput, match=f"EPSG::3857.* but .*a.tif lies in EPSG:{code}; .*ogr2ogr -t_srs EPSG:{code}"):
-        points.read_points(tmp_path / "q.geojson", files, names)
+        points.read_points(str(tmp_path / "q.geojson"), files, names)
+    if code == 4326:
+        return
+    # Columns of metres are in the system of the image; without such names the message tells them.
+    for header in ("image,easting,northing,class", " Image , Easting,NORTHING , Class"):
+        (tmp_path / "m.csv").write_text(table(places, header))
+        assert points.read_points(tmp_path / "m.csv", files, names)["a"].tolist() == [list(p) for p in pixels]
+    (tmp_path / "m.csv").write_text(table(places))
+    (tmp_path / "m.geojson").write_text(geojson(places))
+    for name in "m.csv", "m.geojson":
+        with pytest.raises(BadInput, match='columns easting and northing, .* "crs": .*"EPSG:32633"'):
+            points.read_points(tmp_path / name, files, names)
+    # Degrees in a table: the command says what they are and in which columns.
+    (tmp_path / "d.csv").write_text(table([("a", 15.0, 36.1, "road")], "image,Lon,Lat,class"))
+    with pytest.raises(BadInput, match=r"ogr2ogr -s_srs EPSG:4326 -oo X_POSSIBLE_NAMES=Lon -oo Y_POSSIBLE_NAMES=Lat "
+                                       r"-t_srs EPSG:32633 -lco RFC7946=NO \S*d_32633.geojson \S*d.csv"):
+        points.read_points(str(tmp_path / "d.csv"), files, names)
 
 
 @pytest.mark.parametrize("name, text, want", [
@@ -290,6 +310,16 @@ def test_coordinates_of_a_map_become_pixels_by_the_georeference(tmp_path, code, 
 def test_pixels_that_lie_close_stay_pixels(files, tmp_path, name, text, want):
     (tmp_path / name).write_text(text)
     assert points.read_points(tmp_path / name, files, NAMES)["train/a"].tolist() == want
+
+
+@pytest.mark.parametrize("text, said", [
+    ("image;x;y;class\na;3;4;W\u00e4lder\n".encode("cp1252"), "line 2: unknown class .*; the file is not UTF-8 text: "
+     "save it again, in a spreadsheet as CSV UTF-8"),
+    (b"image;x;y;class\na;3,5;4,5;road\n", "line 2: '3,5' is no number; .*, with a decimal point")])
+def test_tables_of_spreadsheets_are_told_what_to_save(files, tmp_path, text, said):
+    (tmp_path / "p.csv").write_bytes(text)
+    with pytest.raises(BadInput, match=said):
+        points.read_points(tmp_path / "p.csv", files, NAMES)
 
 
 # ---- crops

@@ -58,6 +58,16 @@ def test_folders_may_hold_splits_and_files_that_are_no_images(tmp_path):
     assert empty == ["nothing"]
 
 
+def test_a_class_is_one_however_its_accents_are_written(tmp_path):
+    for split, name in (("train", "Fore\u0302t"), ("val", "Forêt"), ("train", "Eau"), ("val", "Eau")):
+        made = make_scenes(tmp_path / f"{split} {name}", (2, 0, 0))
+        (tmp_path / "set" / split).mkdir(parents=True, exist_ok=True)
+        (made / "field").rename(tmp_path / "set" / split / name)
+    base, scenes, splits, _, _ = find_scenes(tmp_path / "set")
+    assert set(scenes.values()) == {"Forêt", "Eau"} and len(splits["val"]) == 4
+    assert all((base / name).exists() for name in scenes)  # files keep their own names
+
+
 def test_links_that_lead_round_are_no_classes(tmp_path):
     make_scenes(tmp_path / "real", (2, 2, 2))
     (tmp_path / "real/loop").symlink_to(tmp_path / "real")
@@ -304,6 +314,8 @@ def test_an_empty_class_folder_is_named(tmp_path):
     root = make_scenes(tmp_path / "d", (0, 8, 8))
     assert "class folder 'field' holds no image" in refusal(root)
     assert Scenes(root, ["water", "forest"], cache="off").names == ["water", "forest"]
+    (root / "field/a.jp2").touch()
+    assert "'field' holds no image; 1 files are no images by their suffix: 1 .jp2; first " in refusal(root)
     d = Scenes(root, cache="off", skip_bad=True)
     assert d.names == ["forest", "water"] and any("left out: field" in note for note in d.notes)
 

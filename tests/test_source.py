@@ -289,7 +289,9 @@ def test_beside_a_split_file_images_may_lack_masks_but_none_of_its_own(tmp_path)
     assert "test/images/1.png: no mask for it" in refusal(root=root, split_file=tmp_path / "mine.json")
     write(tmp_path / "mine.json", {"train": names("train", 4)})
     said = refusal(root=root, split_file=tmp_path / "mine.json")
-    assert f"no val split; add it to {tmp_path}/mine.json" in said
+    assert said.endswith(f"no val split; add it to {tmp_path}/mine.json, or hold out a part of train: --val-frac 0.2")
+    d = Source(root=root, cache="off", split_file=tmp_path / "mine.json", val_frac=0.2)
+    assert sorted(d.splits["train"] + d.splits["val"]) == names("train", 4) and len(d.splits["val"]) == 1
 
 
 @pytest.mark.parametrize("more", [{}, {"select": 0.2}])
@@ -297,6 +299,12 @@ def test_one_training_image_needs_final(tmp_path, more):
     root = make_set(tmp_path, dict(train=1), **more)
     assert "one training image" in (said := refusal(root=root)) and "type --final" in said
     assert Source(root=root, cache="off", final=True).splits == {"train": names("train", 1)}
+
+
+def test_one_scene_needs_final(tmp_path):
+    root = make_set(tmp_path, dict(train=4), select=0.2, scene="train")
+    assert "0.2 of 1 scenes leaves train or val empty" in (said := refusal(root=root)) and "type --final" in said
+    assert Source(root=root, cache="off", final=True).splits == {"train": names("train", 4)}
 
 
 # ---- what cannot be read
@@ -329,7 +337,7 @@ def test_images_that_cannot_be_read_are_listed_and_left_out(tmp_path):
     assert Source(root=root, cache="off", split_file=tmp_path / "split.json").splits == d.splits
     for i in (4, 5):
         (root / f"train/masks/{i}.png").unlink()
-    assert "(so --skip-bad leaves nothing of train)" in refusal(root=root, skip_bad=True)
+    assert "(--skip-bad leaves nothing of train)" in refusal(root=root, skip_bad=True)
 
 
 def test_without_masks_only_images_can_be_bad(tmp_path):

@@ -2,11 +2,13 @@
 
     python -m data.check ROOT    without ROOT/dataset.json: looks at the masks and writes a draft
     python -m data.check ROOT    with it: checks files, values and splits
+    python -m data.check ROOT --masks gt           a draft with one of several folders of masks
     python -m data.check ROOT --dataset potsdam    checks a public data set (data/public.py)
 
 Exit code 2 where training would go wrong.
 """
 import argparse
+import os
 import sys
 from pathlib import Path
 
@@ -15,23 +17,31 @@ if not __package__:  # started as `python /path/to/data/check`: let "data" be fo
 
 from data.check.checks import check
 from data.check.draft import draft
-from data.common import BadInput, print_anything
+from data.common import (
+    MAX_PIXELS, PIXELS_VARIABLE, BadInput, check_words, escaped, number, print_anything)
 from data.datasets import read_description
 from data.files import check_folder
 from data.public import SETS, describe
-from data.ranges import parse_range, reading_flags
+from data.ranges import band_numbers, parse_range, reading_flags
+
+
+class Parser(argparse.ArgumentParser):
+    """argparse whose errors are one line."""
+
+    def error(self, message):
+        self.exit(2, f"error: {escaped(message)}\n")
 
 
 def parse_args(argv=None):
-    p = argparse.ArgumentParser(description=__doc__, prog="python -m data.check",
-                                formatter_class=argparse.RawDescriptionHelpFormatter)
+    p = Parser(description=__doc__, prog="python -m data.check",
+               formatter_class=argparse.RawDescriptionHelpFormatter)
     p.add_argument("root", type=Path, nargs="?", help="folder that holds images and masks, in any sub-folders")
-    p.add_argument("--limit", type=int,
+    p.add_argument("--limit", type=count,
                    help="read only this many files, evenly spread (default: all)")
     p.add_argument("--dataset", default="folder", choices=["folder", *SETS],
                    help="folder (default): by ROOT/dataset.json; else one of data/public.py")
     p.add_argument("--variant", help="form of a public data set, where it has several: irrg,eroded")
-    p.add_argument("--bands", type=band_numbers,
+    p.add_argument("--bands", type=bands,
                    help="the three to read from images with more, from 1: 4,1,2; "
                         'a draft keeps them (default: "bands" in dataset.json)')
     p.add_argument("--input-range", nargs="+", metavar=("LOW", "HIGH"),
@@ -42,9 +52,15 @@ def parse_args(argv=None):
                    help="draft with the masks in this folder, where there are several")
     p.add_argument("--force", action="store_true",
                    help="write a new draft over an existing dataset.json")
+    p.add_argument("--max-pixels", type=count, metavar="N",
+                   help=f"larger images are not read as a whole (default: {MAX_PIXELS})")
+    try:
+        check_words(sys.argv[1:] if argv is None else argv, p._option_string_actions)
+    except BadInput as e:
+        p.error(str(e))
     args = p.parse_args(argv)
-    if args.bands and (len(args.bands) != 3 or min(args.bands) < 1):
-        p.error(f"--bands {args.bands}: expected three numbers from 1, such as 4,1,2")
+    if args.max_pixels:
+        os.environ[PIXELS_VARIABLE] = str(args.max_pixels)
     if args.root is None and args.input_range:  # --input-range 0 3000 ROOT
         args.root = Path(args.input_range.pop())
     if args.root is None:
@@ -57,9 +73,23 @@ def parse_args(argv=None):
     return args
 
 
-def band_numbers(text: str) -> list[int]:
-    """'4,1,2' -> [4, 1, 2]."""
-    return [int(number) for number in text.split(",")]
+def count(text: str) -> int:
+    """An argparse type: a whole number from 1."""
+    try:
+        value = number(text, int)
+    except ValueError:
+        value = 0
+    if value < 1:
+        raise argparse.ArgumentTypeError(f"{text}: expected a whole number from 1")
+    return value
+
+
+def bands(text: str) -> list[int]:
+    """An argparse type: '4,1,2' -> [4, 1, 2]."""
+    try:
+        return band_numbers(text)
+    except BadInput as e:
+        raise argparse.ArgumentTypeError(str(e)) from None
 
 
 def main(argv=None) -> int:
@@ -83,7 +113,7 @@ def main(argv=None) -> int:
         flags = reading_flags(args.bands, args.input_range)
         return check(args.root, description | typed, args.limit, args.dataset, flags)
     except (BadInput, OSError) as e:
-        print(f"error: {e}", file=sys.stderr)
+        print(f"error: {escaped(str(e))}", file=sys.stderr)
         return 2
 
 

@@ -15,6 +15,7 @@ from ..ranges import percentile_range
 from .complaints import Complaints, attempt
 from .ground import check_ground
 from .images import Finding, check_images, inspect_pair
+from .proposal import no_train
 from .shares import check_absent, check_ignored, print_shares
 
 NO_VAL = ('no val split: list whole scenes under "val" in dataset.json, or hold them out: '
@@ -181,8 +182,7 @@ def check_splits(root: Path, splits: dict, pairs: dict[str, tuple],
     if nowhere:
         complaints.note("nowhere", f"{len(nowhere)} images are in no split, first {nowhere[0]}")
     if "train" not in splits:
-        complaints.error("train", f"no train split, only {', '.join(splits)}; "
-                                  "the names are train, val and test")
+        complaints.error("train", no_train(splits))
     return homes
 
 

@@ -6,7 +6,7 @@
 from collections import Counter, defaultdict
 from collections.abc import Callable
 
-from ..common import BadInput
+from ..common import BadInput, escaped
 
 LEVELS = ("note", "warning", "error")  # the worst stand next to the prompt
 SHOWN = 20  # lines of one kind: one fault must not hide the others
@@ -38,7 +38,7 @@ class Complaints:
         for (level, _), lines in by_level:
             count[level] += len(lines)
             for line in lines[:SHOWN]:
-                print(f"{level}: {line}")
+                print(f"{level}: {escaped(str(line))}")
             if len(lines) > SHOWN:
                 print(f"{level}: ... and {len(lines) - SHOWN} more like these")
         errors = f", {count['error']} of them errors" if count["error"] else ""

@@ -9,7 +9,7 @@ from ..datasets import (check_command, find_pairs, in_threads, load_splits, matc
 from ..public import SETS
 from .complaints import Complaints, attempt
 from .patterns import draft_patterns
-from .proposal import folder_splits, listed_splits, propose_hold_out
+from .proposal import folder_splits, listed_splits, no_train, propose_hold_out
 from .reading import draft_reading
 from .values import Values, count_values, draft_classes, scan, values_table
 
@@ -79,7 +79,9 @@ def draft_splits(root: Path, pairs: dict[str, tuple], complaints: Complaints) ->
         splits = folder_splits(list(pairs), complaints)
         chosen = split_names(root, {"splits": splits}, pairs)
     drafted = {"splits": splits}
-    if "val" not in splits:
+    if "train" not in splits:
+        complaints.error("train", no_train(splits))
+    elif "val" not in splits:
         drafted |= propose_hold_out(chosen.get("train", []), complaints)
     return drafted
 
@@ -102,7 +104,7 @@ def compare_class_lists(root: Path, description: dict, complaints: Complaints) -
     # Such lists are often of another version than the masks, so they are compared, not believed.
     colors = {c.get("color") for c in description["classes"]} | set(description["ignore"])
     for file in sorted(set(root.glob("[!.]*.json")) - {root / "dataset.json"}):
-        if file.stat().st_size > MAX_CLASS_LIST:
+        if not file.is_file() or file.stat().st_size > MAX_CLASS_LIST:
             continue
         text = file.read_text("utf-8", errors="ignore")
         listed = {color.upper() for color in re.findall("#[0-9a-fA-F]{6}", text)}

@@ -9,7 +9,7 @@ from glob import escape
 from itertools import zip_longest
 from pathlib import Path
 
-from ..common import BadInput
+from ..common import BadInput, nfc
 from ..files import SUFFIXES, images_in, not_used
 from .complaints import Complaints
 
@@ -49,7 +49,8 @@ def draft_patterns(root: Path, chosen: str | None, complaints: Complaints) -> di
     return {"images": [image for image, _ in patterns], "masks": [mask for _, mask in patterns]}
 
 
-def find_pictures(root: Path, chosen: str | None, complaints: Complaints) -> tuple[list[Path], list[Path]]:
+def find_pictures(root: Path, chosen: str | None,
+                  complaints: Complaints) -> tuple[list[Path], list[Path]]:
     """Images and masks, relative to root, told apart by the words in their folders and names.
 
     `chosen`: as for draft_patterns.
@@ -75,9 +76,14 @@ def find_pictures(root: Path, chosen: str | None, complaints: Complaints) -> tup
     if chosen:
         masks = in_folder(root, chosen, files)
         images = sorted(set(images) - set(masks))
-    if not masks:
-        raise BadInput(f"{root}: {len(files)} pictures, but no folder or file name says mask, "
-                       "label, gt or the like; name the folder of the masks: --masks FOLDER")
+    for found, missing, advice in (
+            (images, "image", "an image needs one of these suffixes"),
+            (masks, "mask", "no folder or file name says mask, label, gt or the like; name the "
+                            "folder of the masks: --masks FOLDER")):
+        if not found:
+            passed = f"; {not_used(others)}" if others else ""
+            raise BadInput(f"{root}: {len(files)} pictures, first {files[0]}, and no {missing} "
+                           f"among them: {advice}{passed}")
     return images, masks
 
 
@@ -88,10 +94,11 @@ def in_folder(root: Path, folder: str, files: list[Path]) -> list[Path]:
     if typed.is_dir() and typed.resolve().is_relative_to(root.resolve()):
         folder = typed.resolve().relative_to(root.resolve()).as_posix()
     folder = folder.replace("\\", "/").strip("/")
-    found = [p for p in files if f"/{folder}/" in f"/{p.parent.as_posix()}/"]
+    found = [p for p in files if f"/{nfc(folder)}/" in f"/{nfc(p.parent.as_posix())}/"]
     if not found:
         names = sorted({p.parent.as_posix() for p in files})
-        raise BadInput(f"{root}: no picture in a folder {folder!r}; there are {', '.join(names[:9])}")
+        raise BadInput(f"{root}: no picture in a folder {folder!r}; "
+                       f"there are {', '.join(names[:9])}")
     return found
 
 
@@ -126,7 +133,7 @@ def without_words(part: str) -> str:
     """A part of a path without WORDS: "top_1_RGB" -> "top_1"."""
     # A slash stands for each gap, as between the stars of a pattern: with nothing there,
     # "a_img_b" and "a_b_mask" would be one place, but have no pattern in common.
-    return "/".join(filter(None, WORDS.split(part)[::2]))
+    return "/".join(filter(None, WORDS.split(nfc(part))[::2]))
 
 
 def folder_places(file: Path) -> set[str]:
@@ -173,12 +180,12 @@ def star_patterns(image: Path, mask: Path) -> tuple[str, str]:
     # would let in.
     common = []
     for a, b in zip(image.parts[:-1], mask.parts[:-1]):
-        common.append(a == b and not SPLIT.search(a))
+        common.append(nfc(a) == nfc(b) and not SPLIT.search(a))
 
     def stars(p):
         folders = ["*" if same else escape(part)
                    for part, same in zip_longest(p.parts[:-1], common)]
-        if image.stem == mask.stem:
+        if nfc(image.stem) == nfc(mask.stem):  # macOS spells letters with marks as two
             return "/".join([*folders, "*" + escape(p.suffix)])
         name = ""
         for i, text in enumerate(WORDS.split(p.stem)):

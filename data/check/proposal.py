@@ -67,8 +67,14 @@ def folder_splits(names: list[str], complaints: Complaints) -> dict[str, str | l
     return {"train": groups[:-2 * k], "val": groups[-2 * k:-k], "test": groups[-k:]}
 
 
+def no_train(splits: dict) -> str:
+    """The complaint about splits without one to learn from."""
+    return (f"no train split, only {', '.join(splits)}; name the images to learn from under "
+            '"train" in dataset.json')
+
+
 def rules_for(some: list[str], names: list[str]) -> set[str]:
-    """Rules for some of the names and no other: folders, or names where a folder holds others, too."""
+    """Rules for some of the names and no other: folders, or names where others lie in one, too."""
     mixed = {"."}
     for other in set(names) - set(some):
         mixed.update(str(folder) for folder in PurePosixPath(other).parents)
