@@ -32,7 +32,7 @@ NETS = {
     "effunet": (efficientnet_unet.EfficientNetUnet, efficientnet_unet.load_pretrained, {}),
 }
 # What a spec may hold.
-SPEC = {"name", "cnn", "stem", "classes", "options", "backbone", "head", "version", "taps",
+SPEC = {"name", "cnn", "stem", "fold", "classes", "options", "backbone", "head", "version", "taps",
         "feat_norm", "features", "bank", "k", "temperature"}
 # How the names of backbone parameters begin, which --backbone-lr is for: of a ViT "backbone.",
 # the others are those of CNNs.
