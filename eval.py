@@ -345,8 +345,8 @@ def main(args):
     counts.over_ranks()
     worst.over_ranks()
     if not counts.matrices.any():
-        raise BadInput(f"{d.root}: every pixel of {args.split} is ignored; check \"ignore\" in "
-                       "dataset.json")
+        check = "lower --ignore-boundary" if args.ignore_boundary else 'check "ignore" in dataset.json'
+        raise BadInput(f"{d.root}: every pixel of {args.split} is ignored; {check}")
 
     # ---- report
     if args.calibrate:
