@@ -345,7 +345,9 @@ def main(args):
     counts.over_ranks()
     worst.over_ranks()
     if not counts.matrices.any():
-        check = "lower --ignore-boundary" if args.ignore_boundary else 'check "ignore" in dataset.json'
+        check = 'check "ignore" in dataset.json'
+        if args.ignore_boundary:
+            check = "lower --ignore-boundary"
         raise BadInput(f"{d.root}: every pixel of {args.split} is ignored; {check}")
 
     # ---- report

@@ -21,7 +21,7 @@ LOWEST, HIGHEST = 0.02, 50  # temperatures beyond are a matter of a few pixels
 
 
 def read_temperature(run: Path, sha256: str) -> float | None:
-    """Of RUN/calibration.json; None without one, or where it belongs to weights of another sha256."""
+    """Of RUN/calibration.json; None without one, or where it is of weights of another sha256."""
     folder = run if run.is_dir() else run.parent
     file = folder / "calibration.json"
     if not file.exists():
