@@ -387,8 +387,9 @@ def main(args):
                   f"{about['pixels']} pixels of {args.split}")
 
         # ---- for other programs, such as data.curate
-        about = dict(run=args.run and str(args.run), weights=weights, root=str(d.root),
-                     split=args.split, classes=d.names, temperature=temperature)
+        about = dict(run=str(folder), weights=weights, root=str(d.root), source=d.kind,
+                     variant=d.description.get("variant"), reading=d.reading, split=args.split,
+                     classes=d.names, temperature=temperature)
         index = {}  # {folder: its index.json}; both may go into one
         if args.probabilities:
             index[args.probabilities] = about | dict(images={n: f"{n}.tif" for n in names})
