@@ -827,7 +827,11 @@ def data_pixels(pixels: np.ndarray, seen: np.ndarray | None,
     """
     valid = seen
     if seen is None and nodata is not None:
-        valid = ~is_nodata(pixels, nodata).all(-1)
+        # Band by band: NumPy's all() along a short axis takes three times as long as the reading.
+        void = True
+        for band in np.moveaxis(is_nodata(pixels, nodata), -1, 0):
+            void &= band
+        valid = ~void
     if pixels.dtype.kind == "f":
         valid = both(valid, np.isfinite(pixels).all(-1))
     return valid
