@@ -1,4 +1,4 @@
-"""Score a trained model, or anybody's masks, on one split: every metric, with its protocol and intervals.
+"""Score a trained model, or anybody's masks, on one split: every metric, protocol, intervals.
 
     python eval.py runs/demo                         the reported split, windows as in training
     python eval.py runs/demo --split val --overlap 0.5
@@ -7,7 +7,7 @@
     python eval.py --masks predictions --mask-ids train --root D     and without a run
     python eval.py runs/a --tta d4 --with runs/b     mean probability of two runs and eight views
     python eval.py --compare runs/a runs/b           the difference, with 95 % intervals
-    python eval.py runs/demo --split train --difficulty    scores images for train_kd.py --sampler weighted
+    python eval.py runs/demo --split train --difficulty    for train_kd.py --sampler weighted
     python eval.py --summary runs/*                  one table of what these runs reported
     torchrun --standalone --nproc_per_node=8 eval.py runs/demo    the numbers stay the same
 
@@ -56,7 +56,7 @@ def parse_args(argv=None):
     p.add_argument("--split-file", help="JSON {split: [names]}, such as a run's split.json")
     p.add_argument("--masks", help="score the masks NAME.png or .tif in this folder, not the model")
     p.add_argument("--mask-ids", choices=["train", "raw", "color"],
-                   help="ids 0..K-1, values as in the data set's own masks, or the classes' colours")
+                   help="ids 0..K-1, values as in the data set's masks, or the classes' colours")
     p.add_argument("--ignore-boundary", type=between(0, 1000, int), default=0, metavar="R",
                    help="do not count pixels within R of another label")
     p.add_argument("--difficulty", action="store_true",
@@ -110,7 +110,6 @@ def parse_args(argv=None):
 
 
 # ---- data
-
 
 def open_data(args, meta, folder):
     # -> the data set with the model's classes in the model's order
@@ -372,8 +371,10 @@ def main(args):
     counts.over_ranks()
     worst.over_ranks()
     if not counts.matrices.any():
-        raise BadInput(f"{d.root}: every pixel of {args.split} is ignored; check \"ignore\" in "
-                       "dataset.json")
+        check = 'check "ignore" in dataset.json'
+        if args.ignore_boundary:
+            check = "lower --ignore-boundary"
+        raise BadInput(f"{d.root}: every pixel of {args.split} is ignored; {check}")
 
     # ---- report
     if args.calibrate:

@@ -50,7 +50,7 @@ def mean_and_sd(results: list[dict], key: str) -> str:
 
 
 def summary(folders: list[str]) -> str:
-    """Markdown table of finished runs, and a line for each run or row that is not like the others."""
+    """Markdown table of finished runs, and a line for each run or row that is unlike the others."""
     groups, left_out = {}, []
     for folder in map(Path, folders):
         if not (folder / "protocol.json").exists():  # such as runs/data
@@ -61,7 +61,8 @@ def summary(folders: list[str]) -> str:
         try:
             same, scored, result, protocol = read_run(folder)
         except (ValueError, LookupError, TypeError, AttributeError) as e:
-            left_out.append(f"{folder}: its results cannot be read ({e!r})")
+            why = e if isinstance(e, BadInput) else repr(e)
+            left_out.append(f"{folder}: its results cannot be read ({why})")
         else:
             groups.setdefault(same, []).append((folder.name, scored, result, protocol))
     if not groups:
@@ -96,5 +97,6 @@ def not_comparable(firsts: list[tuple]) -> list[str]:
     for other_name, other, *_ in firsts[1:]:
         differing = [key for key in scored if scored[key] != other[key]]
         if differing:
-            lines.append(f"not comparable: {name} and {other_name} differ in {', '.join(differing)}")
+            lines.append(f"not comparable: {name} and {other_name} differ in "
+                         f"{', '.join(differing)}")
     return lines
