@@ -414,6 +414,7 @@ def main(args):
 
         # ---- for other programs, such as data.curate
         about = dict(run=args.run and str(args.run), weights=weights, root=str(d.root),
+                     source=d.kind, variant=d.description.get("variant"), reading=d.reading,
                      split=args.split, classes=d.names, temperature=temperature)
         index = {}  # {folder: its index.json}; both may go into one
         if args.probabilities:

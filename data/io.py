@@ -106,8 +106,9 @@ def chosen_bands(raster, bands: list[int] | None, window: Window | None,
 
 
 def is_mask_band(veil: np.ndarray) -> bool:
-    """Whether all of an alpha band is 0 or opaque."""
-    return bool(np.isin(veil, (0, np.iinfo(veil.dtype).max)).all())
+    """Whether all of an alpha band is 0 or opaque: the highest number, of floats 1."""
+    opaque = 1 if veil.dtype.kind == "f" else np.iinfo(veil.dtype).max
+    return bool(np.isin(veil, (0, opaque)).all())
 
 
 def paint(raster, index: np.ndarray, bands: list[int] | None, valid: np.ndarray | None) -> tuple:

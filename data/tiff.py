@@ -735,12 +735,12 @@ def nodata_beside(path: str | Path, bands: int, metadata: str = "",
     of_band = dict.fromkeys(range(1, bands + 1), tag)
     beside = Path(f"{path}.aux.xml")
     if beside.is_file():
-        root = parse_xml(beside.read_text("utf-8", "replace"), beside)
+        root = parse_xml(read_text(beside, "replace"), beside)
         more = {i.get("key"): i.text for i in root.iterfind("Metadata/MDI")}
         metadata = more.get(NODATA_VALUES) or metadata
         for band in root.iterfind("PAMRasterBand"):
             text, number = band.findtext("NoDataValue"), band.get("band", "")
-            if text is not None and number.isdecimal():
+            if text is not None and number.isdecimal() and len(number) < 10:
                 of_band[int(number)] = as_value(text)
     values = [as_value(word) for word in metadata.split()]
     if len(values) != bands or None in values:  # GDAL leaves out such lists, too

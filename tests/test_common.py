@@ -19,8 +19,8 @@ from PIL import Image
 
 from data import common
 from data.common import (
-    BadInput, Written, as_text, check_file, check_pixels, escaped, even_sample, in_time, json_lines, json_text, minutes,
-    nfc, number, print_anything, progress, read_json, read_text, replace, write)
+    BadInput, Written, as_text, check_file, check_pixels, escaped, even_sample, in_time, json_lines, json_text,
+    minutes, nfc, number, print_anything, progress, read_json, read_text, replace, write)
 from data.io import read_image, read_mask
 from data.raster import open_raster
 from data.tiff import Tiff
