@@ -49,8 +49,8 @@ def run(tmp_path_factory):
     folder = tmp_path_factory.mktemp("run")
     ids = [10 * i for i in range(K)]
     classes = [dict(name=name, id=i, color=f"#{i:02x}80ff") for name, i in zip(NAMES, ids)]
-    meta = dict(model=dict(name="unetformer"), classes=classes, ignore=[], norm="sat", crop=CROP, overlap=0.25, amp="off",
-                saved="all", reading=dict(bands=None, input_range=None))
+    meta = dict(model=dict(name="unetformer"), classes=classes, ignore=[], norm="sat", crop=CROP, overlap=0.25,
+                amp="off", saved="all", reading=dict(bands=None, input_range=None))
     save_weights(folder / "best.safetensors", {"w": torch.zeros(1)}, meta)
     return folder
 
