@@ -3,6 +3,8 @@
     python predict.py runs/demo IMAGE_OR_FOLDER_OR_GLOB ... --out predictions
     python predict.py runs/demo scene.tif                 a GeoTIFF of any size, in flat memory
     python predict.py runs/demo D --label-out raw         ids or colours as in the training masks
+    python predict.py runs/a D --with runs/b --tta d4     mean probability of two runs and eight views
+    python predict.py runs/a --export model.onnx          for QGIS (Deepness) and WebODM (GeoDeep)
     python predict.py runs/eurosat-cnn D --montage 8      a run of train_cls.py: a table, and pictures
 
 Writes OUT/NAME.png (ids in a palette PNG: opens in colour, reads back as ids), NAME_color.png,
@@ -39,12 +41,11 @@ from data.results import Finished, InMemory, areas, mark_of, qml, summary
 from data.scenes import prepare, square
 from data.strips import Strips
 from data.tiff import Tiff, TiffWriter, remove_part
-from models import nets, run
+from models import ensemble, export, nets, run
 from models.calibrate import read_temperature
-from models.checkpoint import load_weights, weights_file
+from models.checkpoint import load_weights
 from models.infer import panels, slide_rows
 from models.run import COUNT, WHOLE, between
-from models.weights import sha256
 
 JPEG_SIDE = 60_000  # pixels; overlays of larger images are thinned: a JPEG has at most 65,535
 LOOK_SIDE = 2048  # pixels; overlays of GeoTIFFs are thinned to that
@@ -54,7 +55,7 @@ SILENT = 10.0  # seconds between lines about one image
 def parse_args(argv=None):
     p = run.Parser(__doc__)
     p.add_argument("run", help="run folder, or its best.safetensors")
-    p.add_argument("inputs", nargs="+", help="images, folders (with sub-folders) or patterns")
+    p.add_argument("inputs", nargs="*", help="images, folders (with sub-folders) or patterns")
     p.add_argument("--out", default="predictions", help="folder for the results")
     p.add_argument("--label-out", default="train", choices=["train", "raw"],
                    help="ids 0..K-1, or those of the masks")
@@ -66,6 +67,16 @@ def parse_args(argv=None):
                    help="also write a TIFF with a band per class, probability times 255")
     p.add_argument("--overwrite", action="store_true",
                    help="replace files of others, or changed by hand")
+    p.add_argument("--tta", choices=list(ensemble.VIEWS),
+                   help="average over views of every window: 4 flips, d4 8 turns, 3 scales")
+    p.add_argument("--with", dest="partners", nargs="+", metavar="RUN",
+                   help="average probabilities with these runs of the same classes")
+    p.add_argument("--soup", nargs="+", metavar="RUN",
+                   help="average weights with these runs of the same start")
+    p.add_argument("--export", metavar="FILE.onnx",
+                   help="write the network for QGIS' Deepness and GeoDeep, predict nothing")
+    p.add_argument("--resolution", type=between(0.01, 1e6),
+                   help="cm per pixel of the training images, for --export (by their georeference)")
     p.add_argument("--overlap", type=between(0, 0.9),
                    help="of windows, as a part of the crop (as in training)")
     p.add_argument("--weights", help="backbone of a run saved with --save head (as in training)")
@@ -75,7 +86,14 @@ def parse_args(argv=None):
     p.add_argument("--top", type=COUNT, default=3, help="classes per image in predictions.csv")
     p.add_argument("--montage", type=WHOLE, default=0,
                    help="images per class in montage.png, the surest first; 0 = none")
-    return p.parse_args(argv)
+    args = p.parse_args(argv)
+    if not args.inputs and not args.export:
+        p.error("no images: name them behind the run and before flags such as --with")
+    if args.export and (args.inputs or args.partners or args.tta):
+        p.error("--export writes one network and predicts nothing; leave images, --with and --tta out")
+    if args.resolution and not args.export:
+        p.error("--resolution goes with --export; leave it out")
+    return args
 
 
 def find_images(inputs):
@@ -309,9 +327,10 @@ def predict_masks(args, images, rank, world, device):
     check_outputs(out, written, images, ends, values)
 
     # ---- network
-    net, _ = nets.load_run(args.run, args.weights)
+    several = dict(partners=args.partners, soup=args.soup, tta=args.tta)
+    net, meta = ensemble.load_runs(args.run, args.weights, **several)
     net.to(device)
-    weights = sha256(weights_file(args.run))
+    weights = ensemble.identity(args.run, **several)
     overlap = meta["overlap"] if args.overlap is None else args.overlap
     window = dict(crop=meta["crop"], overlap=overlap, batch=args.batch_size,
                   amp=use_bf16(args, meta, device))
@@ -322,6 +341,8 @@ def predict_masks(args, images, rank, world, device):
             say("note: no calibration.json of these weights: probabilities as the network says")
     info = dict(MODEL=nets.name_of(meta["model"]), WEIGHTS_SHA256=weights,
                 CLASSES=", ".join(f"{v['value']} {v['name']}" for v in values))
+    for flag, value in ensemble.about(**several).items():
+        info[flag.upper()] = value
     settings = dict(info, window=window, reading=meta["reading"], norm=meta["norm"], values=values,
                     temperature=temperature, device=device.type)
     run.wait()  # what another rank writes from here on is no old file
@@ -451,9 +472,45 @@ def predict_table(args, images, rank, world, device):
     return left_out
 
 
+# ---- for other programs
+
+def export_run(args):
+    net, meta = ensemble.load_runs(args.run, args.weights, soup=args.soup)
+    path = Path(args.export)
+    if path.suffix.lower() != ".onnx":
+        raise BadInput(f"--export {path}: expected a name that ends in .onnx")
+    written = Written(path.parent, args.overwrite)
+    written.check([path.name])
+    resolution = args.resolution or export.training_resolution(meta)
+    if resolution is None:
+        raise BadInput(f"--export {path}: how large a pixel is does not stand in the training images; "
+                       "type --resolution 30 if one is 30 cm wide: maps will be resampled to that")
+    content, compared = export.to_onnx(net, meta, resolution)
+    written.write(path.name, content)
+    S = meta["crop"]
+    print(f"wrote {path}: {nets.name_of(meta['model'])}, 1 x 3 x {S} x {S} pixels of "
+          f"{resolution:g} cm, divided by 255 -> probabilities of {len(meta['classes'])} classes")
+    if any(meta["reading"].values()):
+        print(f"note: trained on images read with {ensemble.as_words(meta['reading'])}; a map must "
+              "show the same bands in the same range")
+    if compared is None:
+        print("note: not compared with the network; pip install onnxruntime, and type it again")
+    else:
+        print(f"compared in onnxruntime: probabilities differ by at most {compared['difference']:.1e}, "
+              f"{compared['same']:.2%} of the pixels have the same class")
+
+
 def main(args):
     rank, world, device = run.start()
     task = load_weights(args.run, header_only=True)[1].get("task")
+    if task == "classification" and (args.export or args.tta or args.partners or args.soup):
+        raise BadInput(f"{args.run}: a run of train_cls.py; --export, --tta, --with and --soup are "
+                       "for segmentation: leave them out")
+    if args.export:
+        if rank == 0:
+            export_run(args)
+        run.end()
+        return
     predict = predict_table if task == "classification" else predict_masks
     images, others = find_images(args.inputs)
     if others and rank == 0:

@@ -17,8 +17,8 @@ from .tiff import Window
 UNKNOWN = 254  # marks mask values that no class and no ignore entry names; never leaves this file
 
 MAX_ID = 2**53  # float64 holds whole numbers up to here
-SAY_RANGE = ('say which values become 0 and 255: --input-range LOW HIGH, or "input_range": '
-             "[LOW, HIGH] in dataset.json")
+SAY_RANGE = ("say which values become 0 and 255: --input-range LOW HIGH, or p2-98 for percentiles, "
+             'or "input_range": [LOW, HIGH] in dataset.json')
 
 
 # ---- images
@@ -106,8 +106,9 @@ def chosen_bands(raster, bands: list[int] | None, window: Window | None,
 
 
 def is_mask_band(veil: np.ndarray) -> bool:
-    """Whether all of an alpha band is 0 or opaque."""
-    return bool(np.isin(veil, (0, np.iinfo(veil.dtype).max)).all())
+    """Whether all of an alpha band is 0 or opaque: the highest number, of floats 1."""
+    opaque = 1 if veil.dtype.kind == "f" else np.iinfo(veil.dtype).max
+    return bool(np.isin(veil, (0, opaque)).all())
 
 
 def paint(raster, index: np.ndarray, bands: list[int] | None, valid: np.ndarray | None) -> tuple:
@@ -281,7 +282,8 @@ class Labels:
                                'class, or "name" and "color" in every class')
             name = c["name"]
             if not isinstance(name, str) or not name.strip() or escaped(name) != name:
-                raise BadInput(f"label table with the class name {name!r}; expected text in one line")
+                raise BadInput(f"label table with the class name {name!r}; expected text in one "
+                               "line")
         self.classes = [dict(c) for c in classes]
         self.ignore = list(ignore) if isinstance(ignore, (list, tuple)) else [ignore]
         self.names = [c["name"] for c in self.classes]

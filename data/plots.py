@@ -485,6 +485,44 @@ def cm_cell(count: int, support: int, side: int) -> Picture:
     return img
 
 
+# ---- calibration
+
+def reliability(share: np.ndarray, confidence: np.ndarray, accuracy: np.ndarray,
+                title: str = "") -> Picture:
+    """Per bin of confidence its share of the pixels, mean confidence and accuracy, (n,) each.
+
+    A bar is as high as the accuracy; a calibrated model's bars end at the diagonal.
+    """
+    side = 300
+    n = len(share)
+    img = blank(side + 60, side + 90)
+    draw = ImageDraw.Draw(img)
+    left, base = 48, side + 10
+    for v in (0, 0.25, 0.5, 0.75, 1):
+        at = round(side * v)
+        draw.line((left, base - at, left + side, base - at), GRID)
+        write_at(img, left - 6, base - at, label(v), "rm", 12, SOFT)
+        write_at(img, left + at, base + 6, label(v), "ma", 12, SOFT)
+    for i in range(n):
+        if share[i] == 0:
+            continue
+        x0 = left + round(side * i / n) + 1
+        x1 = left + round(side * (i + 1) / n) - 1
+        draw.rectangle((x0, base - round(side * accuracy[i]), x1, base), BRIGHT[0])
+        # A red line where the bar should end.
+        expected = base - round(side * confidence[i])
+        draw.line((x0, expected, x1, expected), WRONG, 2)
+        # The share of the pixels below, the largest 30 pixels long.
+        long = math.ceil(30 * share[i] / share.max())
+        draw.rectangle((x0, base + 52, x1, base + 52 + long), SOFT)
+    draw.line((left, base, left + side, base - side), SOFT)
+    draw.line((left, base - side, left, base, left + side, base), SOFT)
+    note = "confidence; below: share of the pixels"
+    write_at(img, left + side // 2, base + 24, note, "ma", 12, SOFT)
+    items = [(BRIGHT[0], "accuracy"), (WRONG, "confidence")]
+    return page([line(title, side + 60, 18), img, legend_of(items, side + 60)])
+
+
 # ---- masks and contact sheets
 
 def colorize(ids: np.ndarray, colors: np.ndarray) -> np.ndarray:

@@ -199,23 +199,33 @@ def examples(net: nn.Module, data: Dataset, window: dict, n: int) -> list[tuple]
 
 
 @torch.inference_mode()
-def matrices(net: nn.Module, data: Dataset, window: dict, workers: int = 0,
-             classes: int | None = None, what: str = "images") -> Iterator[tuple[str, torch.Tensor]]:
-    """(name, (k, k) int64 confusion matrix, rows true) of every image of this rank's part of the data.
+def predictions(net: nn.Module, data: Dataset, window: dict, workers: int = 0,
+                what: str = "images") -> Iterator[tuple[str, torch.Tensor, torch.Tensor]]:
+    """(name, y (H, W), logits (K, H, W)) of every image of this rank's part of the data, on net's device.
 
-    window: crop, overlap, batch and amp of slide(). classes: k, where the network's are not the data's.
+    window: crop, overlap, batch and amp of slide().
     """
     rank, world = (dist.get_rank(), dist.get_world_size()) if dist.is_initialized() else (0, 1)
-    k = classes or len(data.labels.names)
     device = next(net.parameters()).device
     mine = range(rank, len(data), world)  # unpadded: no image is counted twice
     loader = DataLoader(data, batch_size=None, sampler=mine, num_workers=workers,
                         prefetch_factor=1 if workers else None,
                         worker_init_fn=keep_signals_from_worker)
     for x, y, name in progress(loader, what):
-        logits = slide(net, x.to(device), **window)
+        yield name, y.to(device), slide(net, x.to(device), **window)
+
+
+@torch.inference_mode()
+def matrices(net: nn.Module, data: Dataset, window: dict, workers: int = 0,
+             classes: int | None = None, what: str = "images") -> Iterator[tuple[str, torch.Tensor]]:
+    """(name, (k, k) int64 confusion matrix, rows true) of every image of this rank's part of the data.
+
+    classes: k, where the network's are not the data's.
+    """
+    k = classes or len(data.labels.names)
+    for name, y, logits in predictions(net, data, window, workers, what):
         pred = logits.max(0).indices  # ten times faster than argmax on a CPU
-        yield name, metrics.confusion(pred, y.to(device), k)
+        yield name, metrics.confusion(pred, y, k)
 
 
 def evaluate(net: nn.Module, data: Dataset, window: dict, workers: int = 0,

@@ -66,8 +66,10 @@ def test_weights_that_no_run_wrote_are_told_apart(tmp_path):
     ("overlap", float("nan")), ("norm", "mars"), ("norm", []), ("amp", 1), ("saved", False), ("size", -1),
     ("reading", [1]), ("reading", {"bands": 3}), ("reading", {"bands": [1, 2]}), ("reading", {"more": 1}),
     ("reading", {"input_range": "p2-98"}), ("reading", {"input_range": [3, 1]}), ("crop", True), ("crop", 64.0),
-    ("overlap", True), ("saved", "some"), ("reported", 3), ("variant", []), ("task", "painting"), ("report", {"a": "b"}),
-    ("classes", [{"name": "a"}, {"name": "a"}]), ("ignore", 255), ("weights", "a.pth"), ("weights", {"path": 3}), ("splits", []), ("root", 3)])
+    ("overlap", True), ("saved", "some"), ("reported", 3), ("variant", []), ("task", "painting"),
+    ("report", {"a": "b"}),
+    ("classes", [{"name": "a"}, {"name": "a"}]), ("ignore", 255), ("weights", "a.pth"), ("weights", {"path": 3}),
+    ("splits", []), ("root", 3)])
 def test_a_field_that_no_run_writes_is_named(field, value, tmp_path):
     good = dict(model={}, classes=[{"name": "a"}], crop=64, overlap=0.25, norm="sat", amp="off", saved="all",
                 size=64, reading={}, weights={"path": None}, splits={}, root=".")
@@ -76,6 +78,16 @@ def test_a_field_that_no_run_writes_is_named(field, value, tmp_path):
     save_weights(tmp_path / "best.safetensors", {}, good | {field: value})
     said = refusal(load_weights, tmp_path)
     assert f"best.safetensors: {field} in its header is" in said
+
+
+def test_there_are_as_many_classes_as_outputs(tmp_path):
+    for names, right in (("ab", True), ("a", False), ("abc", False)):
+        meta = dict(model={"classes": 2}, classes=[{"name": name} for name in names])
+        save_weights(tmp_path / "best.safetensors", {}, meta)
+        if right:
+            assert load_weights(tmp_path)[1]["classes"] == meta["classes"]
+        else:
+            assert f"{len(names)} classes in its header for a network of 2" in refusal(load_weights, tmp_path)
 
 
 def test_a_field_that_is_not_there_is_named_by_whoever_asks(tmp_path):
@@ -248,6 +260,7 @@ def test_the_state_of_a_run_is_taken_up():
     dict(step=-1), dict(step=7.0), dict(step=True), dict(step="7"), dict(best=math.nan), dict(best=-2.0),
     dict(best=None), dict(seconds=math.inf), dict(seconds=-1.0), dict(history={}), dict(history=[3]), dict(more=1),
     dict(history=[dict(loss=1.0)]), dict(history=[dict(step=1, loss="a")]), dict(history=[dict(step=1, loss=math.nan)]),
+    dict(history=[dict(step=1, loss=10**400)]), dict(step=10**400),
     dict(command=3), dict(speed="fast")])
 def test_a_state_that_no_run_has_is_refused(change):
     s = SimpleNamespace(**NEW)

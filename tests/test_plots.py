@@ -215,6 +215,20 @@ def test_samples_survive_and_stay_small():
     assert plots.samples([], names, COLORS).width == without.width < img.width
 
 
+def test_bars_of_reliability_are_as_high_as_the_accuracy():
+    share, confidence = np.full(4, 0.25), np.array([0.1, 0.4, 0.6, 0.9])
+    heights = []
+    for accuracy in (np.zeros(4), np.full(4, 0.5), np.ones(4)):
+        img = plots.reliability(share, confidence, accuracy, "a title")
+        heights.append(amount(img, plots.BRIGHT[0]))
+        assert_margin_is_empty(img)
+    field = 300 * 300
+    assert heights[0] < 0.05 * field < 0.45 * field < heights[1] < 0.52 * field < 0.9 * field < heights[2]
+    empty = np.array([0, 0.5, 0, 0.5])
+    half = plots.reliability(empty, np.where(empty, confidence, np.nan), np.where(empty, 1, np.nan))
+    assert amount(half, plots.BRIGHT[0]) < 0.55 * field  # bins without a pixel have no bar
+
+
 def test_cards_frame_what_is_wrong():
     image = np.full((4, 8, 3), 90, np.uint8)
     right, wrong = (image, ["a", "b 0.9", "c"], False), (image, ["a", "b 0.9", "c"], True)
