@@ -81,16 +81,16 @@ def child(argv, constant, report):
         def forward(self, x):
             return self.scores[None, :, None, None].expand(len(x), -1, *x.shape[-2:])
 
-    load = predict.nets.load_run
+    load = predict.ensemble.load_runs
 
-    def load_run(*args):
-        net, meta = load(*args)
+    def load_runs(*args, **how):
+        net, meta = load(*args, **how)
         if constant:
             net = Constant(len(meta["classes"]))
         timed(net, "forward", "network")
         return net, meta
 
-    predict.nets.load_run = load_run
+    predict.ensemble.load_runs = load_runs
     timed(predict.Strips, "read", "reading")
     timed(predict.Strips, "thinned", "reading")
     for name in ("append", "save"):

@@ -71,7 +71,8 @@ def call(*argv, ok=0, patch=None):
 
     def work():
         sys.stdout = sys.stderr = open(log, "w", buffering=1)
-        predict.nets.load_run = lambda *args: (Net().eval(), predict.load_weights(argv[0], header_only=True)[1])
+        predict.ensemble.load_runs = lambda *args, **how: (
+            Net().eval(), predict.load_weights(argv[0], header_only=True)[1])
         infer.ONE_PIECE = 0
         if patch:
             patch()
