@@ -648,7 +648,8 @@ def test_advice_for_old_compressions_gives_the_right_pixels(tmp_path, write, fou
     want = write(tmp_path / "a.tif")
     said = refusal(Tiff, tmp_path / "a.tif")
     assert found in said
-    np.testing.assert_array_equal(Tiff(follow(said.split("convert it: ")[1], tmp_path)).read(), want)
+    pixels = Tiff(follow(said.split("convert it: ")[1], tmp_path)).read()
+    np.testing.assert_allclose(pixels, want, rtol=0, atol=write is old_jpeg)  # two libjpegs round apart
 
 
 def write_refused(path, what):

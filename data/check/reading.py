@@ -36,12 +36,14 @@ def draft_reading(images: list[Path], train: list[tuple[Path, Window | None]], t
         if numbers:
             return reading, [*anew, "--bands", numbers]
 
+    # A grey image among those of more bands has not all that are read.
     bands = reading.get("bands")
     few = [r for r in rasters if bands and colours_of(r) < max(bands)]
     if few:
         complaints.error("bands", too_few(few, bands))
         faults += few
 
+    # Then the values: no one range fits bytes beside other numbers.
     word = reading.get("input_range")
     deep = [r for r in rasters if r.dtype != "uint8" and not r.indexed]
     kinds = kinds_of(rasters)
@@ -75,14 +77,17 @@ def draft_bands(rasters: list[Tiff | Picture], complaints: Complaints
     path, n, alpha = odd[0].path, colours_of(odd[0]), odd[0].alpha
     if not all(begins_with_colours(r) for r in rasters):
         numbers = "1,2,3" if n > 2 else "1,2,2"
-        complaints.error("bands", f"{path}: {n} bands ({odd[0].photometric}), and the file does not "
-                         f"say which are red, green and blue; choose three, such as --bands {numbers}")
+        complaints.error("bands", f"{path}: {n} bands ({odd[0].photometric}), and the file does "
+                         "not say which are red, green and blue; choose three, such as "
+                         f"--bands {numbers}")
         return None, numbers
-    # An alpha that is a mask would have been left out.
-    veil = (f"; band {alpha} is called alpha, but is no mask of transparent and opaque pixels alone: "
-            "it hides none") if alpha else ""
-    complaints.note("bands", f"{path}: {n} bands, of which the first are red, green and blue by its "
-                             f'header: "bands" in the draft{veil}')
+    # An alpha that is a mask would have been left out. Programs write infrared as alpha, too.
+    veil = ""
+    if alpha:
+        veil = (f"; band {alpha} is called alpha, but is no mask of transparent and opaque pixels "
+                "alone: it hides none")
+    complaints.note("bands", f"{path}: {n} bands, of which the first are red, green and blue by "
+                             f'its header: "bands" in the draft{veil}')
     return [1, 2, 3], None
 
 
