@@ -1,55 +1,78 @@
-"""Score a trained model, or anybody's masks, on one split: one confusion matrix, every metric, the protocol beside it.
+"""Score a trained model, or anybody's masks, on one split: every metric, protocol, intervals.
 
     python eval.py runs/demo                         the reported split, windows as in training
     python eval.py runs/demo --split val --overlap 0.5
+    python eval.py runs/demo --split val --calibrate fits how sure it is: RUN/calibration.json
     python eval.py runs/demo --masks predictions --mask-ids train    masks of any program
-    python eval.py runs/demo --split train --difficulty    scores images for train_kd.py --sampler weighted
+    python eval.py --masks predictions --mask-ids train --root D     and without a run
+    python eval.py runs/a --tta d4 --with runs/b     mean probability of two runs and eight views
+    python eval.py --compare runs/a runs/b           the difference, with 95 % intervals
+    python eval.py runs/demo --split train --difficulty    for train_kd.py --sampler weighted
     python eval.py --summary runs/*                  one table of what these runs reported
     torchrun --standalone --nproc_per_node=8 eval.py runs/demo    the numbers stay the same
 
-Writes eval.json and confusion.png into RUN/eval-SPLIT, of --masks into RUN/eval-SPLIT-masks.
+Writes eval.json, scenes.csv (a row per image), matrices.npz (for --compare), confusion.png,
+reliability.png and worst.png into RUN/eval-SPLIT, of --masks into RUN/eval-SPLIT-masks.
 """
-import json
 import os
-import sys
+from functools import partial
 from pathlib import Path
-from shlex import quote
 
 # Read when torch loads: threads that spin while they wait cost sixfold on a shared CPU.
 os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
 
+import numpy as np
 import torch
-import torch.distributed as dist
 
-from data import metrics, plots, public, samplers
-from data.common import IGNORE, BadInput, nfc, progress, read_json, write
-from data.files import check_folder, image_name, walk
+from data import boundary, metrics, plots, public, samplers
+from data.common import BadInput, Written, nfc, read_json
+from data.compare import compare, pack_matrices, read_scored, scene_table
+from data.datasets import scenes_of
 from data.io import Labels
+from data.masks import find_masks, mask_table, read_masks
+from data.raster import open_raster
 from data.source import Source
-from models import nets, run
-from models.checkpoint import load_weights
-from models.infer import matrices
+from data.summary import summary
+from data.tiff import write_tiff
+from models import calibrate, ensemble, run
+from models.checkpoint import load_weights, weights_file
+from models.features import MeanFeatures
+from models.infer import predictions
 from models.run import COUNT, between
+from models.score import Counts, Worst, further, table
 
 HARD_IOU = 0.5  # a class of an image with less is hard, for --difficulty
-
-# Flags by which runs may differ and still be one experiment in --summary.
-PLACE = "seed", "out", "resume", "workers", "cache", "root"
 
 
 def parse_args(argv=None):
     p = run.Parser(__doc__)
     p.add_argument("run", nargs="?", help="run folder, or its best.safetensors")
     p.add_argument("--summary", nargs="+", metavar="RUN", help="one Markdown table of these runs")
+    p.add_argument("--compare", nargs=2, metavar=("A", "B"),
+                   help="runs or folders of results that eval.py has written: B minus A")
     p.add_argument("--split", help="(the one that training reported)")
     p.add_argument("--root", help="data folder (as in training)")
     p.add_argument("--variant", help="form of a public set that has several: rgb,eroded")
     p.add_argument("--split-file", help="JSON {split: [names]}, such as a run's split.json")
-    p.add_argument("--masks", help="score the masks NAME.png in this folder, not the model")
-    p.add_argument("--mask-ids", choices=["train", "raw"],
-                   help="ids 0..K-1, or values as in the data set's own masks")
+    p.add_argument("--masks", help="score the masks NAME.png or .tif in this folder, not the model")
+    p.add_argument("--mask-ids", choices=["train", "raw", "color"],
+                   help="ids 0..K-1, values as in the data set's masks, or the classes' colours")
+    p.add_argument("--ignore-boundary", type=between(0, 1000, int), default=0, metavar="R",
+                   help="do not count pixels within R of another label")
     p.add_argument("--difficulty", action="store_true",
                    help="also write difficulty.json: hard classes per image")
+    p.add_argument("--calibrate", action="store_true",
+                   help="fit a temperature on this split, not the reported one")
+    p.add_argument("--probabilities", metavar="DIR",
+                   help="also write a TIFF per image: K bands, 255 times the probability")
+    p.add_argument("--features", metavar="DIR",
+                   help="also write features.npy: the backbone's mean features per image")
+    p.add_argument("--tta", choices=list(ensemble.VIEWS),
+                   help="average over views of every window: 4 flips, d4 8 turns, 3 scales")
+    p.add_argument("--with", dest="partners", nargs="+", metavar="RUN",
+                   help="average probabilities with these runs of the same classes")
+    p.add_argument("--soup", nargs="+", metavar="RUN",
+                   help="average weights with these runs of the same start")
     p.add_argument("--overlap", type=between(0, 0.9),
                    help="of windows, as a part of the crop (as in training)")
     p.add_argument("--weights", help="backbone of a run saved with --save head (as in training)")
@@ -60,119 +83,33 @@ def parse_args(argv=None):
     p.add_argument("--workers", type=between(0, 64, int), default=min(4, os.cpu_count() - 1),
                    help="reading processes")
     p.add_argument("--out", help="folder for the results (RUN/eval-SPLIT, or -masks)")
+    p.add_argument("--overwrite", action="store_true",
+                   help="replace files of others, or changed by hand")
     args = p.parse_args(argv)
-    if bool(args.run) == bool(args.summary):
-        p.error("name one run folder, or several after --summary")
+    without_run = args.masks and args.root
+    if sum(map(bool, (args.run, args.summary, args.compare))) != 1 and not (
+            without_run and not (args.run or args.summary or args.compare)):
+        p.error("name one run folder, or several after --summary, two after --compare, or --masks "
+                "with --root")
     if args.masks and not args.mask_ids:
-        p.error("--masks without --mask-ids; type train for ids 0..K-1, which predict.py writes, or "
-                "raw for values as in the data set's own masks")
+        p.error("--masks without --mask-ids; type train for ids 0..K-1, which predict.py writes, "
+                "raw for values as in the data set's own masks, or color for the classes' colours")
     if args.mask_ids and not args.masks:
         p.error("--mask-ids goes with --masks; leave it out")
+    for flag in ("calibrate", "probabilities", "features"):
+        if args.masks and getattr(args, flag):
+            p.error(f"--{flag} asks the model, --masks does not; leave one of them out")
+    several = args.tta or args.partners or args.soup
+    if several and (args.masks or not args.run):
+        p.error("--tta, --with and --soup ask the model of a run; leave them out")
+    if several and args.calibrate:
+        p.error("--calibrate is of one run as it is; leave --tta, --with and --soup out")
+    if args.features and (args.tta or args.partners):
+        p.error("--features are of one network; leave --tta and --with out")
     return args
 
 
-# ---- --summary
-
-def read_run(folder):
-    # -> what tells the experiment from others, results, protocol
-    result, protocol = [read_json(folder / f"{name}.json") for name in ("results", "protocol")]
-    if "accuracy" in result:  # of train_cls.py: the same words for the same numbers
-        result |= dict(oa=result["accuracy"], mf1=result["macro_f1"], iou=result["table"])
-        protocol |= dict(report={}, variant=None)
-    same = {flag: value for flag, value in protocol["flags"].items() if flag not in PLACE}
-    same |= {key: protocol[key] for key in ("dataset", "variant", "world", "amp", "report")}
-    same |= dict(classes=sorted(result["iou"]), split=result["split"])
-    return json.dumps(same, sort_keys=True), result, protocol
-
-
-def mean_and_sd(results, key):
-    if not all(isinstance(r.get(key), (int, float)) for r in results):
-        return ""
-    values = torch.tensor([r[key] for r in results], dtype=torch.float64)
-    spread = f" +/- {values.std():.4f}" if len(results) > 1 else ""
-    return f"{values.mean():.4f}{spread}"
-
-
-def summary(folders):
-    # Markdown; runs that differ in no more than seed and place become one row, mean +/- sd
-    groups, left_out = {}, []
-    for folder in map(Path, folders):
-        if not (folder / "protocol.json").exists():  # such as runs/data
-            continue
-        if not (folder / "results.json").exists():
-            left_out.append(f"{folder}: not finished; go on with --resume {quote(str(folder))}")
-            continue
-        try:
-            same, result, protocol = read_run(folder)
-        except (ValueError, LookupError, TypeError, AttributeError) as e:
-            why = e if isinstance(e, BadInput) else repr(e)
-            left_out.append(f"{folder}: its results cannot be read ({why})")
-        else:
-            groups.setdefault(same, []).append((folder.name, result, protocol))
-    if not groups:
-        raise BadInput(f"{folders[0]}: no results.json in these folders; name finished runs, such "
-                       "as runs/*")
-    head = ["run", "data", "split", "classes", "seeds", "mIoU", "mean F1", "OA", "majority mIoU",
-            "also reported"]
-    lines = ["| " + " | ".join(head) + " |", "|" + "---|" * len(head)]
-    for group in groups.values():
-        names, results, protocols = zip(*group)
-        first, protocol = results[0], protocols[0]
-        further = [f"{key.replace('_', ' ')}: mIoU {mean_and_sd(results, f'miou_{key}')}"
-                   for key in protocol["report"]]
-        scores = [mean_and_sd(results, key) for key in ("miou", "mf1", "oa", "majority_miou")]
-        cells = [", ".join(names), protocol["dataset"], first["split"],
-                 f"{first.get('classes_in_mean')} of {len(first['iou'])}",
-                 ", ".join(str(r.get("seed")) for r in results), *scores, ", ".join(further)]
-        lines.append("| " + " | ".join(cells) + " |")
-    return "\n".join([*lines, *left_out])
-
-
-# ---- --masks
-
-def find_masks(folder, names):
-    # -> {image name: mask}; predict.py names them below the folder that it was given, so all names
-    # lack the same number of leading folders
-    check_folder(folder)
-    there = {}
-    for file in walk(folder):
-        if file.suffix.lower() == ".png":
-            there[nfc(image_name(file.relative_to(folder)))] = file
-    depth = max(name.count("/") for name in names)
-    for cut in range(depth + 1):
-        wanted = {name: without_folders(name, cut) for name in names}
-        missing = [name for name in names if wanted[name] not in there]
-        if not missing:
-            break
-    if missing:
-        raise BadInput(f"{folder}/{missing[0]}.png: no such mask, nor {wanted[missing[0]]}.png; "
-                       "expected one for every image of the split")
-    if len(set(wanted.values())) < len(wanted):
-        raise BadInput(f"{folder}: images of one name in several folders, and only one mask for "
-                       f"them; name the masks like {names[0]}.png")
-    return {name: there[key] for name, key in wanted.items()}
-
-
-def without_folders(name, cut):
-    # "a/b/c" without so many of its leading folders
-    parts = name.split("/")
-    return nfc("/".join(parts[min(cut, len(parts) - 1):]))
-
-
-def mask_matrices(files, table, data, k):
-    # (name, (k, k) confusion matrix) of this rank's masks
-    rank, world = (dist.get_rank(), dist.get_world_size()) if dist.is_initialized() else (0, 1)
-    for i in progress(range(rank, len(data), world), "masks"):
-        name = data.names[i]
-        y = torch.from_numpy(data.read(i)[1].copy()).long()
-        pred = torch.from_numpy(table.load(files[name])).long()
-        if pred.shape == y.shape:
-            pred[y == IGNORE] = 0  # not counted: transparent pixels have no class in them
-        if pred.shape != y.shape or (pred >= k).any():
-            raise BadInput(f"{files[name]}: {tuple(pred.shape)} (H, W), ids up to {pred.max()}; "
-                           f"expected {tuple(y.shape)} with a class everywhere")
-        yield name, metrics.confusion(pred, y, k)
-
+# ---- data
 
 def open_data(args, meta, folder):
     # -> the data set with the model's classes in the model's order
@@ -194,95 +131,299 @@ def open_data(args, meta, folder):
                        f"{', '.join(names)}")
     d.labels = Labels([here[name] for name in names], d.labels.ignore, d.labels.threshold)
     d.names = names
+    hint = ""
+    if args.root or args.variant:
+        hint = f", or --split-file {own} for that of training"
+    check_split(d, args, hint)
+    return d
+
+
+def open_without_run(args):
+    # -> the data set, and what a run would say of it
+    d = Source("folder", args.root, None, args.split_file, cache=args.cache, need=())
+    if d.percentiles:  # colours do not matter here, only what is data
+        d.reading["input_range"] = [0.0, 1.0]
+    d.names = [nfc(name) for name in d.names]
+    args.split = args.split or d.reports
+    check_split(d, args, "")
+    return d, d.about() | dict(norm="imagenet", crop=None, overlap=None, amp="off")
+
+
+def check_split(d, args, hint):
     if args.split in d.description.get("unlabelled", ()) and args.split not in d.splits:
         raise BadInput(f"{d.root}: no masks for {args.split}; predict it: python predict.py "
                        f"{args.run} IMAGES, with --label-out train or raw as the grader wants")
     if not d.splits.get(args.split):
-        hint = ""
-        if args.root or args.variant:
-            hint = f", or --split-file {own} for that of training"
         raise BadInput(f"{d.root}: no split {args.split!r}; type --split with one of: "
                        f"{', '.join(d.splits)}{hint}")
-    return d
+
+
+def own_splits(run_folder, digest):
+    # -> splits of these very images that a run has learned from or was chosen by
+    _, meta = load_weights(run_folder, header_only=True)
+    return [split for split in ("train", meta.get("chosen_on"))
+            if digest == meta.get("splits", {}).get(split)]
+
+
+def scenes(d, names):
+    # -> a scene per image: images of one scene resemble each other
+    try:
+        found = scenes_of(names, d.description.get("scene"))
+    except BadInput:  # written for the names of other splits
+        found = {name: name for name in names}
+    for name in names:
+        image, _, *box = d.pairs[name]
+        if box and found[name] == name:  # a tile
+            found[name] = os.path.relpath(image, d.root)
+    return [found[name] for name in names]
+
+
+def check_calibration(args, d, meta, digest, folder):
+    # A temperature must not see what is reported, nor what the model was trained on.
+    reported = meta["reported"]
+    seen = set()
+    for split in (reported, "train"):
+        if args.split == split or digest == meta["splits"].get(split):
+            seen.add(split)
+    own = folder / "split.json"
+    if own.exists() and d.name == meta["dataset"]:
+        splits = read_json(own, dict[str, list[str]])
+        for split in (reported, "train"):
+            if set(splits.get(split, ())) & set(d.splits[args.split]):
+                seen.add(split)
+    if not seen:
+        return
+    what = "reported" if reported in seen else "trained on"
+    other = meta["chosen_on"]
+    advice = f"type --split {other}"
+    if other in (None, reported, "train"):
+        advice = "hold images out in training (--val-frac) and score on others"
+    raise BadInput(f"--calibrate on {args.split}: its images are {what}; {advice}")
+
+
+# ---- answers: (name, labels, ids, logits or None), all (H, W) uint8
+
+def answers_of_model(found):
+    for name, y, logits in found:
+        # max is ten times faster than argmax on a CPU.
+        yield name, y.byte(), logits.max(0).indices.byte(), logits
+
+
+def answers_of_masks(args, d, data, rank, world, device):
+    files = find_masks(args.masks, data.names)
+    values = mask_table(args.mask_ids, d.labels)
+    for name, y, ids in read_masks(files, values, data, rank, world):
+        yield name, torch.from_numpy(y.copy()).to(device), torch.from_numpy(ids).to(device), None
+
+
+# ---- files for other programs
+
+def write_map(path, p, classes, pair):
+    image, _, *box = pair
+    # A tile lies elsewhere than its image.
+    georef = None if box else open_raster(image).georef
+    write_tiff(path, p, bands=classes, georef=georef)
+
+
+def fit_calibration(z, y):
+    # Logits and labels of a sample of pixels -> what calibration.json says of them.
+    temperature = calibrate.fit_temperature(z, y)
+    about = dict(temperature=temperature, pixels=len(y))
+    right = z.argmax(1) == y
+    for when, t in (("before", 1.0), ("after", temperature)):
+        bins = metrics.confidence_bins(calibrate.confidence(z.T, t), right)
+        about[f"ece_{when}"] = round(metrics.ece(bins), 6)
+        about[f"nll_{when}"] = round(calibrate.log_loss(z, y, t), 6)
+    return about
+
+
+def save_array(path, array):
+    with open(path, "wb") as f:  # of a name alone numpy would make another one
+        np.save(f, array)
+
+
+def beside(report, counts, worst, data, d, groups, args):
+    # -> {file: content} of what lies beside eval.json
+    title = f"{d.name} {args.split}"
+    cm = counts.matrices.sum(0).numpy()
+    rows = worst_rows(worst, data, counts)
+    found = {
+        "scenes.csv": scene_table(data.names, groups, counts.matrices, d.names),
+        "matrices.npz": pack_matrices(data.names, groups, counts.matrices),
+        "confusion.png": plots.confusion(cm, d.names, title),
+        "worst.png": plots.samples(rows, d.names, d.labels.colors),
+    }
+    if not args.masks:
+        bins = [part.numpy() for part in metrics.reliability(counts.bins)]
+        heading = f"{title}: calibration error {report['ece']:.3f}"
+        found["reliability.png"] = plots.reliability(*bins, heading)
+    if args.difficulty:
+        hard = samplers.hard_classes(counts.matrices.numpy(), HARD_IOU).tolist()
+        found["difficulty.json"] = dict(zip(data.names, hard))
+    return found
+
+
+def worst_rows(worst, data, counts):
+    # -> rows of plots.samples()
+    rows = []
+    for miou, i, ids in worst.rows:
+        image, mask = data.read(i)
+        oa = metrics.oa(counts.matrices[i])
+        rows.append((image, mask, ids, f"{data.names[i]}: mIoU {miou:.3f}, OA {oa:.3f}"))
+    return rows
 
 
 def main(args):
     if args.summary:
         print(summary(args.summary))
         return
+    if args.compare:
+        a, b = (read_scored(path, args.split) for path in args.compare)
+        print(compare(a, b))
+        return
     rank, world, device = run.start()
     say = print if rank == 0 else lambda *words, **how: None
 
     # ---- data
-    _, meta = load_weights(args.run, header_only=True)
-    if meta.get("task") == "classification":
-        raise BadInput(f"{args.run}: a run of train_cls.py, which has written its own "
-                       f"results.json; type python predict.py {args.run} IMAGES for others")
-    folder = Path(args.run)
-    if not folder.is_dir():
-        folder = folder.parent
-    args.split = args.split or meta["reported"]
-    d = open_data(args, meta, folder)
+    weights = temperature = None
+    several = dict(partners=args.partners, soup=args.soup, tta=args.tta)
+    if args.run:
+        _, meta = load_weights(args.run, header_only=True)
+        if meta.get("task") == "classification":
+            raise BadInput(f"{args.run}: a run of train_cls.py, which has written its own "
+                           f"results.json; type python predict.py {args.run} IMAGES for others")
+        folder = weights_file(args.run).parent
+        args.split = args.split or meta["reported"]
+        d = open_data(args, meta, folder)
+    else:
+        d, meta = open_without_run(args)
+        folder = Path(args.masks)
     K, names = len(d.names), d.splits[args.split]
     digest = d.about()["splits"][args.split]
     say(f"{len(names)} {args.split} images of {d.root}")
-    for split in ("train", meta["chosen_on"]):
-        if digest == meta["splits"].get(split):
-            say(f"WARNING: the model's own {split} images")
+    if args.run:
+        for one in (args.run, *(args.partners or ()), *(args.soup or ())):
+            for split in own_splits(one, digest):
+                say(f"WARNING: the model's own {split} images ({one})")
+    if args.run and not args.masks:
+        weights = ensemble.identity(args.run, **several)
+        temperature = calibrate.read_temperature(folder, weights)
+        if temperature is None and (folder / "calibration.json").exists():
+            say(f"note: {folder}/calibration.json is of other weights, and is not used")
     data = d.part(args.split, meta["norm"])
 
-    # ---- one matrix
+    # ---- what may be written, before any work
+    default = f"eval-{args.split}-masks" if args.masks and args.run else f"eval-{args.split}"
+    for flag, value in ensemble.about(**several).items():
+        default += f"-{value}" if flag == "tta" else f"-{flag}"
+    out = Written(args.out or folder / default, args.overwrite)
+    files = ["eval.json", "scenes.csv", "matrices.npz", "confusion.png", "worst.png"]
+    if not args.masks:
+        files.append("reliability.png")
+    if args.difficulty:
+        files.append("difficulty.json")
+    out.check(files)
+    if args.calibrate:
+        check_calibration(args, d, meta, digest, folder)
+        calibration = Written(folder, args.overwrite)
+        calibration.check(["calibration.json"])
+    if args.probabilities:
+        maps = Written(args.probabilities, args.overwrite)
+        maps.check(["index.json", *(f"{name}.tif" for name in names)])
+    if args.features:
+        vectors = Written(args.features, args.overwrite)
+        vectors.check(["index.json", "features.npy"])
+    run.wait()  # what another rank writes from here on is no old file
+
+    # ---- network
+    if not args.masks:
+        net, meta = ensemble.load_runs(args.run, args.weights, **several)
+        net.to(device)
     amp = args.amp == "bf16"
     if args.amp == "auto":
         amp = meta["amp"] == "bf16" and run.fast_bf16(device)
     overlap = meta["overlap"] if args.overlap is None else args.overlap
     window = dict(crop=meta["crop"], overlap=overlap, batch=args.batch_size, amp=amp)
+
+    # ---- count
     if args.masks:
-        files = find_masks(Path(args.masks), names)
-        own_ids = Labels([dict(name=name, id=i) for i, name in enumerate(d.names)], [IGNORE])
-        table = d.labels if args.mask_ids == "raw" else own_ids
-        found = mask_matrices(files, table, data, K)
+        found = answers_of_masks(args, d, data, rank, world, device)
     else:
-        net, _ = nets.load_run(args.run, args.weights)
-        found = matrices(net.to(device), data, window, args.workers, what=args.split)
+        means = MeanFeatures(net) if args.features else None
+        found = answers_of_model(predictions(net, data, window, args.workers, args.split))
+    counts = Counts(len(names), K, device, args.ignore_boundary, temperature)
+    worst = Worst()
+    sample = calibrate.PixelSample()
+    rows = []  # features of this rank's images
     at = {name: i for i, name in enumerate(names)}
-    hard = torch.zeros(len(names), dtype=torch.int64, device=device)  # classes per image
-    cm = torch.zeros(K, K, dtype=torch.int64, device=device)
-    for name, one in found:
-        cm += one.to(device)
-        hard[at[name]] = int(samplers.hard_classes(one[None].cpu().numpy(), HARD_IOU)[0])
-    run.over_ranks(cm)
-    run.over_ranks(hard)
-    if not cm.any():
+    for name, y, pred, logits in found:
+        i = at[name]
+        counted = counts.add(i, y, pred, logits)
+        worst.add(i, counts.matrices[i], pred)
+        if args.calibrate:
+            sample.add(logits, counted, i)
+        if args.features:
+            rows.append(means.take().float())
+        if args.probabilities:
+            p = calibrate.probabilities(logits, temperature or 1.0)
+            maps.replace(f"{name}.tif", partial(write_map, p=p, classes=d.names,
+                                                pair=d.pairs[name]))
+    counts.over_ranks()
+    worst.over_ranks()
+    if not counts.matrices.any():
         raise BadInput(f"{d.root}: every pixel of {args.split} is ignored; check \"ignore\" in "
                        "dataset.json")
 
     # ---- report
+    if args.calibrate:
+        pixels = sample.pixels()
+    if args.features:
+        part = torch.stack(rows) if rows else torch.zeros(0, 0)
+        features = run.gather(part, len(names), device).cpu().numpy()
     if rank == 0:
-        cm = cm.cpu()
-        report = dict(split=args.split, **metrics.report(cm, d.names, meta["report"]))
-        width = max(map(len, d.names))
-        print(f"{'class':{width}}    IoU     F1   prec. recall   share")
-        scores = torch.stack([metrics.iou(cm), metrics.f1(cm), metrics.precision(cm),
-                              metrics.recall(cm)], dim=1)
-        shares = cm.sum(1) / cm.sum()
-        for name, row, share in zip(d.names, scores, shares):
-            print(f"{name:{width}} " + " ".join(f"{v:6.3f}" for v in row) + f" {share:7.2%}")
+        groups = scenes(d, names)
+        report = dict(split=args.split, **counts.report(d.names, groups, meta["report"]))
+        print(table(report))
         print(metrics.headline(report, meta["report"]))
-        suffix = "-masks" if args.masks else ""
-        out = Path(args.out or folder / f"eval-{args.split}{suffix}")
-        protocol = dict(run=str(args.run), masks=args.masks, root=str(d.root), files=digest,
-                        images=len(names), variant=d.description.get("variant"),
-                        **meta["reading"], crop=meta["crop"], overlap=overlap,
-                        amp="bf16" if amp else "off", tta="none")
-        write(out / "eval.json", report | dict(protocol=protocol))
-        title = f"{meta['dataset']} {args.split}"
-        write(out / "confusion.png", plots.confusion(cm.numpy(), d.names, title))
-        print(f"wrote {out}/eval.json and confusion.png")
+        print(further(report))
+        protocol = dict(
+            run=args.run and str(args.run), weights=weights, masks=args.masks,
+            dataset=d.name, root=str(d.root), variant=d.description.get("variant"),
+            split=args.split, files=digest, images=len(names), scene=d.description.get("scene"),
+            classes=d.names, ignore=d.labels.ignore, ignore_boundary=args.ignore_boundary,
+            boundary_iou=f"width {boundary.DILATION} of the diagonal",
+            boundary_f1=f"tolerance {boundary.TOLERANCE} pixels", temperature=temperature,
+            **meta["reading"], crop=meta["crop"], overlap=overlap, amp="bf16" if amp else "off",
+            **(dict(tta="none") | ensemble.about(**several)), **run.facts(device, world))
+        out.write("eval.json", report | dict(protocol=protocol))
+        for file, content in beside(report, counts, worst, data, d, groups, args).items():
+            out.write(file, content)
+        print(f"wrote {out.folder}/: {', '.join(files)}")
         if args.difficulty:
-            write(out / "difficulty.json", dict(zip(names, hard.tolist())))
-            print(f"wrote {out}/difficulty.json, for train_kd.py --sampler weighted --difficulty "
-                  f"{out}/difficulty.json")
+            print(f"for train_kd.py --sampler weighted --difficulty {out.folder}/difficulty.json")
+        if args.calibrate:
+            about = fit_calibration(*pixels)
+            calibration.write("calibration.json", about | dict(
+                weights=weights, split=args.split, images=len(names), files=digest,
+                overlap=overlap))
+            print(f"wrote {folder}/calibration.json: temperature {about['temperature']:.3f}, "
+                  f"calibration error {about['ece_before']:.4f} -> {about['ece_after']:.4f} on "
+                  f"{about['pixels']} pixels of {args.split}")
+
+        # ---- for other programs, such as data.curate
+        about = dict(run=args.run and str(args.run), weights=weights, root=str(d.root),
+                     source=d.kind, variant=d.description.get("variant"), reading=d.reading,
+                     split=args.split, classes=d.names, temperature=temperature)
+        index = {}  # {folder: its index.json}; both may go into one
+        if args.probabilities:
+            index[args.probabilities] = about | dict(images={n: f"{n}.tif" for n in names})
+        if args.features:
+            vectors.replace("features.npy", partial(save_array, array=features))
+            more = dict(features="features.npy", names=names)
+            index[args.features] = index.get(args.features, about) | more
+        for where, content in index.items():
+            Written(where, args.overwrite).write("index.json", content)
+            print(f"wrote {where}/index.json and the files that it names")
     run.end()
 
 

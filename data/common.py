@@ -2,6 +2,7 @@
 
     raise BadInput(f"{path}: found this, expected that; type so and so")      one line, printed without a traceback
     write("runs/a/split.json", {"train": names})                              whole or not at all
+    out = Written("predictions", overwrite=False)                             replaces only files that it wrote
     splits = read_json(path, dict[str, list[str]], "{split: [names]}")        or one line that says what is wrong
     for x, y, name in progress(loader, "validation"): ...                     count and ETA once it takes long
 
@@ -11,6 +12,7 @@ patterns of the user, escaped() and print_anything() for names that go to a term
 """
 import codecs
 import contextlib
+import hashlib
 import io
 import json
 import math
@@ -71,17 +73,91 @@ def replace(path: str | Path, save: Callable[[str], None]) -> None:
 
 def write(path: str | Path, content: Image.Image | dict | list | str | bytes, **options) -> None:
     """Picture (`options` are Pillow's), JSON, text or bytes into a file, whole or not at all."""
-    path = Path(path)
+    content = file_bytes(path, content, **options)
+    replace(path, lambda name: Path(name).write_bytes(content))
+
+
+def file_bytes(path: str | Path, content: Image.Image | dict | list | str | bytes, **options) -> bytes:
+    """What write() puts into a file of this name: its suffix says the format of a picture."""
     if isinstance(content, Image.Image):
         buffer = io.BytesIO()
         kinds = {".jpg": "JPEG", ".jpeg": "JPEG", ".tif": "TIFF", ".tiff": "TIFF"}
-        content.save(buffer, format=kinds.get(path.suffix.lower(), "PNG"), **options)
-        content = buffer.getvalue()
-    elif not isinstance(content, (str, bytes)):
+        content.save(buffer, format=kinds.get(Path(path).suffix.lower(), "PNG"), **options)
+        return buffer.getvalue()
+    if not isinstance(content, (str, bytes)):
         content = json_text(content, indent=1) + "\n"
     if isinstance(content, str):
         content = as_bytes(content)
-    replace(path, lambda name: Path(name).write_bytes(content))
+    return content
+
+
+class Written:
+    """The files that a program writes into a folder: of those there, only its own are replaced.
+
+    A hidden list beside them holds the sha256 of all that was written. A file that is not in it, or
+    was changed since, is a BadInput unless `overwrite`. Processes may share a folder.
+    """
+
+    def __init__(self, folder: str | Path, overwrite: bool = False):
+        self.folder = Path(folder)
+        self.overwrite = overwrite
+        self.list = self.folder / ".written.jsonl"
+        self.checked = set()
+
+    def check(self, names: Iterable[str]) -> None:
+        """BadInput for the first of these files that may not be replaced: before any long work."""
+        own = self.read_list()
+        for name in names:
+            file = self.folder / name
+            if file.is_dir():
+                raise BadInput(f"{file}: a folder, where a file will be written; name another --out")
+            if not self.overwrite and os.path.lexists(file):
+                if not file.exists() or (name, file_sha256(file)) not in own:
+                    raise BadInput(f"{file}: would be overwritten, and was not written by this "
+                                   "program or was changed since; type --overwrite to replace it, "
+                                   "or name another --out")
+            self.checked.add(name)
+
+    def write(self, name: str, content: Image.Image | dict | list | str | bytes, **options) -> None:
+        """write(folder / name, ...) of a file that may be replaced."""
+        content = file_bytes(name, content, **options)
+        self.replace(name, lambda temporary: Path(temporary).write_bytes(content))
+
+    def replace(self, name: str, save: Callable[[str], None]) -> None:
+        """replace(folder / name, save) of a file that may be replaced."""
+        if name not in self.checked:
+            self.check([name])
+
+        def save_and_list(temporary):
+            save(temporary)
+            # Listed before the new name: if the process is killed here, the old file still counts
+            # by its older line. One short write to the end, so that processes do not mix lines.
+            line = json.dumps({"file": name, "sha256": file_sha256(temporary)})
+            with open(self.list, "ab", buffering=0) as f:
+                f.write(b"\n" + line.encode())
+
+        replace(self.folder / name, save_and_list)
+
+    def read_list(self) -> set[tuple[str, str]]:
+        """(name, sha256) of every file ever written."""
+        if not self.list.exists():
+            return set()
+        found = set()
+        for line in self.list.read_bytes().splitlines():
+            # Lines begin with their line break: one that a full disk cut off spoils no other.
+            with contextlib.suppress(ValueError, LookupError, TypeError):
+                row = json.loads(line)
+                found.add((row["file"], row["sha256"]))
+        return found
+
+
+def file_sha256(path: str | Path) -> str:
+    """Of a file of any size, as hexadecimal digits."""
+    digest = hashlib.sha256()
+    with open(path, "rb") as f:
+        while block := f.read(2**20):
+            digest.update(block)
+    return digest.hexdigest()
 
 
 def as_text(name: str) -> str:

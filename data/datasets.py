@@ -46,8 +46,9 @@ import numpy as np
 import torch
 
 from .common import (IGNORE, SHORT, BadInput, as_text, even_sample, in_time, nfc, progress,
-                     read_json, read_text)
-from .files import MATCH_TIME, SUFFIXES, Names, about_encoding, check_folder, is_image, match
+                      read_json, read_text)
+from .files import (FILE_NAME, MATCH_TIME, SUFFIXES, Names, about_encoding, check_folder, is_file_name,
+                    is_image, match)
 from .io import Labels, read_valid, size_of
 from .ranges import is_range
 
@@ -147,7 +148,7 @@ def check_needed_keys(d: dict, path: Path) -> None:
 def check_optional_keys(d: dict, names: list[str], path: Path) -> None:
     """The keys that stand for themselves; `names`: of the classes."""
     rules = {
-        "name": (is_folder_name, "the name of a folder"),
+        "name": (is_file_name, FILE_NAME),  # runs are saved in a folder of it
         "instances": (lambda v: v and isinstance(v, (str, list)), "a pattern as of masks"),
         "unlabelled": (lambda v: isinstance(v, list) and set(v) <= set(d["splits"]),
                        "a list of splits"),
@@ -169,13 +170,6 @@ def check_optional_keys(d: dict, names: list[str], path: Path) -> None:
             good = False
         if not good:
             raise BadInput(f'{path}: "{key}" is {SHORT.repr(d[key])}; expected {expected}')
-
-
-def is_folder_name(value) -> bool:
-    """Runs are saved in a folder of the data set's name."""
-    if not isinstance(value, str) or value in ("", ".", ".."):
-        return False
-    return not set(value) & set("/\\\0")
 
 
 def is_regex(value) -> bool:
@@ -332,8 +326,11 @@ def part_of(a: np.ndarray, box: tuple[int, int, int, int] | None = None) -> np.n
 
 def split_names(root: str | Path, description: dict,
                 pairs: dict[str, tuple]) -> dict[str, list[str]]:
-    """{split: names} from patterns over the names (* crosses /), or .txt files, one name a line."""
-    names = list(pairs)
+    """{split: names} from patterns over the names (* crosses /), or .txt files, one name a line.
+
+    What fits no name as a pattern may be an image in any way that Names knows, as in a file.
+    """
+    names, known = list(pairs), Names(pairs)
     splits = {}
     for split, rules in description["splits"].items():
         optional = split in description.get("unlabelled", ())
@@ -350,6 +347,7 @@ def split_names(root: str | Path, description: dict,
             with in_time(MATCH_TIME, f"split {split!r} in dataset.json: {rule!r} takes too long; "
                                      "write it with fewer stars"):
                 found = [n for n in names if n == rule or fnmatch(n, nfc(rule))]
+            found = found or [n for n in [known.find(rule)] if n is not None]
             if not found and not optional:
                 raise BadInput(f"split {split!r} in dataset.json: nothing matches {rule!r}; "
                                f"names look like {names[0]!r}{about_brackets(rule)}")
@@ -405,6 +403,8 @@ def check_disjoint(splits: dict[str, list[str]]) -> dict[str, list[str]]:
     """The splits, unless a name is in two of them, or twice in one."""
     home = {}
     for split, names in splits.items():
+        if not is_file_name(split):  # eval.py writes to RUN/eval-SPLIT
+            raise BadInput(f"a split is called {SHORT.repr(split)}; expected {FILE_NAME}")
         for n in names:
             if n in home:
                 raise BadInput(f"{n!r} is in the splits {home[n]!r} and {split!r}; "

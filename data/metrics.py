@@ -2,6 +2,7 @@
 
     cm += confusion(pred, true, k)    add counts over all images, divide once at the end
     r = report(cm, names)             mIoU, OA, mean F1 and a row per class, for results.json
+    bins += confidence_bins(p, right)    the same for calibration: ece(bins)
 
 Absent classes (neither true nor predicted) are NaN and left out of means. Beside each score stands
 the majority baseline: a predictor that always says the most frequent class.
@@ -11,6 +12,9 @@ import torch
 from torch import Tensor
 
 from .common import IGNORE
+
+BINS = 15  # of the confidence, for the calibration error
+UNIT = 2**24  # of sums of confidences: a float from 0.5 on is a multiple of 1 / UNIT
 
 
 # ---- counting
@@ -71,6 +75,21 @@ def precision(cm: Tensor) -> Tensor:
 def recall(cm: Tensor) -> Tensor:
     """(k,) float64; NaN for a class never true."""
     return cm.double().diag() / cm.sum(1)
+
+
+def specificity(cm: Tensor) -> Tensor:
+    """(k,) float64, one class against the rest; NaN where every pixel is of the class."""
+    others = (cm.sum() - cm.sum(1)).double()
+    false = cm.sum(0) - cm.diag()
+    return (others - false) / others
+
+
+def kappa(cm: Tensor) -> float:
+    """Cohen's kappa: agreement beyond chance, from 0 for chance to 1; NaN if there is one class."""
+    total = cm.sum().double()
+    chance = (cm.sum(0).double() / total * (cm.sum(1) / total)).sum()
+    # Where chance alone agrees everywhere nothing is left to divide by.
+    return ((oa(cm) - chance) / (1 - chance)).item() if chance < 1 else float("nan")
 
 
 def oa(cm: Tensor) -> float:
@@ -207,10 +226,50 @@ def ratio(a: int, b: int) -> float | None:
     return a / b if b else None
 
 
+# ---- calibration
+# Where a calibrated model gives the winner a probability of 0.8, 80 % of the pixels are right.
+
+def confidence_bins(confidence: Tensor, right: Tensor, counted: Tensor | None = None) -> Tensor:
+    """Confidence of the winner and whether it is right, of one shape -> (BINS, 3) int64 to add up.
+
+    Per bin of equal width: pixels, right ones, sum of the confidence in units of 1 / UNIT. counted:
+    bool, False for pixels to leave out.
+    """
+    bins = (confidence * BINS).int().clamp_(0, BINS - 1)
+    if counted is not None:
+        bins = bins.masked_fill_(~counted, BINS)  # one bin more takes what does not count
+    bins = bins.flatten()
+    # Whole numbers add up to the same in any order, over any number of ranks.
+    units = (confidence.double() * UNIT).round_().flatten()
+    columns = [
+        torch.bincount(bins, minlength=BINS + 1),
+        torch.bincount(bins, right.double().flatten(), BINS + 1).long(),
+        torch.bincount(bins, units, BINS + 1).long(),
+    ]
+    return torch.stack(columns, dim=1)[:BINS]
+
+
+def reliability(bins: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+    """confidence_bins() -> share of all pixels, mean confidence and accuracy, (BINS,) float64 each.
+
+    In an empty bin the share is 0, the others are NaN.
+    """
+    pixels, right, units = bins.double().unbind(1)
+    return pixels / pixels.sum(), units / UNIT / pixels, right / pixels
+
+
+def ece(bins: Tensor) -> float:
+    """Expected calibration error: mean over pixels of |accuracy - confidence| of their bin."""
+    share, confidence, accuracy = reliability(bins)
+    return (share * (accuracy - confidence).abs()).nansum().item()
+
+
+# ---- intervals
+# Images of one scene resemble each other: drawn one by one, the interval would be too narrow.
+
 def bootstrap(hits: np.ndarray, groups: list[str], seed: int = 0,
               rounds: int = 2000) -> tuple[float, float]:
     """(N,) bool hits -> 95 % interval of the accuracy, by drawing whole groups with replacement."""
-    # Images of one scene resemble each other: drawn one by one, the interval would be too narrow.
     _, index = np.unique(groups, return_inverse=True)
     right = np.bincount(index, hits)
     size = np.bincount(index)
@@ -222,6 +281,39 @@ def bootstrap(hits: np.ndarray, groups: list[str], seed: int = 0,
     low, high = np.percentile(accuracy, [2.5, 97.5])
     return float(low), float(high)
 
+
+def bootstrap_iou(matrices: Tensor, groups: list[str], seed: int = 0, rounds: int = 1000) -> Tensor:
+    """(N, k, k) matrices of images -> (rounds, k) IoU of as many whole groups, drawn anew.
+
+    With the same groups and seed, two models have the same draws: their difference is a paired one.
+    """
+    _, index = np.unique(groups, return_inverse=True)
+    index = torch.from_numpy(index)
+    G = int(index.max()) + 1
+    matrices = matrices.double()
+    hits = matrices.diagonal(dim1=1, dim2=2)
+    parts = torch.cat([hits, matrices.sum(1) + matrices.sum(2) - hits], dim=1)  # (N, 2 k)
+    parts = parts.new_zeros(G, parts.shape[1]).index_add_(0, index, parts)
+    # The 9 keeps these draws apart from all others of the same seed.
+    rng = np.random.default_rng((9, seed))
+    out = []
+    for _ in range(rounds):
+        times = np.bincount(rng.integers(G, size=G), minlength=G)
+        both, either = (torch.from_numpy(times).double() @ parts).chunk(2)
+        out.append(both / either)
+    return torch.stack(out)
+
+
+def interval(values: Tensor) -> list[float] | None:
+    """(rounds,) -> [2.5 %, 97.5 %] of those that are numbers; None if there is none."""
+    values = values[~values.isnan()].numpy()
+    if not len(values):
+        return None
+    low, high = np.percentile(values, [2.5, 97.5]).tolist()
+    return [round(low, 6), round(high, 6)]
+
+
+# ---- text
 
 def table_text(table: dict[str, dict]) -> str:
     """class_table() as lines to print."""

@@ -33,6 +33,7 @@ LINES = BRIGHT + tuple((r * 9 // 20, g * 9 // 20, b * 9 // 20) for r, g, b in BR
 # ColorBrewer's Blues for shares of 0, 0.35, 0.7 and 1.
 HEAT = np.array([(247, 251, 255), (158, 202, 225), (49, 130, 189), (8, 48, 107)])
 
+LEGEND = 240  # at least so wide is that of quick_look()
 PANEL = 256  # longer side of a picture in samples()
 ROW = 20  # height of a line of text
 MANY = 60  # a curve of more points has no dots, and the loss is smoothed
@@ -484,6 +485,44 @@ def cm_cell(count: int, support: int, side: int) -> Picture:
     return img
 
 
+# ---- calibration
+
+def reliability(share: np.ndarray, confidence: np.ndarray, accuracy: np.ndarray,
+                title: str = "") -> Picture:
+    """Per bin of confidence its share of the pixels, mean confidence and accuracy, (n,) each.
+
+    A bar is as high as the accuracy; a calibrated model's bars end at the diagonal.
+    """
+    side = 300
+    n = len(share)
+    img = blank(side + 60, side + 90)
+    draw = ImageDraw.Draw(img)
+    left, base = 48, side + 10
+    for v in (0, 0.25, 0.5, 0.75, 1):
+        at = round(side * v)
+        draw.line((left, base - at, left + side, base - at), GRID)
+        write_at(img, left - 6, base - at, label(v), "rm", 12, SOFT)
+        write_at(img, left + at, base + 6, label(v), "ma", 12, SOFT)
+    for i in range(n):
+        if share[i] == 0:
+            continue
+        x0 = left + round(side * i / n) + 1
+        x1 = left + round(side * (i + 1) / n) - 1
+        draw.rectangle((x0, base - round(side * accuracy[i]), x1, base), BRIGHT[0])
+        # A red line where the bar should end.
+        expected = base - round(side * confidence[i])
+        draw.line((x0, expected, x1, expected), WRONG, 2)
+        # The share of the pixels below, the largest 30 pixels long.
+        long = math.ceil(30 * share[i] / share.max())
+        draw.rectangle((x0, base + 52, x1, base + 52 + long), SOFT)
+    draw.line((left, base, left + side, base - side), SOFT)
+    draw.line((left, base - side, left, base, left + side, base), SOFT)
+    note = "confidence; below: share of the pixels"
+    write_at(img, left + side // 2, base + 24, note, "ma", 12, SOFT)
+    items = [(BRIGHT[0], "accuracy"), (WRONG, "confidence")]
+    return page([line(title, side + 60, 18), img, legend_of(items, side + 60)])
+
+
 # ---- masks and contact sheets
 
 def colorize(ids: np.ndarray, colors: np.ndarray) -> np.ndarray:
@@ -509,6 +548,15 @@ def overlay(image: np.ndarray, ids: np.ndarray, colors: np.ndarray,
         ignored = (y == IGNORE)[..., None]
         out[top:top + 256] = np.where(ignored, x, mixed.astype(np.uint8))
     return out
+
+
+def quick_look(image: np.ndarray, ids: np.ndarray, names: list[str],
+               colors: np.ndarray) -> Picture:
+    """overlay() above a legend of the classes that are in it."""
+    present = np.flatnonzero(np.bincount(ids.ravel(), minlength=256)[:len(names)])
+    items = [(tuple(colors[i].tolist()), names[i]) for i in present]
+    picture = Image.fromarray(overlay(image, ids, colors))
+    return column([picture, legend_of(items, max(picture.width, LEGEND))])
 
 
 def samples(rows: list[tuple], names: list[str], colors: np.ndarray) -> Picture:

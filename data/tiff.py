@@ -1,8 +1,9 @@
-"""Read TIFFs and GeoTIFFs with GDAL's values: any window of any bands, without decoding the rest.
+"""Read TIFFs with GDAL's values, any window of any bands; write cloud-optimised GeoTIFFs.
 
     tiff = Tiff("scene.tif")  # reads the header: tiff.shape (10980, 10980, 4), tiff.dtype uint16
     pixels = tiff.read(window=(0, 512, 256, 256), bands=[4, 1, 2])  # (256, 256, 3) uint16
     pixels, valid = tiff.read_valid((0, 512, 256, 256), [4, 1, 2])  # (256, 256) bool, or None
+    write_tiff("ids.tif", ids, palette=colors, nodata=255, georef=tiff.georef)  # (H, W) uint8
 
 A window is (top, left, height, width) in pixels; bands count from 1. A file is opened for each call
 and closed after it, so threads and worker processes share nothing.
@@ -10,10 +11,12 @@ and closed after it, so threads and worker processes share nothing.
 Read are whole numbers of 1 to 32 and 64 bits, and floats of 16, 32 and 64; strips and tiles, bands
 together or one after the other, sparse files, both byte orders, BigTIFF; deflate, LZW, ZSTD, LZMA,
 PackBits, JPEG, WebP, and all predictors. Pillow's libtiff unpacks; NumPy does the rest. What is not
-read is refused by name, with a command that converts it.
+read is refused by name, with a command that converts it. Images that do not fit into memory are
+written row by row with TiffWriter, which goes on where a killed one stopped.
 """
 import contextlib
 import io
+import json
 import os
 import shlex
 import struct
@@ -21,15 +24,16 @@ import zlib
 from collections.abc import Iterator
 from enum import IntEnum
 from pathlib import Path
-from typing import NamedTuple
+from typing import BinaryIO, NamedTuple
 from xml.etree import ElementTree
+from xml.sax.saxutils import escape, quoteattr
 
 import numpy as np
 from PIL import Image, features
 from PIL.TiffImagePlugin import COMPRESSION_INFO, TiffImageFile
 from PIL.WebPImagePlugin import WebPImageFile
 
-from .common import BadInput, check_file, read_text
+from .common import BadInput, check_file, read_text, replace
 
 # A damaged header may ask for any size. What is larger than this is refused. Pillow's own limit is
 # lower than what large strips hold.
@@ -103,15 +107,29 @@ WITH_PREDICTOR = (LZW, DEFLATE, OLD_DEFLATE, LZMA, ZSTD)  # libtiff ignores it i
 
 BLACK_IS_ZERO, RGB, PALETTE, CMYK, YCBCR, CIELAB = 1, 2, 3, 5, 6, 8  # PhotometricInterpretation
 PHOTOMETRICS = {0: "MinIsWhite", 1: "BlackIsZero", 2: "RGB", 3: "palette", 4: "mask", 5: "CMYK",
-                6: "YCbCr", 8: "CIELab", 9: "ICCLab", 10: "ITULab", 32803: "CFA"}
+                6: "YCbCr", 8: "CIELab", 9: "ICCLab", 10: "ITULab", 32803: "CFA", 32844: "LogL",
+                32845: "LogLuv"}
 
 KINDS = {1: "uint", 2: "int", 3: "float", 4: "uint", 5: "complex int", 6: "complex"}  # SampleFormat
 WHOLE = (8, 16, 32, 64)  # bits of NumPy's types
 BITS = {"uint": (*range(1, 33), 64), "int": WHOLE, "float": (16, 32, 64)}
 
-RASTER_TYPE, GEOGRAPHIC, PROJECTED = 1025, 2048, 3072  # GeoKeys
+MODEL_TYPE, RASTER_TYPE, GEOGRAPHIC, PROJECTED, UNIT = 1024, 1025, 2048, 3072, 3076  # GeoKeys
 CENTRES = 2  # RASTER_TYPE: coordinates are those of the centres of pixels
 USER_DEFINED = 32767  # a coordinate system without an EPSG code
+DEGREES = 2  # MODEL_TYPE: coordinates are longitude and latitude
+METRE = 9001
+METRES = {METRE: 1.0, 9002: 0.3048, 9003: 1200 / 3937}  # UNIT: metres, feet, US survey feet
+MERCATOR = 3857, 3785, 900913, 102100, 3395  # EPSG codes, also of ESRI
+UTM = {*range(32601, 32661), *range(32701, 32761), *range(25828, 25839), *range(26901, 26924)}
+MODEL_TAGS = Tag.ModelPixelScale, Tag.ModelTiepoint, Tag.ModelTransformation
+KEY_TAGS = Tag.GeoKeyDirectory, Tag.GeoDoubleParams, Tag.GeoAsciiParams
+
+TILE = 512  # pixels a side of what is written
+FILL = 0  # behind the edge of the image, where nobody looks
+CLASSIC_LIMIT = 2**32  # bytes; a larger file is a BigTIFF
+PART_HEAD = b"nanors part of a TIFF "
+TILE_HEAD = struct.Struct("<QI")  # number and bytes of a tile in a .part
 
 NODATA_VALUES = "NODATA_VALUES"  # how GDAL's metadata call values that count in all bands at once
 
@@ -298,6 +316,8 @@ class Page:
         if bits not in BITS.get(self.kind, ()):
             self.refuse(f"{self.kind}{bits}", translate("-co NBITS=32 "))
 
+        if self.compression in READ_BY_GDAL:
+            self.refuse(packing, translate())
         # Colours that GDAL converts; those of other photometrics it hands out as they are stored.
         if self.photometric == YCBCR and (self.compression != JPEG or self.planar):
             self.refuse("YCbCr that is not JPEG", translate())
@@ -306,8 +326,6 @@ class Page:
         if self.photometric == CMYK and bits == 8 and self.bands > 4:
             self.refuse("CMYK with more bands", translate())
 
-        if self.compression in READ_BY_GDAL:
-            self.refuse(packing, translate())
         if self.compression not in READ:
             # GDAL as it is mostly built reads none of the others. imagecodecs reads nearly all.
             code = f"import tifffile as t; t.imwrite('NEW.tif', t.imread({str(self.path)!r}))"
@@ -511,21 +529,26 @@ def libtiff(data: bytes, compression: int, shape: tuple[int, int, int],
     return TiffImageFile(io.BytesIO(file + directory_bytes(fields, end))).tobytes()
 
 
-def directory_bytes(fields: dict[Tag, np.ndarray], offset: int) -> bytes:
-    """The last directory of a little-endian TIFF, which will lie at `offset`."""
+def directory_bytes(fields: dict[Tag, np.ndarray], offset: int, big: bool = False,
+                    last: bool = True) -> bytes:
+    """A directory of a little-endian TIFF, which will lie at `offset`; the next lies behind it."""
     numbers = {TYPES[number]: number for number in sorted(TYPES, reverse=True)}
-    entries = [struct.pack("<H", len(fields))]
-    values = b""  # those that do not fit into the 4 bytes of an entry
-    end = offset + 2 + 12 * len(fields) + 4
+    number, word = ("<Q", "Q") if big else ("<H", "I")
+    room = struct.calcsize(word)  # bytes of an entry for values; those that need more lie behind
+    head = struct.Struct(f"<HH{word}{room}s")
+    start = offset + struct.calcsize(number) + head.size * len(fields) + room
+    entries = [struct.pack(number, len(fields))]
+    values = bytearray()
     for tag in sorted(fields):
         array = fields[tag].astype(fields[tag].dtype.newbyteorder("<"))
-        word = array.tobytes()
-        if len(word) > 4:
-            place = struct.pack("<I", end + len(values))
-            values += word + b"\0" * (len(word) % 2)
-            word = place
-        entries.append(struct.pack("<HHI4s", tag, numbers[array.dtype.str[1:]], array.size, word))
-    return b"".join(entries) + bytes(4) + values
+        data = array.tobytes()
+        if len(data) > room:
+            place = struct.pack(f"<{word}", start + len(values))
+            values += data + b"\0" * (len(data) % 2)
+            data = place
+        entries.append(head.pack(tag, numbers[array.dtype.str[1:]], array.size, data))
+    following = 0 if last else start + len(values)
+    return b"".join(entries) + struct.pack(f"<{word}", following) + values
 
 
 def has_codec(compression: int) -> bool:
@@ -616,6 +639,27 @@ class Tiff:
         if self.mask_page is not None:
             return self.mask_page.read(window, [1])[..., 0] != 0
         return mask_beside(self.path, self.shape[:2], window)
+
+    def check_whole(self) -> None:
+        """BadInput where a strip or tile lies behind the end of the file: it was cut short."""
+        size = os.stat(self.path).st_size
+        for page in (self.page, self.mask_page):
+            if page is None:
+                continue
+            present = page.offsets > 0
+            counts = page.counts.astype(np.uint64)
+            if page.compression == NONE:
+                # Counts of what is not packed are often wrong. The last strip ends with the image.
+                rows = np.full(len(counts), page.block[0])
+                if not page.tiled:
+                    rows[page.grid[0] - 1::page.grid[0]] -= -page.height % page.block[0]
+                counts = (rows * page.row_bytes).astype(np.uint64)
+            ends = page.offsets.astype(np.uint64) + counts
+            behind = np.flatnonzero(present & (ends > size))
+            if behind.size:
+                raise BadInput(f"{self.path}: truncated TIFF: {behind.size} of {len(ends)} "
+                               f"{page.block_name}s lie behind its end at byte {size}; copy the "
+                               "file again or take it out")
 
     def inside(self, window: Window | None) -> Window:
         """The window, if it lies in the image; the whole image for None."""
@@ -783,7 +827,11 @@ def data_pixels(pixels: np.ndarray, seen: np.ndarray | None,
     """
     valid = seen
     if seen is None and nodata is not None:
-        valid = ~is_nodata(pixels, nodata).all(-1)
+        # Band by band: NumPy's all() along a short axis takes three times as long as the reading.
+        void = True
+        for band in np.moveaxis(is_nodata(pixels, nodata), -1, 0):
+            void &= band
+        valid = ~void
     if pixels.dtype.kind == "f":
         valid = both(valid, np.isfinite(pixels).all(-1))
     return valid
@@ -801,29 +849,72 @@ class Georef(NamedTuple):
 
     transform: a..f of x = a * column + b * row + c, y = d * column + e * row + f, as in rasterio;
     of the corners of pixels, also where the file gives centres. epsg: code of the coordinate system
-    or None. keys: {tag: values} of the GeoKeys as the file holds them.
+    or None. keys: {tag: values} of the GeoKeys and of the tags that place them, as the file holds
+    them.
     """
     transform: tuple[float, ...] | None
     epsg: int | None
     keys: dict[Tag, tuple | str]
 
+    def codes(self) -> dict[int, int]:
+        """{GeoKey: its number}, of those that are numbers."""
+        # Four numbers as a head, then four for each key: key, tag of its value or 0, count, value.
+        numbers = self.keys.get(Tag.GeoKeyDirectory, ())
+        found = {}
+        for i in range(4, len(numbers) - 3, 4):
+            key, tag, _, value = numbers[i:i + 4]
+            if tag == 0:
+                found[key] = value
+        return found
+
+    def pixel_area(self) -> tuple[float | None, str]:
+        """m2 of a pixel, or None and why it is not known."""
+        codes = self.codes()
+        text = str(self.keys.get(Tag.GeoAsciiParams, "")).lower()
+        if not self.transform:
+            return None, "no pixel size in the file"
+        if codes.get(MODEL_TYPE) == DEGREES or GEOGRAPHIC in codes and PROJECTED not in codes:
+            return None, "coordinates in degrees; reproject to metres, such as UTM"
+        if self.epsg in MERCATOR or "pseudo-mercator" in text or "popular visualisation" in text:
+            return None, "Web Mercator stretches areas; reproject, such as to UTM"
+        unit = codes.get(UNIT, METRE if self.epsg in UTM else None)
+        if unit not in METRES:
+            return None, "the unit of the coordinates is not said"
+        a, b, _, d, e, _ = self.transform
+        return abs(a * e - b * d) * METRES[unit] ** 2, ""
+
+    def tags(self) -> dict[Tag, np.ndarray]:
+        """What a GeoTIFF of the same place holds: the file's own tags, or made of the transform."""
+        own = {}
+        for tag, values in self.keys.items():
+            if tag == Tag.GeoAsciiParams:
+                own[tag] = ascii_field(values)
+            else:
+                own[tag] = np.array(values, np.uint16 if tag == Tag.GeoKeyDirectory else float)
+        if self.transform and not any(tag in own for tag in MODEL_TAGS):
+            a, b, c, d, e, f = self.transform
+            if self.codes().get(RASTER_TYPE) == CENTRES:
+                c += (a + b) / 2
+                f += (d + e) / 2
+            if b == d == 0 and a > 0 > e:
+                own[Tag.ModelPixelScale] = np.array([a, -e, 0])
+                own[Tag.ModelTiepoint] = np.array([0, 0, 0, c, f, 0])
+            else:
+                matrix = [a, b, 0, c, d, e, 0, f, 0, 0, 0, 0, 0, 0, 0, 1]
+                own[Tag.ModelTransformation] = np.array(matrix, float)
+        return own
+
 
 def read_georef(directory: Directory) -> Georef:
     """What the tags say; the transform is None where they do not."""
     keys = {}
-    for tag in (Tag.GeoKeyDirectory, Tag.GeoDoubleParams):
+    for tag in (*MODEL_TAGS, *KEY_TAGS[:2]):
         if tag in directory:
             keys[tag] = tuple(directory.values(tag, "uf").tolist())
     if Tag.GeoAsciiParams in directory:
         keys[Tag.GeoAsciiParams] = directory.text(Tag.GeoAsciiParams)
-
-    # Four numbers as a head, then four for each key: key, tag of its value or 0, count, value.
-    numbers = keys.get(Tag.GeoKeyDirectory, ())
-    codes = {}
-    for i in range(4, len(numbers) - 3, 4):
-        key, tag, _, value = numbers[i:i + 4]
-        if tag == 0:
-            codes[key] = value
+    place = Georef(None, None, keys)
+    codes = place.codes()
     epsg = codes.get(PROJECTED) or codes.get(GEOGRAPHIC)
     if epsg == USER_DEFINED:
         epsg = None
@@ -841,7 +932,7 @@ def read_georef(directory: Directory) -> Georef:
         transform = matrix[0], matrix[1], matrix[3], matrix[4], matrix[5], matrix[7]
     if transform and codes.get(RASTER_TYPE) == CENTRES:
         transform = from_centre(*transform)
-    return Georef(transform, epsg, keys)
+    return place._replace(transform=transform, epsg=epsg)
 
 
 def from_centre(a: float, b: float, c: float, d: float, e: float, f: float) -> tuple[float, ...]:
@@ -854,13 +945,20 @@ def read_world_file(path: str | Path) -> tuple[float, ...] | None:
 
     For a.tif these are a.tfw, a.tifw and a.wld, in small or capital letters.
     """
+    for beside in world_files(path):
+        if beside.is_file():
+            return parse_world_file(beside)
+    return None
+
+
+def world_files(path: str | Path) -> list[Path]:
+    """Names that a world file of an image may have."""
     path = Path(path)
     suffix = path.suffix[1:] or "x"
+    names = []
     for name in (suffix[0] + suffix[-1] + "w", suffix + "w", "wld"):
-        for beside in (path.with_suffix(f".{name.lower()}"), path.with_suffix(f".{name.upper()}")):
-            if beside.is_file():
-                return parse_world_file(beside)
-    return None
+        names += [path.with_suffix(f".{name.lower()}"), path.with_suffix(f".{name.upper()}")]
+    return names
 
 
 def parse_world_file(path: Path) -> tuple[float, ...]:
@@ -872,3 +970,311 @@ def parse_world_file(path: Path) -> tuple[float, ...]:
         raise BadInput(f"{path}: a world file with {' '.join(words)[:60]!r}, expected six numbers, "
                        "one a line; repair it or take it away") from None
     return from_centre(a, b, c, d, e, f)
+
+
+# ---- writing
+
+class Level(NamedTuple):
+    """One resolution of a file that is written, and where its tiles stand among all."""
+    height: int
+    width: int
+    grid: tuple[int, int]  # rows and columns of tiles
+    bands: int
+    first: int  # number of its first tile among all
+
+    def number(self, band: int, row: int, column: int) -> int:
+        """Of a tile: band by band, as the file lists them."""
+        return self.first + (band * self.grid[0] + row) * self.grid[1] + column
+
+    def numbers(self) -> range:
+        """Of all its tiles."""
+        return range(self.first, self.first + self.bands * self.grid[0] * self.grid[1])
+
+    def quarters(self, row: int, column: int) -> list[tuple[int, int]]:
+        """Up to four tiles (row, column) that a tile of the next level shows."""
+        found = []
+        for y in range(2 * row, min(2 * row + 2, self.grid[0])):
+            found += [(y, x) for x in range(2 * column, min(2 * column + 2, self.grid[1]))]
+        return found
+
+
+class TiffWriter:
+    """A cloud-optimised GeoTIFF of any size, written from top to bottom in little memory.
+
+        out = TiffWriter("ids.tif", (H, W, 1), palette=colors, nodata=255)
+        out.start(0, W)                     the columns that the next rows of pixels are of
+        out.append(pixels)                  (h, w, bands), as many rows as there are
+        out.finish()                        now ids.tif is there, with overviews
+
+    Tiles are kept in ids.tif.part. `resume`: a text; the tiles of a .part that was begun with the
+    same one count, and done() says how many rows they are. finish() takes the .part away.
+    """
+
+    def __init__(self, path: str | Path, shape: tuple[int, int, int],
+                 palette: np.ndarray | None = None, nodata: int | None = None,
+                 info: dict[str, str] | None = None, bands: list[str] = (),
+                 georef: Georef | None = None, dtype: type = np.uint8, resume: str = ""):
+        self.path = Path(path)
+        self.part = Path(f"{path}.part")
+        self.height, self.width, self.bands = shape
+        self.dtype = np.dtype(dtype)
+        self.levels = levels_of(self.height, self.width, self.bands)
+        self.fields = page_fields(self.bands, self.dtype, palette, nodata)
+        self.first_fields = georef.tags() if georef else {}
+        if info or bands:
+            self.first_fields[Tag.GDALMetadata] = ascii_field(metadata_xml(info or {}, bands))
+        self.tiles = {}  # {number: (where in the .part, bytes)}
+        self.end = 0  # of the .part
+        self.unwritten = bytearray()  # its last bytes
+        self.waiting = []  # rows of pixels that do not fill a tile yet
+        key = json.dumps([resume, *map(int, shape), self.dtype.str])
+        self.open_part(PART_HEAD + key.encode() + b"\n", bool(resume))
+
+    # The .part: a line that says whose tiles they are; then number, size and bytes of each.
+
+    def open_part(self, head: bytes, resume: bool) -> None:
+        """Goes on with a .part of the same head if that is wanted, else begins a new one."""
+        if self.part.exists():
+            with open(self.part, "rb") as file:
+                found = file.readline(len(head))
+                if not is_part(found):
+                    raise BadInput(f"{self.part}: would be overwritten, and is no part of a TIFF "
+                                   "that is being written; move it away")
+                if resume and found == head:
+                    self.end = self.find_tiles(file)
+            os.truncate(self.part, self.end)
+        if not self.end:
+            self.part.parent.mkdir(parents=True, exist_ok=True)
+            self.add_bytes(head)
+            self.flush()
+
+    def find_tiles(self, file: BinaryIO) -> int:
+        """Takes note of the tiles in a .part; where the last whole one ends."""
+        size = os.fstat(file.fileno()).st_size
+        end = file.tell()
+        while end + TILE_HEAD.size <= size:
+            file.seek(end)
+            number, count = TILE_HEAD.unpack(file.read(TILE_HEAD.size))
+            start = end + TILE_HEAD.size
+            if start + count > size:
+                break
+            self.tiles[number] = start, count
+            end = start + count
+        return end
+
+    def add_bytes(self, data: bytes) -> None:
+        """To the end of the .part, as soon as flush() is called."""
+        self.unwritten += data
+        self.end += len(data)
+
+    def flush(self) -> None:
+        """Whole tiles into the .part: they outlive this process."""
+        try:
+            with open(self.part, "ab", buffering=0) as file:
+                rest = memoryview(self.unwritten)
+                while rest:
+                    rest = rest[file.write(rest):]
+        except OSError as e:
+            raise OSError(f"{self.part}: cannot be written ({e.strerror}); make room on the disk "
+                          "and type the same command again") from None
+        self.unwritten = bytearray()
+
+    def discard(self) -> None:
+        """Takes the .part away."""
+        remove_part(self.path)
+
+    # Rows of pixels.
+
+    def done(self, left: int, width: int) -> int:
+        """How many rows of these columns the .part holds, counted from the top."""
+        columns = range(left // TILE, -(-(left + width) // TILE))
+        for row in range(self.levels[0].grid[0]):
+            for plane in range(self.bands):
+                if not all(self.levels[0].number(plane, row, c) in self.tiles for c in columns):
+                    return row * TILE
+        return self.height
+
+    def start(self, left: int, width: int, top: int = 0) -> None:
+        """append() goes on with these columns at row `top`; left and top are multiples of 512."""
+        self.left, self.columns, self.top = left, width, top
+        self.waiting = []
+
+    def append(self, pixels: np.ndarray) -> None:
+        """The next rows (h, w, bands), or (h, w) of one band."""
+        self.waiting.append(pixels.reshape(*pixels.shape[:2], self.bands))
+        rows = sum(map(len, self.waiting))
+        last = self.top + rows == self.height
+        if rows < TILE and not last:
+            return
+        pixels = np.concatenate(self.waiting)
+        whole = rows if last else rows // TILE * TILE
+        for i in range(0, whole, TILE):
+            self.add_row(pixels[i:min(i + TILE, whole)])
+        self.waiting = [pixels[whole:].copy()]
+
+    def add_row(self, pixels: np.ndarray) -> None:
+        """One row of tiles (up to 512, w, bands)."""
+        for plane in range(self.bands):
+            for x in range(0, self.columns, TILE):
+                place = plane, self.top // TILE, (self.left + x) // TILE
+                self.add(self.levels[0].number(*place), pixels[:, x:x + TILE, plane])
+        self.top += len(pixels)
+        self.flush()
+
+    def add(self, number: int, pixels: np.ndarray) -> None:
+        """One tile of one band; behind the edge of the image it is filled."""
+        tile = np.full((TILE, TILE), FILL, self.dtype.newbyteorder("<"))
+        tile[:pixels.shape[0], :pixels.shape[1]] = pixels
+        data = zlib.compress(tile)
+        self.add_bytes(TILE_HEAD.pack(number, len(data)))
+        self.tiles[number] = self.end, len(data)
+        self.add_bytes(data)
+
+    # The file.
+
+    def finish(self) -> None:
+        """Makes the file of all tiles, whole or not at all."""
+        replace(self.path, self.save)
+        self.discard()
+
+    def save(self, name: str) -> None:
+        """The whole file: directories first, then the tiles of the smallest overview, ..."""
+        with open(self.part, "rb") as part:
+            for below, level in zip(self.levels, self.levels[1:]):
+                self.add_overview(part, below, level)
+            order = []
+            for level in reversed(self.levels):
+                order += level.numbers()
+            sizes = [self.tiles[number][1] for number in order]
+            # Directories do not depend on their values in size: at first without the places.
+            nowhere = dict.fromkeys(order, 0)
+            big = len(self.header(nowhere, True)) + sum(sizes) >= CLASSIC_LIMIT
+            start = len(self.header(nowhere, big))
+            places = start + np.cumsum([0, *sizes[:-1]])
+            with open(name, "wb") as file:
+                file.write(self.header(dict(zip(order, places.tolist())), big))
+                for number in order:
+                    file.write(self.packed(part, number))
+
+    def packed(self, part: BinaryIO, number: int) -> bytes:
+        """A tile as it lies in the file."""
+        start, count = self.tiles[number]
+        part.seek(start)
+        return part.read(count)
+
+    def add_overview(self, part: BinaryIO, below: Level, level: Level) -> None:
+        """Every second pixel of every second row: a mean of classes would be another class."""
+        half = TILE // 2
+        for plane in range(self.bands):
+            for row in range(level.grid[0]):
+                for column in range(level.grid[1]):
+                    pixels = np.full((TILE, TILE), FILL, self.dtype)
+                    for y, x in below.quarters(row, column):
+                        data = zlib.decompress(self.packed(part, below.number(plane, y, x)))
+                        tile = np.frombuffer(data, self.dtype.newbyteorder("<"))
+                        quarter = tile.reshape(TILE, TILE)[::2, ::2]
+                        top, left = y % 2 * half, x % 2 * half
+                        pixels[top:top + half, left:left + half] = quarter
+                    self.add(level.number(plane, row, column), pixels)
+                self.flush()
+
+    def header(self, places: dict[int, int], big: bool) -> bytes:
+        """All that lies before the tiles, which lie at these places."""
+        data, offset = struct.pack("<2sHI", b"II", 42, 8), "u4"
+        if big:
+            offset = "u8"
+            data = struct.pack("<2sHHHQ", b"II", 43, 8, 0, 16)
+        for i, level in enumerate(self.levels):
+            fields = self.fields | (self.first_fields if i == 0 else {})
+            fields = fields | {
+                Tag.NewSubfileType: np.uint32([OVERVIEW if i else 0]),
+                Tag.ImageWidth: np.uint32([level.width]),
+                Tag.ImageLength: np.uint32([level.height]),
+                Tag.TileOffsets: np.array([places[n] for n in level.numbers()], offset),
+                Tag.TileByteCounts: np.uint32([self.tiles[n][1] for n in level.numbers()])}
+            data += directory_bytes(fields, len(data), big, level is self.levels[-1])
+        return data
+
+
+def write_tiff(path: str | Path, pixels: np.ndarray, palette: np.ndarray | None = None,
+               nodata: int | None = None, info: dict[str, str] | None = None,
+               bands: list[str] = (), georef: Georef | None = None) -> None:
+    """(H, W) or (H, W, bands) uint8 or uint16 -> a cloud-optimised GeoTIFF, whole or not at all.
+
+    palette: (n, 3) uint8 colours of the values of one band. info: {name: text} in GDAL's metadata.
+    bands: their names. georef: that of the image which these pixels lie on.
+    """
+    height, width, *more = pixels.shape
+    out = TiffWriter(path, (height, width, *(more or [1])), palette, nodata, info, bands, georef,
+                     pixels.dtype)
+    out.start(0, width)
+    out.append(pixels)
+    out.finish()
+
+
+def is_part(start: bytes) -> bool:
+    """Does a .part of a TiffWriter begin so? A killed one may have written less than its head."""
+    return PART_HEAD.startswith(start[:len(PART_HEAD)])
+
+
+def remove_part(path: str | Path) -> None:
+    """Takes PATH.part away, if a TiffWriter has made it."""
+    part = Path(f"{path}.part")
+    if part.is_file():
+        with open(part, "rb") as file:
+            ours = is_part(file.read(len(PART_HEAD)))
+        if ours:
+            part.unlink()
+
+
+def levels_of(height: int, width: int, bands: int) -> list[Level]:
+    """The image and its overviews, halved until one tile holds them or a line is left."""
+    levels = []
+    first = 0
+    while True:
+        grid = -(-height // TILE), -(-width // TILE)
+        levels.append(Level(height, width, grid, bands, first))
+        first += bands * grid[0] * grid[1]
+        if grid == (1, 1) or min(height, width) == 1:
+            return levels
+        height, width = -(-height // 2), -(-width // 2)
+
+
+def page_fields(bands: int, dtype: np.dtype, palette: np.ndarray | None,
+                nodata: int | None) -> dict[Tag, np.ndarray]:
+    """The tags that the image and its overviews have in common."""
+    fields = {
+        Tag.BitsPerSample: np.uint16([8 * dtype.itemsize] * bands),
+        Tag.Compression: np.uint16([DEFLATE]),
+        Tag.PhotometricInterpretation: np.uint16([BLACK_IS_ZERO if palette is None else PALETTE]),
+        Tag.SamplesPerPixel: np.uint16([bands]),
+        Tag.PlanarConfiguration: np.uint16([PLANAR if bands > 1 else 1]),
+        Tag.TileWidth: np.uint16([TILE]),
+        Tag.TileLength: np.uint16([TILE]),
+        Tag.SampleFormat: np.uint16([1] * bands)}
+    if bands > 1:
+        fields[Tag.ExtraSamples] = np.uint16([0] * (bands - 1))  # 0: neither colours nor alpha
+    if palette is not None:
+        colours = np.zeros((256, 3), np.uint16)
+        colours[:len(palette)] = palette
+        fields[Tag.ColorMap] = 257 * colours.T.ravel()
+    if nodata is not None:
+        fields[Tag.GDALNoData] = ascii_field(str(nodata))
+    return fields
+
+
+def metadata_xml(info: dict[str, str], bands: list[str]) -> str:
+    """GDAL's metadata: what concerns the image, and the names of the bands."""
+    # GDAL escapes texts twice, and undoes it twice.
+    items = []
+    for name, text in info.items():
+        items.append(f"<Item name={quoteattr(name)}>{escape(escape(str(text)))}</Item>")
+    for i, name in enumerate(bands):
+        start = f'<Item name="DESCRIPTION" sample="{i}" role="description">'
+        items.append(f"{start}{escape(escape(name))}</Item>")
+    return "<GDALMetadata>" + "".join(items) + "</GDALMetadata>"
+
+
+def ascii_field(text: str) -> np.ndarray:
+    """Text as a value of a tag, which ends with a zero."""
+    return np.frombuffer(text.encode("utf-8", "surrogateescape") + b"\0", "S1")

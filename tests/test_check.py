@@ -234,7 +234,7 @@ def wrong_glob(root):
     (rule_without_match, 2,
     "error: split 'train' in dataset.json: nothing matches 'west/*'; names look like 'images/0'"),
     (empty_split, 2, "error: split 'val' is empty; name its images in dataset.json, or delete it"),
-    (share_for_a_split, 2, "error: split 'val' is"),
+    (share_for_a_split, 2, "error: split 'val' in dataset.json is"),
     (missing_list, 2, "error: {root}/val.txt: no such file"),
     (no_val, 0, "warning: no val split: list whole scenes under \"val\" in dataset.json, or hold them out: \"select\""),
     (no_val, 0, "--dataset folder --root {root} --val-frac 0.2\n"),

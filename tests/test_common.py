@@ -19,8 +19,8 @@ from PIL import Image
 
 from data import common
 from data.common import (
-    BadInput, as_text, check_file, check_pixels, escaped, even_sample, in_time, json_lines, json_text, minutes, nfc,
-    number, print_anything, progress, read_json, read_text, replace, write)
+    BadInput, Written, as_text, check_file, check_pixels, escaped, even_sample, in_time, json_lines, json_text,
+    minutes, nfc, number, print_anything, progress, read_json, read_text, replace, write)
 from data.io import read_image, read_mask
 from data.raster import open_raster
 from data.tiff import Tiff
@@ -375,3 +375,72 @@ def test_an_even_sample_reaches_both_ends_and_repeats_nothing():
             assert found == sorted(set(found)) and len(found) == limit
             assert (found[0], found[-1]) == (0, n - 1)
             assert max(np.diff(found)) - min(np.diff(found)) <= 1
+
+
+# ---- files of earlier calls
+
+def contents(folder):
+    return {f.name: f.read_text() for f in sorted(folder.iterdir()) if not f.name.startswith(".")}
+
+
+def test_own_files_are_replaced_however_often(tmp_path):
+    for text in ("one", "two", "one"):
+        out = Written(tmp_path)
+        out.check(["a.txt", "deep/b.txt"])
+        out.write("a.txt", text)
+        out.replace("deep/b.txt", lambda name: Path(name).write_text(text))
+        assert contents(tmp_path / "deep") == {"b.txt": text}
+    assert (tmp_path / "a.txt").read_text() == "one"
+
+
+def touched(folder):
+    (folder / "a.txt").write_text("by hand")
+
+
+def put_there(folder):
+    (folder / "b.txt").write_text("by hand")
+
+
+def copied_over(folder):
+    (folder / "a.txt").write_bytes((folder / "c.txt").read_bytes())  # ours, but of another name
+
+
+def linked(folder):
+    (folder / "b.txt").symlink_to("nowhere")
+
+
+@pytest.mark.parametrize("change", [touched, put_there, copied_over, linked])
+def test_files_of_others_and_changed_ones_need_overwrite(tmp_path, change):
+    Written(tmp_path).write("a.txt", "first")
+    Written(tmp_path).write("c.txt", "third")
+    change(tmp_path)
+    name = "b.txt" if change in (put_there, linked) else "a.txt"
+    before = os.readlink(tmp_path / name) if change is linked else contents(tmp_path)
+    for say in (lambda out: out.check(["c.txt", name]), lambda out: out.write(name, "second")):
+        with pytest.raises(BadInput, match=f"{name}: would be overwritten.*type --overwrite"):
+            say(Written(tmp_path))
+        assert before == (os.readlink(tmp_path / name) if change is linked else contents(tmp_path))
+    Written(tmp_path, overwrite=True).write(name, "second")
+    Written(tmp_path).write(name, "third time")  # it is ours from now on
+    assert (tmp_path / name).read_text() == "third time"
+
+
+def test_a_process_that_is_killed_between_two_steps_leaves_files_that_can_be_replaced(tmp_path):
+    Written(tmp_path).write("a.txt", "old")
+
+    def killed(name):
+        Path(name).write_text("new")
+        raise KeyboardInterrupt
+    with pytest.raises(KeyboardInterrupt):
+        Written(tmp_path).replace("a.txt", killed)
+    with open(tmp_path / ".written.jsonl", "a") as f:
+        f.write('\n{"file": "a.txt", "sha')  # a full disk
+    Written(tmp_path).write("a.txt", "next")
+    Written(tmp_path).write("a.txt", "last")
+    assert contents(tmp_path) == {"a.txt": "last"}
+
+
+def test_a_folder_in_the_place_of_a_file_is_named(tmp_path):
+    (tmp_path / "a.txt").mkdir()
+    with pytest.raises(BadInput, match="a.txt: a folder, .*--out"):
+        Written(tmp_path, overwrite=True).check(["a.txt"])

@@ -1,10 +1,12 @@
 """data/metrics.py against the set definitions and torchmetrics."""
+import itertools
 import json
 
 import numpy as np
 import pytest
 import torch
 import torchmetrics.functional.classification as tm
+from sklearn.metrics import cohen_kappa_score, confusion_matrix
 
 from data import metrics
 from data.common import IGNORE
@@ -91,3 +93,63 @@ def test_counting_without_checks_adds_the_same_matrix(dtype):
     before = cm.clone()
     metrics.count_pairs_(cm, torch.full((9,), 77, dtype=dtype), torch.full((9,), IGNORE, dtype=dtype))
     assert torch.equal(cm, before)  # what is predicted on ignored pixels does not count, whatever it is
+
+
+def test_kappa_and_specificity_are_scikit_learns():
+    pred, true = drawn()
+    valid = true != IGNORE
+    cm = metrics.confusion(pred, true, 5)
+    assert metrics.kappa(cm) == pytest.approx(cohen_kappa_score(true[valid], pred[valid]), abs=1e-12)
+    for c, got in enumerate(metrics.specificity(cm).tolist()):
+        tn, fp, _, _ = confusion_matrix(true[valid] == c, pred[valid] == c, labels=[False, True]).flatten()
+        assert got == tn / (tn + fp)
+    assert metrics.kappa(torch.tensor([[5, 5], [5, 5]])) == 0 and metrics.kappa(torch.eye(3)) == 1
+    one_class = torch.tensor([[7, 0], [0, 0]])
+    assert np.isnan(metrics.kappa(one_class)) and metrics.specificity(one_class)[0].isnan()
+
+
+def test_the_calibration_error_is_torchmetrics_and_that_of_a_sum_over_bins():
+    g = torch.Generator().manual_seed(3)
+    z = 2 * torch.randn(4000, 5, generator=g)
+    true = torch.multinomial((0.5 * z).softmax(1), 1, generator=g)[:, 0]
+    confidence, pred = z.softmax(1).max(1)
+    bins = sum(metrics.confidence_bins(c, r) for c, r in zip(confidence.view(40, 100), (pred == true).view(40, 100)))
+    theirs = tm.multiclass_calibration_error(z, true, 5, n_bins=15, norm="l1").item()
+    assert metrics.ece(bins) == pytest.approx(theirs, abs=1e-6) and theirs > 0.05
+    by_hand = 0
+    for low in range(15):
+        here = [i for i, c in enumerate(confidence.tolist()) if low <= 15 * c < low + 1]
+        right = sum(int(pred[i] == true[i]) for i in here)
+        by_hand += abs(right - sum(confidence[here].tolist())) / 4000
+    assert metrics.ece(bins) == pytest.approx(by_hand, abs=1e-7)
+    sure = metrics.confidence_bins(torch.ones(4), torch.tensor([True, True, True, False]))
+    assert metrics.ece(sure) == 0.25 and sure[-1].tolist() == [4, 3, 4 * 2**24]
+
+
+def test_the_interval_of_iou_draws_whole_scenes():
+    rng = np.random.default_rng(0)
+    matrices = torch.from_numpy(rng.integers(0, 50, (6, 3, 3)))
+    matrices[:, 2] = matrices[:, :, 2] = 0  # a class that is nowhere
+    groups = ["a", "b", "c", "a", "b", "a"]
+    draws = metrics.bootstrap_iou(matrices, groups, rounds=300)
+    assert draws.shape == (300, 3) and draws[:, 2].isnan().all() and metrics.interval(draws[:, 2]) is None
+
+    possible = set()  # IoU of class 0 for all 27 draws of three scenes
+    for drawn in itertools.product("abc", repeat=3):
+        cm = sum(matrices[i] * drawn.count(g) for i, g in enumerate(groups)).numpy()
+        possible.add(round(float(cm[0, 0] / (cm[0].sum() + cm[:, 0].sum() - cm[0, 0])), 9))
+    assert {round(v, 9) for v in draws[:, 0].tolist()} == possible and len(possible) == 10
+    low, high = metrics.interval(draws[:, 0])
+    assert min(possible) - 1e-6 <= low < high <= max(possible) + 1e-6
+    assert torch.equal(draws[:, :2], metrics.bootstrap_iou(matrices, groups, rounds=300)[:, :2])
+
+
+def test_the_interval_is_as_wide_as_theory_says():
+    hits = torch.from_numpy(np.random.default_rng(1).random(400) < 0.3)
+    matrices = torch.zeros(400, 2, 2, dtype=torch.int64)
+    matrices[hits, 0, 0] = 1
+    matrices[~hits, 0, 1] = 1  # so the IoU of class 0 is the share of the hits
+    low, high = metrics.interval(metrics.bootstrap_iou(matrices, list(range(400)))[:, 0])
+    share = hits.double().mean().item()
+    half = 1.96 * (share * (1 - share) / 400) ** 0.5
+    assert low == pytest.approx(share - half, abs=0.006) and high == pytest.approx(share + half, abs=0.006)

@@ -47,6 +47,18 @@ def test_colorize_and_overlay_are_exact():
     assert plots.overlay(image, ids, COLORS).dtype == plots.colorize(ids, COLORS).dtype == np.uint8
 
 
+def test_a_quick_look_has_a_legend_of_the_classes_that_are_in_it():
+    image = np.full((50, 300, 3), 60, np.uint8)
+    ids = np.zeros((50, 300), np.uint8)
+    ids[:, 200:] = 255
+    one = np.asarray(plots.quick_look(image, ids, ["land", "water"], np.uint8([[0, 200, 0], [0, 0, 200]])))
+    np.testing.assert_array_equal(one[:50], plots.overlay(image, ids, np.uint8([[0, 200, 0]])))
+    below = one[50:].reshape(-1, 3).tolist()
+    assert [0, 200, 0] in below and [0, 0, 200] not in below
+    small = plots.quick_look(image[:1, :1], ids[:1, :1], ["a class of a long name"] * 2, np.uint8([[1, 2, 3]] * 2))
+    assert small.width >= 200
+
+
 def test_colorize_refuses_an_id_without_colour():
     with pytest.raises(IndexError):
         plots.colorize(np.array([[4]], np.uint8), COLORS)
@@ -201,6 +213,20 @@ def test_samples_survive_and_stay_small():
     assert_margin_is_empty(img)
     without = plots.samples(rows[1:2], names, COLORS)
     assert plots.samples([], names, COLORS).width == without.width < img.width
+
+
+def test_bars_of_reliability_are_as_high_as_the_accuracy():
+    share, confidence = np.full(4, 0.25), np.array([0.1, 0.4, 0.6, 0.9])
+    heights = []
+    for accuracy in (np.zeros(4), np.full(4, 0.5), np.ones(4)):
+        img = plots.reliability(share, confidence, accuracy, "a title")
+        heights.append(amount(img, plots.BRIGHT[0]))
+        assert_margin_is_empty(img)
+    field = 300 * 300
+    assert heights[0] < 0.05 * field < 0.45 * field < heights[1] < 0.52 * field < 0.9 * field < heights[2]
+    empty = np.array([0, 0.5, 0, 0.5])
+    half = plots.reliability(empty, np.where(empty, confidence, np.nan), np.where(empty, 1, np.nan))
+    assert amount(half, plots.BRIGHT[0]) < 0.55 * field  # bins without a pixel have no bar
 
 
 def test_cards_frame_what_is_wrong():

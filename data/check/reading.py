@@ -23,52 +23,67 @@ def draft_reading(images: list[Path], train: list[tuple[Path, Window | None]], t
     """
     found = in_threads(lambda image: attempt(open_raster, image), images, "images")
     rasters = [r for r in found if not isinstance(r, BadInput)]
-    for fault in found:
-        if isinstance(fault, BadInput):
-            complaints.error("image", fault)
+    faults = [fault for fault in found if isinstance(fault, BadInput)]
+    for fault in faults:
+        complaints.error("image", fault)
     reading = dict(typed)
+    # What is corrected in images is drafted anew: it may change how all of them are read.
+    anew = ["--force", *reading_flags(typed.get("bands"), typed.get("input_range"))]
     if "bands" not in reading:
-        # Those of which three bands cannot be had without a choice.
-        odd = [r for r in rasters if colours_of(r) not in (1, 3)]
-        odd = [r for r in even_sample(odd, IMAGES)
-               if isinstance(attempt(some_pixels, r.path, None, None), BadInput)]
-        if odd and not all(begins_with_colours(r) for r in rasters):
-            n = colours_of(odd[0])
-            numbers = "1,2,3" if n > 2 else "1,2,2"
-            complaints.error("bands", f"{odd[0].path}: {n} bands ({odd[0].photometric}), and the "
-                             "file does not say which are red, green and blue; choose three, such "
-                             f"as --bands {numbers}")
-            return reading, ["--force", *reading_flags(None, typed.get("input_range")),
-                             "--bands", numbers]
-        if odd:
-            reading["bands"] = [1, 2, 3]
-            complaints.note("bands", f"{odd[0].path}: {colours_of(odd[0])} bands, of which the "
-                            'first are red, green and blue by its header: "bands" in the draft')
+        reading["bands"], numbers = draft_bands(rasters, complaints)
+        if reading["bands"] is None:
+            del reading["bands"]
+        if numbers:
+            return reading, [*anew, "--bands", numbers]
 
     bands = reading.get("bands")
     few = [r for r in rasters if bands and colours_of(r) < max(bands)]
     if few:
         complaints.error("bands", too_few(few, bands))
+        faults += few
 
     word = reading.get("input_range")
     deep = [r for r in rasters if r.dtype != "uint8" and not r.indexed]
     kinds = kinds_of(rasters)
     if len(kinds) > 1 and not isinstance(word, list):
         complaints.error("kinds", one_range(kinds))
-        return reading, []
+        return reading, anew
     if deep and word is None:
         word = RANGE
     if isinstance(word, str):
         measured = attempt(percentile_range, word, train, reading.get("bands"))
         if isinstance(measured, BadInput):
             complaints.error("range", measured)
-            return reading, []
+            return reading, anew
         reading["input_range"], (listed, *constant) = measured
         what = f"{len(deep)} images are {deep[0].dtype}: " if deep else ""
         complaints.note("range", f'{what}{listed}; "input_range" in the draft')
         for line in constant:
             complaints.warning("range", line)
-    return reading, []
+    return reading, anew if faults else []
+
+
+def draft_bands(rasters: list[Tiff | Picture], complaints: Complaints
+                ) -> tuple[list[int] | None, str | None]:
+    """The three to read if the headers say which, else None; and what to type if nothing does."""
+    # Images of which three bands cannot be had without a choice.
+    odd = [r for r in rasters if colours_of(r) not in (1, 3)]
+    odd = [r for r in even_sample(odd, IMAGES)
+           if isinstance(attempt(some_pixels, r.path, None, None), BadInput)]
+    if not odd:
+        return None, None
+    path, n, alpha = odd[0].path, colours_of(odd[0]), odd[0].alpha
+    if not all(begins_with_colours(r) for r in rasters):
+        numbers = "1,2,3" if n > 2 else "1,2,2"
+        complaints.error("bands", f"{path}: {n} bands ({odd[0].photometric}), and the file does not "
+                         f"say which are red, green and blue; choose three, such as --bands {numbers}")
+        return None, numbers
+    # An alpha that is a mask would have been left out.
+    veil = (f"; band {alpha} is called alpha, but is no mask of transparent and opaque pixels alone: "
+            "it hides none") if alpha else ""
+    complaints.note("bands", f"{path}: {n} bands, of which the first are red, green and blue by its "
+                             f'header: "bands" in the draft{veil}')
+    return [1, 2, 3], None
 
 
 def too_few(few: list[Tiff | Picture], bands: list[int]) -> str:
@@ -100,9 +115,9 @@ def one_range(kinds: dict[str, list[Tiff | Picture]]) -> str:
     kind = next(kind for kind in kinds if kind != "8 bits")
     path = kinds[kind][0].path
     command = shlex.join(["gdal_translate", "-ot", "Byte", "-scale", "LOW", "HIGH", "0", "255",
-                          str(path), str(path.with_name(f"{path.stem}_8bit.tif"))])
-    return (f"images that no one range fits: {listed}; keep those of one kind, or make the others "
-            f"8 bits: {command}")
+                          str(path), "NEW.tif"])
+    return (f"images that no one range fits: {listed}; keep those of one kind, or put 8 bits in "
+            f"place of the others: {command}")
 
 
 def colours_of(raster: Tiff | Picture) -> int:

@@ -1,0 +1,171 @@
+"""What eval.py leaves for comparisons: matrices of single images, intervals, paired differences.
+
+    intervals(matrices, scenes, names)             95 % intervals of mIoU and of every class
+    write("scenes.csv", scene_table(...))          a row per image
+    write("matrices.npz", pack_matrices(...))      what compare() reads
+    print(compare(read_scored("runs/a"), read_scored("runs/b")))     which is better, how surely
+"""
+import csv
+import io
+import zipfile
+from pathlib import Path
+from typing import NamedTuple
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from . import metrics
+from .common import BadInput, check_file, read_json
+
+# What two results must have in common to be compared, in eval.json's protocol.
+SAME = {
+    "dataset": "data set", "variant": "variant", "split": "split", "files": "images of the split",
+    "classes": "classes", "ignore": "ignored values", "ignore_boundary": "--ignore-boundary",
+}
+
+
+# ---- intervals
+
+def intervals(matrices: Tensor, scenes: list[str], names: list[str]) -> dict:
+    """(N, k, k) per image -> 95 % intervals of mIoU and each class, by drawing whole scenes anew."""
+    number = len(set(scenes))
+    if number < 2:  # nothing to draw from
+        return dict(scenes=number, miou=None, iou={name: None for name in names})
+    draws = metrics.bootstrap_iou(matrices, scenes)
+    columns = zip(names, draws.unbind(1))
+    return dict(scenes=number, draws=len(draws), miou=metrics.interval(draws.nanmean(1)),
+                iou={name: metrics.interval(column) for name, column in columns})
+
+
+def scene_table(images: list[str], scenes: list[str], matrices: Tensor, names: list[str]) -> str:
+    """CSV: image, scene, mIoU of the classes in it, OA, pixels, IoU of each class or nothing."""
+    text = io.StringIO()
+    table = csv.writer(text, lineterminator="\n")
+    table.writerow(["image", "scene", "mIoU", "OA", "pixels", *(f"IoU {name}" for name in names)])
+    for image, scene, cm in zip(images, scenes, matrices):
+        ious = metrics.iou(cm)
+        cells = [image, scene, digits(ious.nanmean().item()), digits(metrics.oa(cm)), int(cm.sum())]
+        table.writerow([*cells, *map(digits, ious.tolist())])
+    return text.getvalue()
+
+
+def digits(value: float) -> str:
+    """Six of them, as in by_class(); nothing for NaN."""
+    return "" if np.isnan(value) else f"{value:.6f}"
+
+
+# ---- results that can be compared
+
+class Scored(NamedTuple):
+    """An evaluation: where it is from, eval.json, and per image its name, scene and matrix."""
+    path: Path
+    report: dict
+    images: list[str]
+    scenes: list[str]
+    matrices: Tensor  # (N, k, k) int64
+
+
+def pack_matrices(images: list[str], scenes: list[str], matrices: Tensor) -> bytes:
+    """The bytes of matrices.npz, without pickled objects."""
+    file = io.BytesIO()
+    np.savez_compressed(file, images=np.array(images), scenes=np.array(scenes),
+                        matrices=matrices.numpy())
+    return file.getvalue()
+
+
+def read_scored(path: str | Path, split: str | None = None) -> Scored:
+    """A run folder, a folder of eval.py's results, or the eval.json in it."""
+    folder = Path(path)
+    if folder.name == "eval.json":
+        folder = folder.parent
+    if (folder / "protocol.json").exists() and not (folder / "eval.json").exists():
+        split = split or read_json(folder / "protocol.json").get("reported")
+        folder = folder / f"eval-{split}"
+    report = read_json(folder / "eval.json") if (folder / "eval.json").exists() else {}
+    file = folder / "matrices.npz"
+    if not file.exists() or "protocol" not in report:
+        raise BadInput(f"{folder}: no eval.json with a matrices.npz beside it; type python eval.py "
+                       f"{path}{f' --split {split}' if split else ''} first")
+    check_file(file)
+    try:
+        with np.load(file, allow_pickle=False) as arrays:
+            images, scenes = arrays["images"].tolist(), arrays["scenes"].tolist()
+            matrices = torch.from_numpy(arrays["matrices"])
+        fits = matrices.sum(0).tolist() == report["confusion"] and len(images) == len(matrices)
+    except (OSError, ValueError, LookupError, TypeError, RuntimeError, zipfile.BadZipFile):
+        fits = False
+    if not fits:
+        raise BadInput(f"{file}: does not belong to the eval.json beside it; score the split again "
+                       "with eval.py --overwrite")
+    return Scored(folder, report, images, scenes, matrices)
+
+
+def differences(a: Scored, b: Scored) -> list[str]:
+    """What keeps two results from being compared, in words: "split: test and val"."""
+    ours, theirs = a.report["protocol"], b.report["protocol"]
+    found = []
+    for key, title in SAME.items():
+        pair = [ours.get(key), theirs.get(key)]
+        if key == "classes":  # in any order
+            pair = [sorted(names) for names in pair]
+        if pair[0] != pair[1]:
+            found.append(f"{title}: {pair[0]} and {pair[1]}")
+    if found:
+        return found
+    # The same names may hold other labels by now: the true pixels of every image must agree.
+    if a.images != b.images or a.scenes != b.scenes:
+        return ["names or scenes of the images"]
+    if not torch.equal(a.matrices.sum(2), in_order(b, ours["classes"]).sum(2)):
+        return ["labels: the masks hold other numbers of pixels per class"]
+    return []
+
+
+def in_order(scored: Scored, names: list[str]) -> Tensor:
+    """(N, k, k) with the classes in this order."""
+    own = scored.report["protocol"]["classes"]
+    order = torch.tensor([own.index(name) for name in names])
+    return scored.matrices[:, order][:, :, order]
+
+
+def compare(a: Scored, b: Scored) -> str:
+    """Lines: scores of both, b minus a with its 95 % interval, from the same draws of scenes."""
+    found = differences(a, b)
+    if found:
+        raise BadInput(f"{a.path} and {b.path} cannot be compared, they differ in "
+                       f"{'; '.join(found)}; score both with the same data, --split and flags")
+    names = a.report["protocol"]["classes"]
+    pair = [a.matrices, in_order(b, names)]
+    # The same scenes are drawn for both. What makes a draw easy for one does so for the other and
+    # cancels in the difference, which single intervals do not show.
+    number = len(set(a.scenes))
+    draws = [torch.full((1, len(names)), torch.nan)] * 2
+    if number > 1:
+        draws = [metrics.bootstrap_iou(matrices, a.scenes) for matrices in pair]
+    ious = [metrics.iou(matrices.sum(0)) for matrices in pair]
+
+    lines = [f"A {a.path}", f"B {b.path}",
+             f"{len(a.images)} images, {number} scenes, drawn anew together for both"]
+    if number < 2:
+        lines[-1] = f"{len(a.images)} images of one scene: no intervals"
+    wide = max(map(len, ["mIoU", *names]))
+    lines.append(f"{'':{wide}}       A       B    B - A   95 % interval")
+    rows = [("mIoU", [iou.nanmean() for iou in ious], draws[1].nanmean(1) - draws[0].nanmean(1))]
+    rows += [(name, [iou[i] for iou in ious], draws[1][:, i] - draws[0][:, i])
+             for i, name in enumerate(names)]
+    for name, (old, new), difference in rows:
+        scores = f"{old:7.4f} {new:7.4f}  {new - old:+.4f}".replace("+nan", "    nan")
+        lines.append(f"{name:{wide}} {scores}  {said(difference)}")
+    return "\n".join(lines)
+
+
+def said(difference: Tensor) -> str:
+    """"+0.0102 to +0.0300  B is better": the interval of a difference, and what it says."""
+    found = metrics.interval(difference)
+    if found is None:
+        return "-"
+    low, high = found
+    verdict = ""
+    if low > 0 or high < 0:
+        verdict = "  B is better" if low > 0 else "  A is better"
+    return f"{low:+.4f} to {high:+.4f}{verdict}"
