@@ -1194,6 +1194,7 @@ def words(rng, folder):
     elif flag == "RUN":
         argv = ["predict", value, "set/images/0.png", "--out", "out"]
     elif flag == "ROOT":
+        value = "set" if value in (".", "..") else value  # where a draft would be written, as it should
         argv = ["check", value]
     else:
         argv = [*argv, f"{flag}={value}"]
@@ -1206,7 +1207,7 @@ def words(rng, folder):
         argv = [*TRAIN, "--cache=off"]
     shown = value.encode("unicode_escape", "surrogateescape").decode() if value.isascii() else value
     return Case(argv, must, [flag, *([value[:200]] if value.strip() else []), shown[:40], repr(value)[1:-1][:100],
-                             value.split(":")[-1].strip("/") or "/", "dataset.json"], f"{flag} {value[:40]!r}")
+                             value.split(":")[-1].strip("/") or value.rstrip("/") or "/", "dataset.json"], f"{flag} {value[:40]!r}")
 
 
 def names(rng, folder):

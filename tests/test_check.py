@@ -432,3 +432,12 @@ def test_flags_of_data_curate_have_the_same_rules(capsys, argv, said):
         curate(argv)
     err = capsys.readouterr().err
     assert e.value.code == 2 and said in err and err.startswith("error: ") and err.count("\n") == 1
+
+
+def test_a_link_to_no_file_is_not_replaced_by_a_draft(plain, capsys):
+    (plain / "dataset.json").rename(plain / "kept.json")
+    (plain / "dataset.json").symlink_to("gone.json")
+    code, out = run(capsys, plain)
+    assert code == 2 and "dataset.json: a link to no file; bring the file back, or remove the link" in out
+    (plain / "kept.json").rename(plain / "gone.json")
+    assert (plain / "dataset.json").is_symlink() and run(capsys, plain)[0] == 0  # as the message says

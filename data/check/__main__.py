@@ -72,7 +72,7 @@ def main(argv=None) -> int:
         check_folder(args.root)
         if args.dataset != "folder":
             description = describe(args.dataset, args.root, args.variant)
-        elif args.force or not (args.root / "dataset.json").exists():
+        elif args.force or not os.path.lexists(args.root / "dataset.json"):
             return draft(args.root, args.limit, args.masks, typed)
         elif args.masks:
             raise BadInput(f"--masks {args.masks}: for a draft, and {args.root}/dataset.json is "
