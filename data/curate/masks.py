@@ -20,8 +20,8 @@ from tempfile import TemporaryDirectory
 import numpy as np
 from PIL import Image
 
-from ..common import (IGNORE, BadInput, as_text, file_sha256, fits, nfc, progress, read_json, replace,
-                      write)
+from ..common import (IGNORE, BadInput, as_text, file_sha256, fits, nfc, progress, read_json,
+                      replace, write)
 from ..files import is_image, match, star_key
 from ..io import Labels
 from ..raster import open_raster

@@ -41,8 +41,8 @@ def read_suspects(path: str | Path) -> dict:
         check_region(row, path, proposed=str)
         for name in (row["label"], row["proposed"]):
             if name not in found["classes"]:
-                raise BadInput(f"{path}: region {row['id']} has the class {name!r}, which is not in "
-                               '"classes"; search suspects again')
+                raise BadInput(f"{path}: region {row['id']} has the class {name!r}, which is not "
+                               'in "classes"; search suspects again')
     return found | {"sha256": file_sha256(path)}
 
 
