@@ -112,7 +112,7 @@ def test_the_wrong_region_of_each_image_and_nothing_else_is_suspect(searched):
     for r in found:
         assert (r["label"], r["proposed"], r["pixels"], r["box"]) == ("land", "water", 200, [10, 15, 10, 20])
         assert r["confidence"] == pytest.approx(230 / 255, abs=1e-4)
-        assert r["score"] == pytest.approx(200 * np.log(230 / 13), abs=0.01)
+        assert r["score"] == pytest.approx(200 ** 0.5 * np.log(230 / 13), abs=0.001)
         assert from_runs(r["runs"], (10, 20)).all()
     rows = list(csv.DictReader((folder / "suspects/suspects.csv").open()))
     assert [(r["image"], r["region"], r["pixels"]) for r in rows] == [(r["image"], str(r["id"]), "200") for r in found]

@@ -68,7 +68,7 @@ def make_page(args) -> None:
     regions = len(page["items"]) - planted
     size = f"{len(text) / 1e6:.1f} MB"
     print(f"wrote {out.folder}/review.html ({size}): {regions} regions, {planted} controls; "
-          " open it in a browser, decide, save decisions.json, then type: "
+          "open it in a browser, decide, save decisions.json, then type: "
           f"{curate_command('apply decisions.json --out NEWMASKS')}")
 
 

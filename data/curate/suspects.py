@@ -35,8 +35,8 @@ SHOWN = 12  # regions in the sheet
 class Region(NamedTuple):
     """Touching pixels of an image: box (top, left, h, w) and runs, see regions.py; class ids.
 
-    confidence: mean probability of the proposal. score: the sum over the pixels of the logarithm of
-    its probability over that of the label, so large regions count, and clear ones.
+    confidence: mean probability of the proposal. score: the mean of the logarithm of its
+    probability over that of the label, times the root of the pixels, which depend on each other.
     """
     image: str
     box: list[int]
@@ -140,12 +140,11 @@ def regions_of(name: str, seen: Opinion, sure: np.ndarray) -> list[Region]:
         box = [int(v) for v in (top, left, rows.max() - top + 1, columns.max() - left + 1)]
         inside = parts[part(box)] == numbers[start]
         p = confidence[rows, columns]
-        ratio = p / np.maximum(of_label[rows, columns], LEAST)
+        evidence = np.log(p / np.maximum(of_label[rows, columns], LEAST)).mean()
         label = int(labels[rows[0], columns[0]])
         proposed = int(likeliest[rows[0], columns[0]])
         found.append(Region(name, box, to_runs(inside), int(area), label, proposed,
-                            round(float(p.mean()), 4),
-                            round(float(np.log(ratio).sum(dtype=np.float64)), 2)))
+                            round(float(p.mean()), 4), round(float(evidence * area ** 0.5), 4)))
     return found
 
 
