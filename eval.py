@@ -1,4 +1,4 @@
-"""Score a trained model, or anybody's masks, on one split: every metric, with its protocol and intervals.
+"""Score a trained model, or anybody's masks, on one split: every metric, protocol, intervals.
 
     python eval.py runs/demo                         the reported split, windows as in training
     python eval.py runs/demo --split val --overlap 0.5
@@ -6,7 +6,7 @@
     python eval.py runs/demo --masks predictions --mask-ids train    masks of any program
     python eval.py --masks predictions --mask-ids train --root D     and without a run
     python eval.py --compare runs/a runs/b           the difference, with 95 % intervals
-    python eval.py runs/demo --split train --difficulty    scores images for train_kd.py --sampler weighted
+    python eval.py runs/demo --split train --difficulty    for train_kd.py --sampler weighted
     python eval.py --summary runs/*                  one table of what these runs reported
     torchrun --standalone --nproc_per_node=8 eval.py runs/demo    the numbers stay the same
 
@@ -56,7 +56,7 @@ def parse_args(argv=None):
     p.add_argument("--split-file", help="JSON {split: [names]}, such as a run's split.json")
     p.add_argument("--masks", help="score the masks NAME.png or .tif in this folder, not the model")
     p.add_argument("--mask-ids", choices=["train", "raw", "color"],
-                   help="ids 0..K-1, values as in the data set's own masks, or the classes' colours")
+                   help="ids 0..K-1, values as in the data set's masks, or the classes' colours")
     p.add_argument("--ignore-boundary", type=between(0, 1000, int), default=0, metavar="R",
                    help="do not count pixels within R of another label")
     p.add_argument("--difficulty", action="store_true",
@@ -105,8 +105,11 @@ def open_data(args, meta, folder):
     own = folder / "split.json"
     if not split_file and own.exists() and not (args.root or args.variant):
         split_file = own
-    d = Source(meta["source"] if official else "folder", args.root or meta["root"],
-               args.variant or meta["variant"], split_file, cache=args.cache, need=())
+    variant = args.variant
+    if official and not variant:
+        variant = meta["variant"]
+    d = Source(meta["source"] if official else "folder", args.root or meta["root"], variant,
+               split_file, cache=args.cache, need=())
     d.reading = meta["reading"]  # in numbers, whatever dataset.json says by now
     here = {nfc(c["name"]): c for c in d.labels.classes}
     names = [nfc(c["name"]) for c in meta["classes"]]
@@ -342,8 +345,10 @@ def main(args):
     counts.over_ranks()
     worst.over_ranks()
     if not counts.matrices.any():
-        raise BadInput(f"{d.root}: every pixel of {args.split} is ignored; check \"ignore\" in "
-                       "dataset.json")
+        check = 'check "ignore" in dataset.json'
+        if args.ignore_boundary:
+            check = "lower --ignore-boundary"
+        raise BadInput(f"{d.root}: every pixel of {args.split} is ignored; {check}")
 
     # ---- report
     if args.calibrate:
@@ -382,9 +387,9 @@ def main(args):
                   f"{about['pixels']} pixels of {args.split}")
 
         # ---- for other programs, such as data.curate
-        about = dict(run=args.run and str(args.run), weights=weights, root=str(d.root),
-                     source=d.kind, variant=d.description.get("variant"), reading=d.reading,
-                     split=args.split, classes=d.names, temperature=temperature)
+        about = dict(run=str(folder), weights=weights, root=str(d.root), source=d.kind,
+                     variant=d.description.get("variant"), reading=d.reading, split=args.split,
+                     classes=d.names, temperature=temperature)
         index = {}  # {folder: its index.json}; both may go into one
         if args.probabilities:
             index[args.probabilities] = about | dict(images={n: f"{n}.tif" for n in names})

@@ -1,6 +1,6 @@
 """Scores of the borders between classes, and labels without the pixels next to a border.
 
-    counts += boundary_counts(pred, true, k)      (k, 7) int64, over all images; divide once at the end
+    counts += boundary_counts(pred, true, k)      (k, 7) int64, over all images
     boundary_iou(counts), boundary_f1(counts)     (k,) each
     true = ignore_borders(true, 3)                IGNORE within 3 pixels of another label
 
@@ -32,6 +32,8 @@ def slide_along(x: Tensor, size: int, take: Callable) -> Tensor:
         covered += step
     return x
 
+
+# A square takes two passes, one along each axis; a disk one along each of its rows.
 
 def in_square(x: Tensor, radius: int, take: Callable, outside: int) -> Tensor:
     """take over the pixels at most `radius` rows and columns away, (H, W) -> (H, W)."""
@@ -87,7 +89,7 @@ def ignore_borders(true: Tensor, radius: int) -> Tensor:
 
 def boundary_counts(pred: Tensor, true: Tensor, k: int) -> Tensor:
     """(k, 7) int64 per class: pixels of the band in truth, in the prediction, in both; pixels of
-    the true border line, those that the prediction found; of the predicted one, those that are true.
+    the true line, those of it that were found; of the predicted line, those of it that are true.
     """
     pred = pred.masked_fill(true == IGNORE, IGNORE)
     width = max(1, round(DILATION * math.hypot(*true.shape)))
@@ -115,7 +117,7 @@ def count(ids: Tensor, where: Tensor, k: int) -> Tensor:
 
 
 def near(ids: Tensor, others: Tensor, line: Tensor, k: int) -> Tensor:
-    """(H, W) bool: does `line` have a pixel whose id in `others` is the one here, TOLERANCE away or less?"""
+    """(H, W) bool: has `line` a pixel within TOLERANCE whose id in `others` is the one here?"""
     found = torch.zeros_like(line)
     # Eight classes at once, a bit each.
     for first in range(0, k, 8):
@@ -140,7 +142,7 @@ def boundary_iou(counts: Tensor) -> Tensor:
 
 
 def boundary_f1(counts: Tensor) -> Tensor:
-    """(k,) float64, lines at most TOLERANCE pixels apart being equal; NaN for a class without any border."""
+    """(k,) float64, of lines within TOLERANCE pixels of each other; NaN for a class without one."""
     true, found, pred, right = counts[:, 3:].double().unbind(1)
     # A border that only one of the two has is worth 0.
     recall = (found / true).nan_to_num(0.0)

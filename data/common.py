@@ -112,7 +112,7 @@ class Written:
             if file.is_dir():
                 raise BadInput(f"{file}: a folder, where a file will be written; name another --out")
             if not self.overwrite and os.path.lexists(file):
-                if not file.exists() or (name, file_sha256(file)) not in own:
+                if not file.is_file() or (name, file_sha256(file)) not in own:
                     raise BadInput(f"{file}: would be overwritten, and was not written by this "
                                    "program or was changed since; type --overwrite to replace it, "
                                    "or name another --out")
@@ -171,7 +171,7 @@ def as_bytes(text: str) -> bytes:
 
 
 def check_file(path: str | Path) -> None:
-    """BadInput unless a regular file is there: opening a FIFO waits for ever, reading /dev/zero too."""
+    """BadInput unless a regular file is there: to open a FIFO is to wait, /dev/zero has no end."""
     try:
         mode = os.stat(path).st_mode
     except FileNotFoundError:
@@ -186,11 +186,11 @@ def check_file(path: str | Path) -> None:
 
 
 def check_pixels(path: str | Path, height: int, width: int) -> None:
-    """BadInput where an image, by its header, has more pixels than are read at once: --max-pixels."""
+    """BadInput where an image by its header has more pixels than --max-pixels allows."""
     most = int(os.environ.get(PIXELS_VARIABLE, MAX_PIXELS))
     if height * width > most:
-        raise BadInput(f"{path}: {height} x {width} pixels (H x W) by its header, over the limit of "
-                       f"{most}; where that is right and fits into memory, type --max-pixels "
+        raise BadInput(f"{path}: {height} x {width} pixels (H x W) by its header, over the limit "
+                       f"of {most}; where that is right and fits into memory, type --max-pixels "
                        f"{height * width}, else cut the image up")
 
 
@@ -231,7 +231,7 @@ def read_json(path: str | Path, shape: type = dict, expected: str = "{...}"):
 
 
 def parse_json(text: str):
-    """The value of a JSON text; ValueError or RecursionError where it is none, or cannot be written again."""
+    """The value of a JSON text; a ValueError or RecursionError where it is none."""
     found = json.loads(text, object_pairs_hook=unique, parse_constant=no_number,
                        parse_int=whole_in_json, parse_float=float_in_json)
     # What cannot be written again would end a run later: half a character, a thousand brackets.
@@ -326,7 +326,7 @@ def number(text: str, kind: type = float) -> int | float:
 
 
 def check_words(words: list[str], flags: dict) -> None:
-    """BadInput for a word of a command line that is none of its `flags` with a value, and no file."""
+    """BadInput for a word of a command line that no file and none of its `flags` can be."""
     for word in words:
         flag, _, value = word.partition("=")
         if "\0" in word:
@@ -336,7 +336,7 @@ def check_words(words: list[str], flags: dict) -> None:
 
 
 def escaped(text: str) -> str:
-    """The text in one line, as escapes what a terminal would obey: a file may be called "a\\n\\x1b[31mb.png"."""
+    """The text in one line, with escapes for what a terminal would obey in names of files."""
     return text.translate(ESCAPES)
 
 
@@ -356,7 +356,7 @@ class Shown:
 
 
 def print_anything() -> None:
-    """Call it first in a program: what a terminal lacks, or would obey, is shown as \\u6c34."""
+    """At the start of every program: what a terminal cannot show, or would obey, becomes \\u6c34."""
     for name in ("stdout", "stderr"):
         stream = getattr(sys, name)
         if hasattr(stream, "reconfigure"):
@@ -367,12 +367,12 @@ def print_anything() -> None:
 
 @contextlib.contextmanager
 def in_time(seconds: float, message: str) -> Iterator[None]:
-    """BadInput(message) where the block takes longer: a pattern of the user may try 2^n ways to match.
+    """BadInput(message) where the block takes longer: a regex may try 2^n ways to match.
 
     Only in the main thread, and where the system has such a clock (not on Windows).
     """
-    possible = hasattr(signal, "setitimer") and threading.current_thread() is threading.main_thread()
-    if not possible:
+    in_main = threading.current_thread() is threading.main_thread()
+    if not in_main or not hasattr(signal, "setitimer"):
         yield
         return
 

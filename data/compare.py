@@ -1,9 +1,9 @@
-"""What eval.py leaves behind for comparisons: matrices of single images, intervals, paired differences.
+"""What eval.py leaves for comparisons: matrices of single images, intervals, paired differences.
 
     intervals(matrices, scenes, names)             95 % intervals of mIoU and of every class
     write("scenes.csv", scene_table(...))          a row per image
     write("matrices.npz", pack_matrices(...))      what compare() reads
-    print(compare(read_scored("runs/a"), read_scored("runs/b")))     which run is better, and how surely
+    print(compare(read_scored("runs/a"), read_scored("runs/b")))     which is better, how surely
 """
 import csv
 import io
@@ -16,7 +16,7 @@ import torch
 from torch import Tensor
 
 from . import metrics
-from .common import BadInput, read_json
+from .common import BadInput, check_file, read_json
 
 # What two results must have in common to be compared, in eval.json's protocol.
 SAME = {
@@ -28,7 +28,7 @@ SAME = {
 # ---- intervals
 
 def intervals(matrices: Tensor, scenes: list[str], names: list[str]) -> dict:
-    """(N, k, k) per image -> 95 % intervals of mIoU and of each class, by drawing whole scenes anew."""
+    """(N, k, k) per image -> 95 % intervals of mIoU and each class, whole scenes drawn anew."""
     number = len(set(scenes))
     if number < 2:  # nothing to draw from
         return dict(scenes=number, miou=None, iou={name: None for name in names})
@@ -39,7 +39,7 @@ def intervals(matrices: Tensor, scenes: list[str], names: list[str]) -> dict:
 
 
 def scene_table(images: list[str], scenes: list[str], matrices: Tensor, names: list[str]) -> str:
-    """CSV: image, scene, mIoU over the classes in it, OA, counted pixels, IoU of each class, empty if absent."""
+    """CSV: image, scene, mIoU of the classes in it, OA, pixels, IoU of each class or nothing."""
     text = io.StringIO()
     table = csv.writer(text, lineterminator="\n")
     table.writerow(["image", "scene", "mIoU", "OA", "pixels", *(f"IoU {name}" for name in names)])
@@ -67,7 +67,7 @@ class Scored(NamedTuple):
 
 
 def pack_matrices(images: list[str], scenes: list[str], matrices: Tensor) -> bytes:
-    """matrices.npz: names as UTF-8 lines would be cut at line breaks, so as arrays of text."""
+    """The bytes of matrices.npz, without pickled objects."""
     file = io.BytesIO()
     np.savez_compressed(file, images=np.array(images), scenes=np.array(scenes),
                         matrices=matrices.numpy())
@@ -87,6 +87,7 @@ def read_scored(path: str | Path, split: str | None = None) -> Scored:
     if not file.exists() or "protocol" not in report:
         raise BadInput(f"{folder}: no eval.json with a matrices.npz beside it; type python eval.py "
                        f"{path}{f' --split {split}' if split else ''} first")
+    check_file(file)
     try:
         with np.load(file, allow_pickle=False) as arrays:
             images, scenes = arrays["images"].tolist(), arrays["scenes"].tolist()
@@ -112,6 +113,7 @@ def differences(a: Scored, b: Scored) -> list[str]:
             found.append(f"{title}: {pair[0]} and {pair[1]}")
     if found:
         return found
+    # The same names may hold other labels by now: the true pixels of every image must agree.
     if a.images != b.images or a.scenes != b.scenes:
         return ["names or scenes of the images"]
     if not torch.equal(a.matrices.sum(2), in_order(b, ours["classes"]).sum(2)):
@@ -127,13 +129,15 @@ def in_order(scored: Scored, names: list[str]) -> Tensor:
 
 
 def compare(a: Scored, b: Scored) -> str:
-    """Lines: mIoU and IoU of both, b minus a with its 95 % interval, from the same draws of scenes."""
+    """Lines: scores of both, b minus a with its 95 % interval, from the same draws of scenes."""
     found = differences(a, b)
     if found:
         raise BadInput(f"{a.path} and {b.path} cannot be compared, they differ in "
                        f"{'; '.join(found)}; score both with the same data, --split and flags")
     names = a.report["protocol"]["classes"]
     pair = [a.matrices, in_order(b, names)]
+    # The same scenes are drawn for both. What makes a draw easy for one does so for the other and
+    # cancels in the difference, which single intervals do not show.
     number = len(set(a.scenes))
     draws = [torch.full((1, len(names)), torch.nan)] * 2
     if number > 1:

@@ -46,8 +46,9 @@ import numpy as np
 import torch
 
 from .common import (IGNORE, SHORT, BadInput, as_text, even_sample, in_time, nfc, progress,
-                     read_json, read_text)
-from .files import MATCH_TIME, SUFFIXES, Names, about_encoding, check_folder, is_image, match
+                      read_json, read_text)
+from .files import (FILE_NAME, MATCH_TIME, SUFFIXES, Names, about_encoding, check_folder, is_file_name,
+                    is_image, match)
 from .io import Labels, read_valid, size_of
 from .ranges import is_range
 
@@ -55,6 +56,7 @@ from .ranges import is_range
 NORMS = {
     "imagenet": ((0.485, 0.456, 0.406), (0.229, 0.224, 0.225)),  # DINOv2, LVD-1689M, torchvision
     "sat": ((0.430, 0.411, 0.296), (0.213, 0.156, 0.143))}  # DINOv3 SAT-493M
+SPELLING = 0.85  # share of equal letters from which a key is taken for a misspelt one
 # What dataset.json may hold, see above.
 CLASS_KEYS = ("name", "id", "color")
 KEYS = ("name", "images", "masks", "classes", "ignore", "splits", "bands", "input_range",
@@ -111,10 +113,12 @@ def read_description(root: str | Path) -> dict:
 
 
 def check_spelling(d: dict, path: Path) -> None:
-    """A key that is nearly one of those known would be passed over in silence; all others are the user's."""
-    for found, known in [(d, KEYS), *((c, CLASS_KEYS) for c in listed(d.get("classes")))]:
-        for key in found if isinstance(found, dict) else ():
-            meant = [] if key in known else get_close_matches(key.lower(), known, 1, 0.85)
+    """A key that is nearly a known one would be passed over in silence; all others are the user's."""
+    places = [(d, KEYS)]
+    places += [(c, CLASS_KEYS) for c in listed(d.get("classes")) if isinstance(c, dict)]
+    for found, known in places:
+        for key in found.keys() - set(known):
+            meant = get_close_matches(key.lower(), known, 1, SPELLING)
             if meant:
                 raise BadInput(f"{path}: the key {key!r} is unknown; is {meant[0]!r} meant? Correct "
                                "it, or give a key of your own another name")
@@ -131,6 +135,11 @@ def check_needed_keys(d: dict, path: Path) -> None:
     for key, kind in kinds.items():
         if not d.get(key) or not isinstance(d[key], kind):
             raise BadInput(f'{path}: "{key}" is missing, empty or malformed; {EXAMPLE}')
+    for key in ("images", "masks"):
+        odd = [part for part in listed(d[key]) if not isinstance(part, str) or not part]
+        if odd:
+            raise BadInput(f'{path}: "{key}" lists {odd[0]!r:.60}; expected patterns such as '
+                           f"'{key}/*.png'")
     for c in d["classes"]:
         if not isinstance(c, dict) or not isinstance(c.get("name"), str):
             raise BadInput(f'{path}: an entry of "classes" has no "name"; {EXAMPLE}')
@@ -139,9 +148,10 @@ def check_needed_keys(d: dict, path: Path) -> None:
 def check_optional_keys(d: dict, names: list[str], path: Path) -> None:
     """The keys that stand for themselves; `names`: of the classes."""
     rules = {
-        "name": (is_folder_name, "the name of a folder"),
+        "name": (is_file_name, FILE_NAME),  # runs are saved in a folder of it
         "instances": (lambda v: v and isinstance(v, (str, list)), "a pattern as of masks"),
-        "unlabelled": (lambda v: set(v) <= set(d["splits"]), "a list of splits"),
+        "unlabelled": (lambda v: isinstance(v, list) and set(v) <= set(d["splits"]),
+                       "a list of splits"),
         "tiles": (lambda v: type(v) is int and v > 0, "a whole number of pixels"),
         "variant": (lambda v: isinstance(v, str), "text"),
         "warning": (lambda v: isinstance(v, str), "text"),
@@ -160,13 +170,6 @@ def check_optional_keys(d: dict, names: list[str], path: Path) -> None:
             good = False
         if not good:
             raise BadInput(f'{path}: "{key}" is {SHORT.repr(d[key])}; expected {expected}')
-
-
-def is_folder_name(value) -> bool:
-    """Runs are saved in a folder of the data set's name."""
-    if not isinstance(value, str) or value in ("", ".", ".."):
-        return False
-    return not set(value) & set("/\\\0")
 
 
 def is_regex(value) -> bool:
@@ -323,8 +326,11 @@ def part_of(a: np.ndarray, box: tuple[int, int, int, int] | None = None) -> np.n
 
 def split_names(root: str | Path, description: dict,
                 pairs: dict[str, tuple]) -> dict[str, list[str]]:
-    """{split: names} from patterns over the names (* crosses /), or .txt files, one name a line."""
-    names = list(pairs)
+    """{split: names} from patterns over the names (* crosses /), or .txt files, one name a line.
+
+    What fits no name as a pattern may be an image in any way that Names knows, as in a file.
+    """
+    names, known = list(pairs), Names(pairs)
     splits = {}
     for split, rules in description["splits"].items():
         optional = split in description.get("unlabelled", ())
@@ -332,15 +338,16 @@ def split_names(root: str | Path, description: dict,
             rules = [rules]
         if not isinstance(rules, list) or not all(isinstance(rule, str) for rule in rules):
             raise BadInput(f"split {split!r} in dataset.json is {SHORT.repr(rules)}; expected "
-                           f"patterns or a "
-                           ".txt file; for a share, --val-frac")
+                           "patterns or a .txt file; for a share, --val-frac")
         chosen = set()
         for rule in rules:
             if rule.endswith(".txt"):
                 chosen.update(read_list(Path(root) / rule, pairs, optional))
                 continue
-            with in_time(MATCH_TIME, f"split {split!r} in dataset.json: {rule!r} has too many stars"):
+            with in_time(MATCH_TIME, f"split {split!r} in dataset.json: {rule!r} takes too long; "
+                                     "write it with fewer stars"):
                 found = [n for n in names if n == rule or fnmatch(n, nfc(rule))]
+            found = found or [n for n in [known.find(rule)] if n is not None]
             if not found and not optional:
                 raise BadInput(f"split {split!r} in dataset.json: nothing matches {rule!r}; "
                                f"names look like {names[0]!r}{about_brackets(rule)}")
@@ -393,6 +400,8 @@ def check_disjoint(splits: dict[str, list[str]]) -> dict[str, list[str]]:
     """The splits, unless a name is in two of them, or twice in one."""
     home = {}
     for split, names in splits.items():
+        if not is_file_name(split):  # eval.py writes to RUN/eval-SPLIT
+            raise BadInput(f"a split is called {SHORT.repr(split)}; expected {FILE_NAME}")
         for n in names:
             if n in home:
                 raise BadInput(f"{n!r} is in the splits {home[n]!r} and {split!r}; "

@@ -152,6 +152,20 @@ def not_used(files: list[Path]) -> str:
     return f"{line}; images are converted with {shlex.join(map(str, words))}"
 
 
+# ---- names that become files
+
+FILE_NAME = "a name without / and \\, at most 200 bytes long"
+
+
+def is_file_name(value) -> bool:
+    """May a file or folder be called so? What users name, such as data sets and splits, becomes one."""
+    if not isinstance(value, str) or value in ("", ".", ".."):
+        return False
+    if set(value) & set("/\\") or any(ord(letter) < 32 for letter in value):
+        return False
+    return len(value.encode("utf-8", "surrogateescape")) <= 200  # systems allow 255, with -kd-2 behind
+
+
 # ---- patterns
 
 def match(root: str | Path, pattern: str) -> Iterator[tuple[Path, str]]:

@@ -1,13 +1,13 @@
-"""Are a data set's files still those that a run began with? Sizes, times and hashes of images and masks.
+"""Are a data set's files those that a run began with? Sizes, times and hashes of images and masks.
 
-    prints = fingerprint("D", [Path("D/images/a.png"), ...])    plain JSON types: files.json of a run
-    prints, notes = check_unchanged("runs/a/files.json", "D")   BadInput names a file that is another
+    prints = fingerprint("D", [Path("D/images/a.png"), ...])    plain JSON types: a run's files.json
+    prints, notes = check_unchanged("runs/a/files.json", "D")   BadInput names a changed file
 
-A file of the same size and times is the same: the system sets the time of the last change of status
-itself. One of other times, such as a copy, is hashed. Of sets up to WHOLE bytes every byte is hashed,
-so that nothing escapes; of each file of a larger set PARTS blocks, evenly spread from its first byte
-to its last, which takes seconds. These find other pixels wherever files are compressed, but not a few
-in the middle of a raw one.
+A file of the same size and times is the same: the system itself sets the time of the last change of
+status. One of other times, such as a copy, is hashed. Of sets up to WHOLE bytes every byte is, so
+that nothing escapes; of each file of a larger set PARTS blocks, spread evenly from its first byte
+to its last, which takes seconds. These find other pixels wherever files are compressed, but not a
+few in the middle of a raw one.
 """
 import hashlib
 import os
@@ -62,42 +62,50 @@ def fingerprint(root: str | Path, files: Iterable[Path]) -> dict:
 
 
 def prints_of_run(run: str | Path, root: str | Path) -> tuple[dict | None, list[str]]:
-    """check_unchanged() of a run that goes on; None of one that was begun before there was files.json."""
+    """check_unchanged() of a run that goes on; None for one begun before there was files.json."""
     path = Path(run) / "files.json"
     if not path.exists():
-        return None, [f"{run}: begun without files.json, so whether images have changed since is not "
-                      "known"]
+        return None, [f"{run}: begun without files.json, so whether images have changed since is "
+                      "not known"]
     return check_unchanged(path, root)
 
 
-def check_unchanged(path: str | Path, root: str | Path) -> tuple[dict, list[str]]:
-    """The fingerprint in `path`, with the times of now, and notes; BadInput if a file is another or gone."""
+def read_prints(path: str | Path) -> tuple[int, dict[str, tuple[int, str, str]]]:
+    """files.json -> bytes hashed of a file, {path in root: (bytes, size and times, hash)}."""
     kept = read_json(path, dict, '{"share": number, "files": {name: text}}')
+    files = {}
     try:
-        share = int(kept["share"])
-        before = {name: text.rsplit(" ", 1) for name, text in kept["files"].items()}
-        sizes = {name: int(state.split(" ")[0]) for name, (state, _) in before.items()}
+        for name, text in kept["files"].items():
+            state, found = text.rsplit(" ", 1)
+            files[name] = int(state.split(" ")[0]), state, found
+        return int(kept["share"]), files
     except (KeyError, TypeError, ValueError, AttributeError):
         raise BadInput(f"{path}: damaged; remove it to go on without a check that the images are "
                        "those of before") from None
 
-    faults, now = [], {}
-    moved = []  # names of files whose times have changed
-    for name, (state, _) in before.items():
+
+def check_unchanged(path: str | Path, root: str | Path) -> tuple[dict, list[str]]:
+    """The fingerprint in `path`, with the times of now, and notes.
+
+    A file that is another, or gone, is a BadInput.
+    """
+    share, files = read_prints(path)
+    faults, now, moved = [], {}, []  # moved: names of files whose times are others
+    for name, (size, state, _) in files.items():
         file = Path(root, name)
         try:
             now[name] = size_and_times(file)
         except OSError as e:
             faults.append(f"{file}: is gone ({e.strerror})")
             continue
-        size = int(now[name].split(" ")[0])
-        if size != sizes[name]:
-            faults.append(f"{file}: has changed ({size} bytes instead of {sizes[name]})")
+        found = int(now[name].split(" ")[0])
+        if found != size:
+            faults.append(f"{file}: has changed ({found} bytes instead of {size})")
         elif now[name] != state:
             moved.append(name)
     hashes = in_threads(lambda name: digest(Path(root, name), share), moved, "hashes of files")
     for name, found in zip(moved, hashes):
-        if found != before[name][1]:
+        if found != files[name][2]:
             faults.append(f"{Path(root, name)}: has changed (other contents)")
     if faults:
         run = Path(path).parent
@@ -106,8 +114,8 @@ def check_unchanged(path: str | Path, root: str | Path) -> tuple[dict, list[str]
                        "--root that has them, or start a new run")
 
     notes = []
-    if any(sizes[name] > share for name in moved):
-        notes.append(f"{len(moved)} files have another time than when this run began; {share} bytes "
-                     "of each were compared, and agree")
-    files = {name: f"{now[name]} {before[name][1]}" for name in before}
-    return {"share": share, "files": files}, notes
+    if any(files[name][0] > share for name in moved):
+        notes.append(f"{len(moved)} files have another time than when this run began; {share} "
+                     "bytes of each were compared, and agree")
+    prints = {name: f"{now[name]} {found}" for name, (_, _, found) in files.items()}
+    return {"share": share, "files": prints}, notes

@@ -17,8 +17,8 @@ from .tiff import Window
 UNKNOWN = 254  # marks mask values that no class and no ignore entry names; never leaves this file
 
 MAX_ID = 2**53  # float64 holds whole numbers up to here
-SAY_RANGE = ('say which values become 0 and 255: --input-range LOW HIGH, or "input_range": '
-             "[LOW, HIGH] in dataset.json")
+SAY_RANGE = ("say which values become 0 and 255: --input-range LOW HIGH, or p2-98 for percentiles, "
+             'or "input_range": [LOW, HIGH] in dataset.json')
 
 
 # ---- images
@@ -281,7 +281,8 @@ class Labels:
                                'class, or "name" and "color" in every class')
             name = c["name"]
             if not isinstance(name, str) or not name.strip() or escaped(name) != name:
-                raise BadInput(f"label table with the class name {name!r}; expected text in one line")
+                raise BadInput(f"label table with the class name {name!r}; expected text in one "
+                               "line")
         self.classes = [dict(c) for c in classes]
         self.ignore = list(ignore) if isinstance(ignore, (list, tuple)) else [ignore]
         self.names = [c["name"] for c in self.classes]

@@ -26,6 +26,7 @@ def find_masks(folder: str | Path, names: list[str]) -> dict[str, Path]:
     leading folders.
     """
     check_folder(folder)
+    # An image may have several files there: only those that are asked for must be one each.
     there = defaultdict(list)
     for file in walk(folder):
         if file.suffix.lower() in LOSSLESS:
@@ -56,7 +57,7 @@ def without_folders(name: str, cut: int) -> str:
 
 
 def mask_table(values: str, labels: Labels) -> Labels:
-    """train: ids 0..K-1 of `labels`; color: their colours; raw: the values of the data set's own masks."""
+    """train: ids 0..K-1; color: the colours of `labels`; raw: values as in the data set's masks."""
     if values == "raw":
         return labels
     ignored = [IGNORE]

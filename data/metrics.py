@@ -85,7 +85,7 @@ def specificity(cm: Tensor) -> Tensor:
 
 
 def kappa(cm: Tensor) -> float:
-    """Cohen's kappa: agreement beyond chance, 0 for chance and 1 for all; NaN if there is one class."""
+    """Cohen's kappa: agreement beyond chance, from 0 for chance to 1; NaN if there is one class."""
     total = cm.sum().double()
     chance = (cm.sum(0).double() / total * (cm.sum(1) / total)).sum()
     # Where chance alone agrees everywhere nothing is left to divide by.
@@ -177,7 +177,7 @@ def by_class(names: list[str], values: Tensor) -> dict[str, float | None]:
 
 
 def headline(r: dict, without: dict[str, list[str]] = {}) -> str:
-    """report() and r["split"] in a few lines: means, those of `without`, and the majority baseline."""
+    """report() and r["split"] in a few lines: means, those of `without`, the majority baseline."""
     absent = ""
     if r["absent"]:
         absent = f" (absent: {', '.join(r['absent'])})"
@@ -227,10 +227,10 @@ def ratio(a: int, b: int) -> float | None:
 
 
 # ---- calibration
-# Of a calibrated model, 80 % of the pixels are right where it gives the winner a probability of 0.8.
+# Where a calibrated model gives the winner a probability of 0.8, 80 % of the pixels are right.
 
 def confidence_bins(confidence: Tensor, right: Tensor, counted: Tensor | None = None) -> Tensor:
-    """Confidence of the winner and whether it is right, any one shape -> (BINS, 3) int64 to be summed.
+    """Confidence of the winner and whether it is right, of one shape -> (BINS, 3) int64 to add up.
 
     Per bin of equal width: pixels, right ones, sum of the confidence in units of 1 / UNIT. counted:
     bool, False for pixels to leave out.
@@ -283,7 +283,7 @@ def bootstrap(hits: np.ndarray, groups: list[str], seed: int = 0,
 
 
 def bootstrap_iou(matrices: Tensor, groups: list[str], seed: int = 0, rounds: int = 1000) -> Tensor:
-    """(N, k, k) matrices of images -> (rounds, k) IoU, each of as many whole groups as there are, drawn anew.
+    """(N, k, k) matrices of images -> (rounds, k) IoU of as many whole groups, drawn anew.
 
     With the same groups and seed, two models have the same draws: their difference is a paired one.
     """
@@ -307,7 +307,10 @@ def bootstrap_iou(matrices: Tensor, groups: list[str], seed: int = 0, rounds: in
 def interval(values: Tensor) -> list[float] | None:
     """(rounds,) -> [2.5 %, 97.5 %] of those that are numbers; None if there is none."""
     values = values[~values.isnan()].numpy()
-    return [round(v, 6) for v in np.percentile(values, [2.5, 97.5]).tolist()] if len(values) else None
+    if not len(values):
+        return None
+    low, high = np.percentile(values, [2.5, 97.5]).tolist()
+    return [round(low, 6), round(high, 6)]
 
 
 # ---- text

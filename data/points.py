@@ -209,7 +209,7 @@ def inside_size(x: float, y: float, size: tuple[int, int]) -> bool:
 
 
 def as_number(value, where: str) -> float:
-    """A coordinate as people and programs write one; else a BadInput that begins with `where`."""
+    """A coordinate as it stands in a CSV (text) or in JSON; `where` it stands begins the BadInput."""
     try:
         if isinstance(value, str):
             return number(value)

@@ -8,6 +8,7 @@
 TIFFs are read by data/tiff.py, all other formats by Pillow, whole.
 """
 import contextlib
+import os
 import struct
 import sys
 import zlib
@@ -89,7 +90,10 @@ class Picture:
         try:
             return Image.open(self.path)
         except Exception as e:  # Pillow raises a dozen kinds on damaged headers
-            raise BadInput(f"{self.path}: not a readable image ({str(e)[:100]}); "
+            why = str(e).split(" '")[0][:100]  # without the path once more
+            if os.path.getsize(self.path) == 0:
+                why = "an empty file"
+            raise BadInput(f"{self.path}: not a readable image ({why}); "
                            "expected PNG, JPEG or TIFF") from None
 
     def read(self, window: Window | None = None, bands: list[int] | None = None) -> np.ndarray:

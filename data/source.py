@@ -154,7 +154,8 @@ class Source:
         lines = [f"data    {self.name}, {len(self.names)} classes, images: {sizes}"]
         lines += [f"        {line}" for line in self.notes]
         lines += [f"        WARNING {line}" for line in self.warnings]
-        lines += [f"        left out: {escaped(why)}" for why in dict.fromkeys(self.left_out.values())]
+        for why in dict.fromkeys(self.left_out.values()):
+            lines.append(f"        left out: {escaped(why)}")
         return "\n".join(lines)
 
     def files(self, split: str) -> dict[str, tuple]:

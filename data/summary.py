@@ -50,7 +50,7 @@ def mean_and_sd(results: list[dict], key: str) -> str:
 
 
 def summary(folders: list[str]) -> str:
-    """Markdown table of finished runs, and a line for each run or row that is not like the others."""
+    """Markdown table of finished runs, and a line for each run or row that is unlike the others."""
     groups, left_out = {}, []
     for folder in map(Path, folders):
         if not (folder / "protocol.json").exists():  # such as runs/data
@@ -97,5 +97,6 @@ def not_comparable(firsts: list[tuple]) -> list[str]:
     for other_name, other, *_ in firsts[1:]:
         differing = [key for key in scored if scored[key] != other[key]]
         if differing:
-            lines.append(f"not comparable: {name} and {other_name} differ in {', '.join(differing)}")
+            lines.append(f"not comparable: {name} and {other_name} differ in "
+                         f"{', '.join(differing)}")
     return lines

@@ -24,7 +24,7 @@ import zlib
 from collections.abc import Iterator
 from enum import IntEnum
 from pathlib import Path
-from typing import NamedTuple
+from typing import BinaryIO, NamedTuple
 from xml.etree import ElementTree
 from xml.sax.saxutils import escape, quoteattr
 
@@ -107,7 +107,8 @@ WITH_PREDICTOR = (LZW, DEFLATE, OLD_DEFLATE, LZMA, ZSTD)  # libtiff ignores it i
 
 BLACK_IS_ZERO, RGB, PALETTE, CMYK, YCBCR, CIELAB = 1, 2, 3, 5, 6, 8  # PhotometricInterpretation
 PHOTOMETRICS = {0: "MinIsWhite", 1: "BlackIsZero", 2: "RGB", 3: "palette", 4: "mask", 5: "CMYK",
-                6: "YCbCr", 8: "CIELab", 9: "ICCLab", 10: "ITULab", 32803: "CFA"}
+                6: "YCbCr", 8: "CIELab", 9: "ICCLab", 10: "ITULab", 32803: "CFA", 32844: "LogL",
+                32845: "LogLuv"}
 
 KINDS = {1: "uint", 2: "int", 3: "float", 4: "uint", 5: "complex int", 6: "complex"}  # SampleFormat
 WHOLE = (8, 16, 32, 64)  # bits of NumPy's types
@@ -310,6 +311,8 @@ class Page:
         if bits not in BITS.get(self.kind, ()):
             self.refuse(f"{self.kind}{bits}", translate("-co NBITS=32 "))
 
+        if self.compression in READ_BY_GDAL:
+            self.refuse(packing, translate())
         # Colours that GDAL converts; those of other photometrics it hands out as they are stored.
         if self.photometric == YCBCR and (self.compression != JPEG or self.planar):
             self.refuse("YCbCr that is not JPEG", translate())
@@ -318,8 +321,6 @@ class Page:
         if self.photometric == CMYK and bits == 8 and self.bands > 4:
             self.refuse("CMYK with more bands", translate())
 
-        if self.compression in READ_BY_GDAL:
-            self.refuse(packing, translate())
         if self.compression not in READ:
             # GDAL as it is mostly built reads none of the others. imagecodecs reads nearly all.
             code = f"import tifffile as t; t.imwrite('NEW.tif', t.imread({str(self.path)!r}))"

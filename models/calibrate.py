@@ -1,7 +1,7 @@
 """How sure a network really is: the temperature that its logits are divided by before the softmax.
 
     temperature = read_temperature(Path("runs/a"), sha256(Path("runs/a/best.safetensors")))
-    sample.add(logits, y, i)                  a fair sample of the pixels of a split, for each image i
+    sample.add(logits, y, i)                  a fair sample of the pixels of a split, image by image
     temperature = fit_temperature(*sample.pixels())
 
 Guo et al., "On Calibration of Modern Neural Networks", ICML 2017. One number for all pixels: the
@@ -21,7 +21,7 @@ LOWEST, HIGHEST = 0.02, 50  # temperatures beyond are a matter of a few pixels
 
 
 def read_temperature(run: Path, sha256: str) -> float | None:
-    """Of RUN/calibration.json; None without one, or where it belongs to weights of another sha256."""
+    """Of RUN/calibration.json; None without one, or where it is of weights of another sha256."""
     folder = run if run.is_dir() else run.parent
     file = folder / "calibration.json"
     if not file.exists():
@@ -37,7 +37,7 @@ def read_temperature(run: Path, sha256: str) -> float | None:
 
 
 class PixelSample:
-    """`n` labelled pixels of a split, each as likely as any other: the same ones over any number of ranks."""
+    """`n` labelled pixels of a split, each as likely as any other, the same over any ranks."""
 
     def __init__(self, n: int = PIXELS):
         self.n = n
@@ -45,7 +45,7 @@ class PixelSample:
         self.held = 0
 
     def add(self, logits: Tensor, y: Tensor, image: int) -> None:
-        """logits (K, H, W) and labels y (H, W) with IGNORE of an image, and its number in the split."""
+        """Logits (K, H, W), labels (H, W) with IGNORE of an image, and its number in the split."""
         where = (y != IGNORE).flatten().nonzero()[:, 0].cpu()
         # The 10 keeps these draws apart from all others. A pixel's key depends on nothing but its
         # image, and the pixels with the n lowest keys of all are the sample.
@@ -79,7 +79,7 @@ class PixelSample:
 
 
 def fit_temperature(logits: Tensor, y: Tensor) -> float:
-    """The temperature with the lowest negative log-likelihood of labels (n,) under logits (n, K)."""
+    """The temperature with the lowest negative log-likelihood of labels (n,) for logits (n, K)."""
     z = logits.double()
     z = z - z.gather(1, y[:, None])  # so that the likelihood of the label is 1 / sum(exp(z))
 

@@ -8,7 +8,7 @@
 
 Both may come from anybody: what no run writes is a BadWeights before anything is built of it.
 """
-import math
+import sys
 from pathlib import Path
 from types import SimpleNamespace
 
@@ -251,7 +251,7 @@ def take_up(s: SimpleNamespace, state: dict) -> None:
         right = type(was) in kinds
         if type(was) in (int, float) and new is not None:
             # A best score begins at -1; all others are counts and seconds.
-            right = right and math.isfinite(was) and was >= min(new, 0)
+            right = right and is_finite(was) and was >= min(new, 0)
         if name == "history":
             right = right and all(map(is_row, was))
         if not right:
@@ -263,5 +263,9 @@ def is_row(row) -> bool:
     """A line of log.jsonl: the step, and numbers by their names, None for those that were not finite."""
     if not isinstance(row, dict) or type(row.get("step")) is not int:
         return False
-    numbers = [value for value in row.values() if value is not None]
-    return all(type(v) in (int, float) and math.isfinite(v) for v in numbers)
+    return all(value is None or is_finite(value) for value in row.values())
+
+
+def is_finite(value) -> bool:
+    """A number that a float can hold; math.isfinite() fails at 10^400."""
+    return type(value) in (int, float) and abs(value) <= sys.float_info.max

@@ -147,8 +147,8 @@ def load_run(run: str | Path, weights: str | None = None,
         check_spec(meta["model"], state)
         net = build(meta["model"])
     except Exception as e:  # of any kind, by what the header holds
-        raise BadWeights(f"{run}: the network in its header does not fit its tensors ({short(e)}); copy "
-                         "the file from its run again") from None
+        raise BadWeights(f"{run}: the network in its header does not fit its tensors "
+                         f"({short(e)}); copy the file from its run again") from None
     fill(net, state, dict(path=run))
     return net.eval(), meta
 

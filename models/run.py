@@ -86,7 +86,7 @@ class Help(argparse.ArgumentDefaultsHelpFormatter, argparse.RawDescriptionHelpFo
 
 
 class MaxPixels(argparse.Action):
-    """--max-pixels goes into the environment, which reading processes inherit, and is no flag of a run."""
+    """--max-pixels goes into the environment, which reading processes inherit; a run does not keep it."""
 
     def __call__(self, parser, args, value, option_string=None):
         os.environ[PIXELS_VARIABLE] = str(value)
@@ -97,8 +97,8 @@ class Parser(argparse.ArgumentParser):
 
     def __init__(self, description: str):
         super().__init__(description=description, formatter_class=Help, allow_abbrev=False)
-        self.add_argument("--max-pixels", action=MaxPixels, type=between(1, 2**40, int), metavar="N",
-                          default=argparse.SUPPRESS,
+        self.add_argument("--max-pixels", action=MaxPixels, type=between(1, 2**40, int),
+                          metavar="N", default=argparse.SUPPRESS,
                           help=f"larger images are not read as a whole ({MAX_PIXELS})")
 
     def error(self, message):
@@ -253,8 +253,8 @@ def check_saved(out: Path) -> None:
     command = "its command without --resume"
     if (out / "protocol.json").exists():
         command = read_json(out / "protocol.json").get("command", command)
-    raise BadInput(f"{out}: was ended before its first last.pt, so there is nothing to resume; start "
-                   f"it again: {command}")
+    raise BadInput(f"{out}: was ended before its first last.pt, so there is nothing to resume; "
+                   f"start it again: {command}")
 
 
 # ---- errors
@@ -285,13 +285,14 @@ def one_line_errors(lower: str = "--batch-size"):
 
 def about_reader(e: Exception) -> str | None:
     """One line where a process of a DataLoader is gone, which arrives in the midst of anything."""
-    found = re.search(r"DataLoader worker .*?(killed by signal: [\w ]+|exited unexpectedly)", str(e))
+    text = f"{e.__cause__}\n{e}"  # of which the first may know the signal
+    found = re.search(r"DataLoader worker .*(killed by signal: ([\w ]+)|exited unexpectedly)", text)
     if not found:
         return None
+    ended = f"was killed ({found[2]})" if found[2] else found[1]
     cause, fewer = "out of memory", "--workers 1"
-    if "Bus error" in found[1]:
+    if found[2] == "Bus error":
         cause, fewer = "out of shared memory, /dev/shm", "--workers 0"
-    ended = found[1].replace("killed by signal", "was killed")
     return f"a reading process {ended}: {cause}? try {fewer}{go_on(fewer)}"
 
 
@@ -454,8 +455,8 @@ class Stop:
 
     def release(self) -> None:
         """Gives the signals back: what follows has nothing to save."""
-        for number, handler in self.before.items():
-            signal.signal(number, handler)
+        for signum, handler in self.before.items():
+            signal.signal(signum, handler)
 
 
 def leave_terminal() -> None:

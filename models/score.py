@@ -1,7 +1,7 @@
 """All that eval.py counts of a split, image by image, and what it reports of that.
 
     counts = Counts(images=24, classes=8, device=device)
-    counts.add(i, y, pred, logits)            (H, W) uint8 labels and ids; logits (K, H, W) of a model
+    counts.add(i, y, pred, logits)            (H, W) uint8 labels and ids; (K, H, W) of a model
     counts.over_ranks()
     report = counts.report(names, scenes, {})  plain dict for eval.json
     print(table(report))
@@ -45,8 +45,9 @@ class Counts:
         self.temperature = temperature
 
     def add(self, i: int, y: Tensor, pred: Tensor, logits: Tensor | None = None) -> Tensor:
-        """Image number i -> its labels that count: y with IGNORE near borders, where that is wanted."""
+        """Image number i -> its labels that count: IGNORE also near borders, if that is wanted."""
         k = len(self.edges)
+        # Borders by the labels as they are: --ignore-boundary takes away what is measured here.
         self.edges += boundary.boundary_counts(pred, y, k)
         if self.ignore_boundary:
             y = boundary.ignore_borders(y, self.ignore_boundary)
@@ -88,14 +89,14 @@ def or_none(value: float) -> float | None:
 
 
 class Worst:
-    """The `n` images with the lowest mIoU, and what was said of them, small enough for a picture."""
+    """The `n` images with the lowest mIoU and their predictions, small enough for a picture."""
 
     def __init__(self, n: int = 6):
         self.n = n
         self.rows = []  # (mIoU, number of the image, predicted ids)
 
     def add(self, i: int, cm: Tensor, pred: Tensor) -> None:
-        """Image number i, its matrix (k, k) and predicted ids (H, W); nothing where no pixel counts."""
+        """Image number i, its matrix (k, k) and its ids (H, W); left out if no pixel counts."""
         miou = metrics.iou(cm).nanmean().item()
         if math.isnan(miou):
             return

@@ -12,7 +12,6 @@ executed, and what they claim is compared with their size. It copies with data/c
 """
 import hashlib
 import os
-import pickle
 import re
 import time
 import warnings

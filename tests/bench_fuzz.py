@@ -57,7 +57,8 @@ ODD = [None, True, False, 0, -1, 1, 2, 1.5, -0.5, 1e308, 10**400, 2**63, 2**64, 
        [], {}, [None], {"a": None}, [[]], ["a"], [0, 0], [255, 0], {"name": "a"}, float("nan"), float("inf"),
        -float("inf")]
 NUMBERS = ["nan", "NaN", "inf", "-inf", "1e400", "-1e400", "", " ", "²", "٣", "１", "1_0", "0x10", "--", "-1e-400",
-           "9" * 5000, "2147483647", "100000", "1e308", "-1", "0", "1", "True", "None", "1,5", "1 2", "\x1b[31m", "a\nb", "½", "∞"]
+           "9" * 5000, "2147483647", "100000", "1e308", "-1", "0", "1", "True", "None", "1,5", "1 2", "\x1b[31m",
+           "a\nb", "½", "∞"]
 
 
 class Case(NamedTuple):
@@ -174,7 +175,7 @@ def judge(case, folder, wanted, log):
         written.add("run")  # it is gone on with
     for word in case.argv:
         if word.startswith("--cache="):
-            written.add(word[8:])
+            written.add(word[8:].split("/")[0])
     before = snapshot(folder, written)
     began = time.monotonic()
     code, out, err = run(case.argv, folder, log)
@@ -194,7 +195,7 @@ def judge(case, folder, wanted, log):
         left_out = "left out:" in err or case.argv[0] == "check"
         if not (len(lines) == 1 or left_out and not lines):
             return "unclear", said
-        named = any(word in text for word in [*case.words, "--split with", "split-file"])
+        named = any(word in text for word in [*case.words, "--split with", "split-file", "in the splits"])
         if not named or case.must == "same":
             return ("unclear" if case.must != "same" else "refused"), said
         return "clean", said
@@ -213,7 +214,7 @@ def judge(case, folder, wanted, log):
 # ---- unspoilt inputs
 
 def make_base(base, log, trained=True):
-    """A data set, class folders, runs, weights and lists below `base`; without `trained` no last.pt and no classifier."""
+    """A data set, class folders, runs, weights, lists below `base`; without `trained` no last.pt and no classifier."""
     rng = np.random.default_rng(0)
     for i in range(6):
         ids = (np.arange(32)[:, None] // 11 + np.arange(32) // 16 + i) % 3
@@ -362,7 +363,8 @@ def spoil_text(rng, text):
         "junk behind": text + "x", "html": "<html></html>", "single quotes": text.replace('"', "'"),
         "comment": "// a\n" + text, "half a character": text[:-1] + ', "\\ud800": 1}'}
     same = {"mark": b"\xef\xbb\xbf" + text.encode(), "utf-16": text.encode("utf-16"), "blanks": b" \n" + text.encode()}
-    bad_bytes = {"latin": text.encode() + b"\xe9", "zeros": bytes(100), "png": b"\x89PNG\r\n\x1a\n", "bin": b"\x80\4}q."}
+    bad_bytes = {"latin": text.encode() + b"\xe9", "zeros": bytes(100), "png": b"\x89PNG\r\n\x1a\n",
+                 "bin": b"\x80\4}q."}
     every = [*kinds, *same, *bad_bytes]
     kind = every[rng.integers(len(every))]
     if kind in same:
@@ -442,7 +444,8 @@ def json_case(rng, folder, file, right, argv, words=()):
     value = json.loads((folder / file).read_bytes())
     content, spoilt, what = change(rng, value)
     replace(folder / file, content)
-    must = "refuse" if spoilt is None or not right(spoilt) else "same" if spoilt == value else "any"
+    same = json.dumps(spoilt) == json.dumps(value)  # 1 == True
+    must = "refuse" if spoilt is None or not right(spoilt) else "same" if same else "any"
     return Case(argv, must, [Path(file).name, *words], what)
 
 
@@ -459,11 +462,9 @@ CHECK = ["check", "set"]
 
 
 def dataset(rng, folder):
-    argv = [CHECK, TRAIN, EVAL][rng.choice(3, p=[0.7, 0.25, 0.05])]
+    argv = [CHECK, TRAIN, [*EVAL, "--root", "set"]][rng.choice(3, p=[0.7, 0.25, 0.05])]
     case = json_case(rng, folder, "set/dataset.json", right_description, argv)
-    # eval.py uses the run's own split, and no scenes.
-    free = argv == EVAL and any(word in case.what for word in ("report", "splits", "masks"))
-    return case._replace(must="any") if case.must == "refuse" and free else case
+    return case
 
 
 def keys(rng, folder):
@@ -540,7 +541,8 @@ def right_split(s):
 def split(rng, folder):
     argv = [[*TRAIN, "--split-file", "split.json"], [*EVAL, "--split-file", "split.json"]][rng.integers(2)]
     case = json_case(rng, folder, "split.json", right_split, argv)
-    if argv[0] == "eval" and case.must == "refuse" and case.what.startswith(("delete", "rename", "value val", "value tr")):
+    unused = case.what.startswith(("delete", "rename", "value val", "value tr"))
+    if argv[0] == "eval" and case.must == "refuse" and unused:
         case = case._replace(must="any")
     return case
 
@@ -648,7 +650,9 @@ def right_header(old):
     def right(new):
         if not isinstance(new, dict) or new.get("format") != 1 or not right_classes(new.get("classes")):
             return False
-        model = {k: v for k, v in new["model"].items()} if isinstance(new.get("model"), dict) else None
+        model = dict(new["model"]) if isinstance(new.get("model"), dict) else {}
+        if type(model.get("feat_norm")) is bool:  # either can be right
+            model["feat_norm"] = old["model"]["feat_norm"]
         if len(new["classes"]) != 3 or model != old["model"] or new.get("norm") not in ("imagenet", "sat"):
             return False
         if not whole(new.get("crop"), 1, 2**16) or new.get("saved") != "all" or type(new.get("amp")) is not str:
@@ -669,7 +673,8 @@ def header(rng, folder):
     file.unlink()
     save_file(tensors, file, {"nanors": text})
     argv = use_run(rng)
-    must = "refuse" if value is None or not right_header(old)(value) else "same" if value == old else "any"
+    same = json.dumps(value) == json.dumps(old)
+    must = "refuse" if value is None or not right_header(old)(value) else "same" if same else "any"
     if value is not None and "strange" in json.dumps(value.get("model", 0) if isinstance(value, dict) else 0):
         must = "refuse"
     if value is not None and what.startswith("extra model.backbone"):
@@ -860,7 +865,7 @@ def last(rng, folder):
         parent[key] = value
     elif kind == "delete":
         del parent[key]
-        must = "any" if "history" in path or "labels" in path else "refuse"
+        must = "any" if {"history", "labels", "weights"} & {*map(str, path)} else "refuse"
     elif kind == "tensor":
         part = str(rng.choice(["net", "opt"]))
         if part == "net":
@@ -876,7 +881,7 @@ def last(rng, folder):
     file.unlink()
     torch.save(state, file)
     # A value of a flag that is another one is typed again, and must be refused or taken.
-    return Case(["train_seg", "--resume", "run"], must, ["last.pt", "run:", "run/", "--"], what)
+    return Case(["train_seg", "--resume", "run"], must, ["last.pt", "run:", "run/", "--", "no such folder"], what)
 
 
 def pth(rng, folder):
@@ -895,7 +900,8 @@ def pth(rng, folder):
         odd = rng.random()
         content = spoilt
         if odd < 0.3:
-            choices = [[1], {"a": 1}, None, "text", {"model": spoilt}, [spoilt], {"model": {"model": {}}}, torch.ones(3),
+            choices = [[1], {"a": 1}, None, "text", {"model": spoilt}, [spoilt], {"model": {"model": {}}},
+                       torch.ones(3),
                        {1: spoilt}, {None: torch.ones(2)}, {"a": torch.ones(2).to_sparse()}, {"x": {"y": [{}, []]}},
                        {("a", "b"): torch.ones(2)}, {"\x1b[31m": torch.ones(2)}, {"a\nb": torch.ones(2)},
                        nested(3000), nested(300)]
@@ -946,8 +952,10 @@ def image(rng, folder):
     kind = str(rng.choice(formats))
     buffer = io.BytesIO()
     pixels = Image.open(file)
-    options = dict(compression=str(rng.choice(["raw", "tiff_deflate", "tiff_lzw", "packbits"]))) if kind == "tif" else {}
-    options = dict(compression=None) if options == dict(compression="raw") else options
+    packing = str(rng.choice(["raw", "tiff_deflate", "tiff_lzw", "packbits"]))
+    options = {}
+    if kind == "tif" and packing != "raw":
+        options = dict(compression=packing)
     pixels.save(buffer, {"jpg": "JPEG", "tif": "TIFF"}.get(kind, kind), **options)
     data, sure, what = spoil_bytes(rng, buffer.getvalue())
     if kind in ("jpg", "webp"):
@@ -972,7 +980,8 @@ def png_is_whole(data):
     while place + 12 <= len(data):
         length, name = struct.unpack(">I4s", data[place:place + 8])
         body = data[place + 4:place + 8 + length]
-        if len(body) < length + 4 or data[place + 8 + length:place + 12 + length] != struct.pack(">I", zlib.crc32(body)):
+        end = place + 8 + length
+        if len(body) < length + 4 or data[end:end + 4] != struct.pack(">I", zlib.crc32(body)):
             return False
         if name == b"IEND":
             return True
@@ -996,7 +1005,8 @@ def special(rng, folder):
     """FIFOs, sockets, devices, folders, links and bombs where a file should be."""
     places = ["set/images/0.png", "set/masks/0.png", "set/dataset.json", "split.json", "points.csv", "map.json",
               "vit.pth", "run/best.safetensors", "run/last.pt", "repeat.txt", "cls/a/a_0.png", "difficulty.json",
-              "set/lists/test.txt", "set/images/0.png.msk", "set/images/0.pgw", "run/results.json", "hf/one.safetensors",
+              "set/lists/test.txt", "set/images/0.png.msk", "set/images/0.pgw", "run/results.json",
+              "hf/one.safetensors",
               "hf/preprocessor_config.json", "hf/model.safetensors.index.json", "run/protocol.json", "run/split.json"]
     place = str(rng.choice(places))
     file = folder / place
@@ -1040,7 +1050,8 @@ def special(rng, folder):
     commands = {"set/images/0.png": [CHECK, TRAIN, PREDICT], "set/masks/0.png": [CHECK, TRAIN],
                 "set/dataset.json": [CHECK, TRAIN], "split.json": [[*TRAIN, "--split-file", "split.json"]],
                 "points.csv": [[*POINTS, "--points", "points.csv"]],
-                "map.json": [[*KD, "--teacher", "run", "--map", "map.json"]], "vit.pth": [[*TRAIN, "--weights", "vit.pth"]],
+                "map.json": [[*KD, "--teacher", "run", "--map", "map.json"]],
+                "vit.pth": [[*TRAIN, "--weights", "vit.pth"]],
                 "run/best.safetensors": [EVAL, PREDICT], "run/last.pt": [["train_seg", "--resume", "run"]],
                 "repeat.txt": [[*KD, "--alpha", "0", "--replicate", "repeat.txt"]], "cls/a/a_0.png": [CLS],
                 "difficulty.json": [[*KD, "--alpha", "0", "--sampler", "weighted", "--difficulty", "difficulty.json"]],
@@ -1154,8 +1165,10 @@ def flags(rng, folder):
 def words(rng, folder):
     """Flags of text: names of files, regexes, formulas, lists."""
     odd = ["", " ", "\0", "a\0b", "\x1b[31m", "a\nb", "²", "٣", "nan", "500%", "-5%", "nan%", "1e400%", "%", "0%", "--",
-           "/", ".", "..", "~", "x" * 5000, "/dev/null", "/dev/zero", "\udcff", "(a+)+$", "(.*)*x", "(", "[", "é", "http://",
-           "https://localhost:1/a.pth", "file:///etc/passwd", "http://[", "set", "vit.pth", "none", "all", "-1", "1.5", "*"]
+           "/", ".", "..", "~", "x" * 5000, "/dev/null", "/dev/zero", "\udcff", "(a+)+$", "(.*)*x", "(", "[", "é",
+           "http://",
+           "https://localhost:1/a.pth", "file:///etc/passwd", "http://[", "set", "vit.pth", "none", "all", "-1",
+           "1.5", "*"]
     value = str(rng.choice(odd))
     targets = [
         (TRAIN, "--root"), (TRAIN, "--split-file"), (TRAIN, "--weights"), (TRAIN, "--unfreeze"), (TRAIN, "--loss"),
@@ -1176,7 +1189,7 @@ def words(rng, folder):
         argv = ["check", value]
     else:
         argv = [*argv, f"{flag}={value}"]
-    if flag == "--replicate" and "%" in value and value != "repeat.txt" or flag == "--unfreeze" and value in "²٣-1.5nan":
+    if flag == "--replicate" and "%" in value or flag == "--unfreeze" and value in "²٣-1.5nan":
         must = "refuse"
     if flag == "--out" and value not in ("", "\0", "a\0b", "--"):
         return Case([*CHECK, "--limit", "0"], "refuse", ["--limit"], "limit 0")
@@ -1190,7 +1203,8 @@ def words(rng, folder):
 
 def names(rng, folder):
     """Odd names of files, classes and folders: shown escaped, in one line."""
-    odd = ["a\x1b[31mb", "a\nb", "a\rb", "a\tb", "a\x07b", "\u202eabc", "a b", "é", "a\udcffb", "-a", "a'b", 'a"b', "[a]",
+    odd = ["a\x1b[31mb", "a\nb", "a\rb", "a\tb", "a\x07b", "\u202eabc", "a b", "é", "a\udcffb", "-a", "a'b", 'a"b',
+           "[a]",
            "a\x7fb", "a\x9bb"]
     name = str(odd[rng.integers(len(odd))])
     kind = str(rng.choice(["image", "damaged", "class folder", "class", "folder", "stray"]))
@@ -1226,7 +1240,8 @@ def names(rng, folder):
 
 def folders(rng, folder):
     """Class folders."""
-    kind = str(rng.choice(["empty class", "one class", "damaged", "fifo", "deep", "link", "file", "no images", "dup classes",
+    kind = str(rng.choice(["empty class", "one class", "damaged", "fifo", "deep", "link", "file", "no images",
+                           "dup classes",
                            "missing class", "splits", "big", "grey", "tiny"]))
     argv, must, words = list(CLS), "any", ["cls", "--classes", "class"]
     if kind == "empty class":
@@ -1282,7 +1297,8 @@ def folders(rng, folder):
 FAMILIES = {
     "dataset": (dataset, 400), "keys": (keys, 200), "lists": (lists, 60), "split": (split, 100), "map": (class_map, 70),
     "difficulty": (difficulty, 60), "reports": (reports, 100), "points": (points, 80), "geojson": (geojson, 80),
-    "header": (header, 250), "class header": (class_header, 150), "tensors": (tensors, 100), "run bytes": (run_bytes, 150),
+    "header": (header, 250), "class header": (class_header, 150), "tensors": (tensors, 100),
+    "run bytes": (run_bytes, 150),
     "last": (last, 130), "weights": (pth, 150), "hf": (hf, 60), "image": (image, 150), "special": (special, 120),
     "tiff": (tiff, 200), "flags": (flags, 350), "words": (words, 150), "names": (names, 80), "folders": (folders, 30)}
 ENDS = "correct", "clean", "traceback", "hang", "unclear", "accepted", "refused", "changed"

@@ -28,7 +28,8 @@ def loss_by_hand(z, y, temperature):
 def test_the_temperature_has_the_lowest_log_likelihood():
     z, y = overconfident()
     found = fit_temperature(z, y)
-    best = minimize_scalar(lambda t: loss_by_hand(z, y, t), bounds=(0.1, 10), method="bounded", options=dict(xatol=1e-7))
+    best = minimize_scalar(lambda t: loss_by_hand(z, y, t), bounds=(0.1, 10), method="bounded",
+                           options=dict(xatol=1e-7))
     assert found == pytest.approx(best.x, rel=1e-4) and found == pytest.approx(2.5, abs=0.2)
     assert log_loss(z, y, found) == pytest.approx(loss_by_hand(z, y, found))
     assert fit_temperature(z / 5, y) == pytest.approx(found / 5, rel=1e-6)

@@ -231,9 +231,10 @@ def wrong_glob(root):
     (blank_images, 0, "6 images, 0 complaints"),
     (same_bytes_in_another_shape, 0, "6 images, 0 complaints"),
     (two_splits, 2, "error: images/4: in the splits train and val; leave it in one of them"),
-    (rule_without_match, 2, "error: split 'train' in dataset.json: nothing matches 'west/*'; names look like 'images/0'"),
+    (rule_without_match, 2,
+    "error: split 'train' in dataset.json: nothing matches 'west/*'; names look like 'images/0'"),
     (empty_split, 2, "error: split 'val' is empty; name its images in dataset.json, or delete it"),
-    (share_for_a_split, 2, "error: split 'val' is"),
+    (share_for_a_split, 2, "error: split 'val' in dataset.json is"),
     (missing_list, 2, "error: {root}/val.txt: no such file"),
     (no_val, 0, "warning: no val split: list whole scenes under \"val\" in dataset.json, or hold them out: \"select\""),
     (no_val, 0, "--dataset folder --root {root} --val-frac 0.2\n"),
@@ -397,7 +398,8 @@ def test_any_name_and_class_is_shown_on_a_terminal_of_windows(tmp_path, rng, mon
 
 @pytest.mark.parametrize("flag, value, said", [
     ("--limit", "0", "argument --limit: 0: expected a whole number from 1"), ("--limit", "-1", "--limit: -1"),
-    ("--limit", "nan", "--limit: nan"), ("--limit", "\u0663", "--limit: \u0663"), ("--limit", "1e400", "--limit: 1e400"),
+    ("--limit", "nan", "--limit: nan"), ("--limit", "\u0663", "--limit: \u0663"),
+    ("--limit", "1e400", "--limit: 1e400"),
     ("--bands", "", "argument --bands: : expected three numbers from 1"), ("--bands", "1,2", "--bands: 1,2"),
     ("--max-pixels", "0", "--max-pixels: 0"), ("--input-range", "--", "--input-range=--: expected a value")])
 def test_a_flag_that_is_no_number_is_one_line(plain, capsys, flag, value, said):

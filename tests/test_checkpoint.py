@@ -66,8 +66,10 @@ def test_weights_that_no_run_wrote_are_told_apart(tmp_path):
     ("overlap", float("nan")), ("norm", "mars"), ("norm", []), ("amp", 1), ("saved", False), ("size", -1),
     ("reading", [1]), ("reading", {"bands": 3}), ("reading", {"bands": [1, 2]}), ("reading", {"more": 1}),
     ("reading", {"input_range": "p2-98"}), ("reading", {"input_range": [3, 1]}), ("crop", True), ("crop", 64.0),
-    ("overlap", True), ("saved", "some"), ("reported", 3), ("variant", []), ("task", "painting"), ("report", {"a": "b"}),
-    ("classes", [{"name": "a"}, {"name": "a"}]), ("ignore", 255), ("weights", "a.pth"), ("weights", {"path": 3}), ("splits", []), ("root", 3)])
+    ("overlap", True), ("saved", "some"), ("reported", 3), ("variant", []), ("task", "painting"),
+    ("report", {"a": "b"}),
+    ("classes", [{"name": "a"}, {"name": "a"}]), ("ignore", 255), ("weights", "a.pth"), ("weights", {"path": 3}),
+    ("splits", []), ("root", 3)])
 def test_a_field_that_no_run_writes_is_named(field, value, tmp_path):
     good = dict(model={}, classes=[{"name": "a"}], crop=64, overlap=0.25, norm="sat", amp="off", saved="all",
                 size=64, reading={}, weights={"path": None}, splits={}, root=".")
@@ -248,6 +250,7 @@ def test_the_state_of_a_run_is_taken_up():
     dict(step=-1), dict(step=7.0), dict(step=True), dict(step="7"), dict(best=math.nan), dict(best=-2.0),
     dict(best=None), dict(seconds=math.inf), dict(seconds=-1.0), dict(history={}), dict(history=[3]), dict(more=1),
     dict(history=[dict(loss=1.0)]), dict(history=[dict(step=1, loss="a")]), dict(history=[dict(step=1, loss=math.nan)]),
+    dict(history=[dict(step=1, loss=10**400)]), dict(step=10**400),
     dict(command=3), dict(speed="fast")])
 def test_a_state_that_no_run_has_is_refused(change):
     s = SimpleNamespace(**NEW)

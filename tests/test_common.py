@@ -19,8 +19,8 @@ from PIL import Image
 
 from data import common
 from data.common import (
-    BadInput, Written, as_text, check_file, check_pixels, escaped, even_sample, in_time, json_lines, json_text, minutes,
-    nfc, number, print_anything, progress, read_json, read_text, replace, write)
+    BadInput, Written, as_text, check_file, check_pixels, escaped, even_sample, in_time, json_lines, json_text,
+    minutes, nfc, number, print_anything, progress, read_json, read_text, replace, write)
 from data.io import read_image, read_mask
 from data.raster import open_raster
 from data.tiff import Tiff
@@ -261,7 +261,9 @@ def test_numbers_as_people_write_them(text, value):
         assert number(text, int) == value and type(number(text, int)) is int
 
 
-@pytest.mark.parametrize("text", ["", " ", "nan", "inf", "-Infinity", "1e400", "-1e400", "1_0", "٣", "１", "²", "½", "0x10",
+@pytest.mark.parametrize("text",
+                                  ["", " ", "nan", "inf", "-Infinity", "1e400", "-1e400", "1_0", "٣", "１", "²", "½",
+                                  "0x10",
                                   "1,5", "1 2", "--1", "e5", ".", "True", "9" * 400, "1\n"])
 def test_what_is_no_finite_number_is_refused(text):
     for kind in (int, float):

@@ -1,6 +1,7 @@
 """Drafts of data.check for many layouts can be used as they are; what they rest on is said."""
 import shlex
 import shutil
+from collections import Counter
 from pathlib import Path
 
 import numpy as np
@@ -13,9 +14,12 @@ from PIL import Image
 
 from data.check.complaints import Complaints
 from data.check.proposal import natural, propose_hold_out
+from data.check.shares import print_shares
+from data.check.values import Values, draft_classes
 from data.common import write
 from data.datasets import (
     check_command, class_counts, hold_out, load_splits, read_description, scenes_of, script_command)
+from data.io import Labels
 
 DUBAI = Path(__file__).parents[2] / "shared/data/dubai"
 
@@ -437,7 +441,8 @@ def test_images_of_several_kinds_have_no_one_range(tmp_path, rng, capsys):
         (tmp_path / f"images/{i}.png").unlink()
     code, out = run(capsys, tmp_path)
     assert code == 2 and f"3 of 8 bits, first {tmp_path}/images/0.tif, 3 of whole numbers of more bits" in out
-    assert f"gdal_translate -ot Byte -scale LOW HIGH 0 255 {tmp_path}/images/1.tif" in out
+    assert f"gdal_translate -ot Byte -scale LOW HIGH 0 255 {tmp_path}/images/1.tif NEW.tif" in out
+    assert out.endswith(f"data.check {tmp_path} --force\n")
     assert "input_range" not in (tmp_path / "dataset.json").read_text()
     for i in (1, 3, 5):
         with rasterio.open(tmp_path / f"images/{i}.tif") as file:
@@ -513,6 +518,8 @@ def test_bands_are_drafted_where_the_header_names_the_colours(tmp_path, rng, cap
     for photometric in ({}, {"photometric": "RGB"}):  # infrared as alpha, which GDAL writes by default; and without
         code, out, d = images(**photometric)
         assert code == 0 and d["bands"] == [1, 2, 3] and "first are red, green and blue by its header" in out
+        assert ("band 4 is called alpha, but has more values than 0 and 255, so it hides no pixel" in out
+                ) == (not photometric)
         assert run(capsys, tmp_path)[0] == 0
     for bands, numbers in ((4, "1,2,3"), (2, "1,2,2"), (6, "1,2,3")):
         code, out, d = images("uint16", bands, 4000, photometric="MINISBLACK")
@@ -542,6 +549,29 @@ def test_likely_void_stays_a_class_and_is_named(tmp_path, rng, capsys):
     assert len(d["classes"]) == 3 and 'value #000000 is a class in the draft; if it means unlabelled' in out
 
 
+@pytest.mark.parametrize("pixels, named", [
+    ({1: 9, 2: 9, 65535: 2}, [65535]), ({1: 9, 0: 9, -9999: 2, -1: 1}, [0, -9999, -1]),
+    ({7: 5, 2**32 - 1: 3}, [2**32 - 1]),
+    ({1: 9, 254: 9}, []), ({0: 60, 255: 40, 30: 5, 90: 5, 200: 5}, [0, 255, "soft edges"])])
+def test_what_may_be_no_class_is_named(pixels, named, capsys):
+    complaints = Complaints()
+    values = Values(Counter(pixels), {v: [Path("a.tif")] for v in pixels}, {}, 1, Counter(grey=1), [])
+    drafted = draft_classes(values, complaints)
+    assert [c["id"] for c in drafted["classes"]] == sorted(pixels) and drafted["ignore"] == []
+    complaints.show(1, "", "")
+    out = capsys.readouterr().out
+    said = [v for v in pixels if f"value {v} is a class in the draft; if it" in out]
+    assert said == [v for v in named if v in pixels]
+    assert ("soft edges" in out) == ("soft edges" in named)
+
+
+def test_a_table_of_no_pixel_names_no_class(capsys):
+    print_shares({"train": np.array([0, 0, 5]), "val": np.array([3, 1, 0])}, {"train": 1, "val": 1},
+                 Labels([{"name": "land", "id": 0}, {"name": "road", "id": 1}]))
+    *_, major, accuracy, miou = capsys.readouterr().out.splitlines()
+    assert [line.split()[-2:] for line in (major, accuracy, miou)] == [["-", "land"], ["-", "0.7500"], ["-", "0.3750"]]
+
+
 def test_stray_colours_are_ignored_loudly_but_blurred_masks_refused(tmp_path, rng, capsys):
     d, out = draft_of(tmp_path, rng, capsys, ((RED, GREEN), None), size=(120, 160))
     mask = np.asarray(Image.open(tmp_path / "masks/0.png")).copy()
@@ -565,7 +595,8 @@ def test_a_wrong_classes_json_is_compared_not_believed(tmp_path, rng, capsys):
 def test_one_letter_may_be_spelt_in_two_ways(tmp_path, rng, capsys):
     """macOS writes a letter with a mark as two code points; for a reader the names are equal."""
     for i in range(4):
-        put(rng, tmp_path / f"Fl\u00e4che/images/B\u00e4ume {i}.png", tmp_path / f"Fla\u0308che/masks/Ba\u0308ume {i}.png")
+        put(rng, tmp_path / f"Fl\u00e4che/images/B\u00e4ume {i}.png",
+            tmp_path / f"Fla\u0308che/masks/Ba\u0308ume {i}.png")
     code, out = run(capsys, tmp_path)
     assert code == 0 and "4 masks read" in out and "in no pair" not in out
     assert run(capsys, tmp_path)[0] == 0

@@ -1,4 +1,4 @@
-"""models/export.py: the ONNX file, as onnxruntime runs it, says what the network says; tests/bench_export.py has them all."""
+"""models/export.py: the ONNX file, as onnxruntime runs it, says what the network says; bench_export.py has them all."""
 import json
 import sys
 

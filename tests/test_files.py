@@ -8,7 +8,7 @@ import pytest
 
 from data import files as files_module
 from data.common import BadInput
-from data.files import Names, image_name, is_hidden, match, not_used, star_key, typed, walk
+from data.files import Names, image_name, is_file_name, is_hidden, match, not_used, star_key, typed, walk
 
 
 def touch(root, *names):
@@ -61,6 +61,19 @@ def test_files_not_used_are_counted_by_suffix(tmp_path):
     assert not_used(files) == ("4 files are no images by their suffix: 2 .jp2, 1 .txt, 1 without suffix; first "
                                f"{tmp_path}/b.jp2; images are converted with gdal_translate -co COMPRESS=DEFLATE "
                                f"{tmp_path}/b.jp2 {tmp_path}/b.tif")
+
+
+# ---- names that become files
+
+@pytest.mark.parametrize("good, names", [
+    (True, ["a", "a b", "..a", "...", ".a", "水", "a.b", "x" * 200, "-", "~", "C:"]),
+    (False, ["", ".", "..", "/", "a/b", "../a", "a/", "\\", "a\\b", "a\0", "a\nb",
+             "x" * 201, "水" * 67, 3, None, ["a"]])])
+def test_a_name_is_a_name_and_no_path(tmp_path, good, names):
+    assert [is_file_name(name) for name in names] == [good] * len(names)
+    for name in names if good else ():  # and the system can make it, inside
+        (tmp_path / f"{name}-points-12").mkdir()
+    assert good == (len(list(tmp_path.iterdir())) == len(names))
 
 
 # ---- patterns

@@ -164,7 +164,7 @@ def test_a_flag_means_the_same_in_all_scripts(monkeypatch):
                                 "--arch", "--backbone-lr", "--layer-decay", "--weight-decay", "--warmup"}
     assert differ(set(SCRIPTS) - set(training)) == {"--out", "--batch-size"}
     # A trained model brings its own values, which eval and predict take by default.
-    # eval.py writes the file that train_kd.py reads, and features for data.curate.
+    # eval.py writes the file that train_kd.py reads, and features; train_cls.py chooses among them.
     assert differ(SCRIPTS) == differ(training) | {"--weights", "--amp", "--difficulty", "--features"}
 
 

@@ -148,7 +148,8 @@ def test_an_unknown_value_names_file_value_pixels_and_remedy(tmp_path, classes, 
     (BY_ID + [{"name": "a", "id": 4}], []), (BY_ID, [0]), (BY_ID, ["9"]), (BY_ID, None), (BY_COLOR, ["#000000"]),
     ([{"name": "a", "id": 1.5}], []), ([{"name": "a", "id": "1"}], []), ([{"name": "a", "id": [1]}], []),
     ([{"name": "a\nb", "id": 0}], []), ([{"name": "\x1b[31m", "id": 0}], []), ([{"name": " ", "id": 0}], []),
-    ([{"name": 3, "id": 0}], []), ([{"name": None, "id": 0}], []), ([{"name": "a", "color": "red"}], []), ([{"name": str(i), "id": i} for i in range(255)], [])])
+    ([{"name": 3, "id": 0}], []), ([{"name": None, "id": 0}], []), ([{"name": "a", "color": "red"}], []),
+    ([{"name": str(i), "id": i} for i in range(255)], [])])
 def test_label_tables_that_contradict_themselves(classes, ignore):
     refusal(Labels, classes, ignore)
 

@@ -184,7 +184,8 @@ def test_points_of_a_broken_image_are_passed_over(files, tmp_path):
 
 @pytest.mark.parametrize("row, said", [
     ("a,80,5,road", r"line 3: x 80, y 5 is outside train/a of 80 x 60 .*from 0"),
-    ("a,5,60,road", r"line 3: .*exchanged\?"), ("a,-1,5,road", "line 3: .*outside"), ("a,nan,5,road", "'nan' is no number"),
+    ("a,5,60,road", r"line 3: .*exchanged\?"), ("a,-1,5,road", "line 3: .*outside"),
+    ("a,nan,5,road", "'nan' is no number"),
     ("a,٣,5,road", "'٣' is no number"), ("a,1_0,5,road", "'1_0' is no number"), ("a,1e400,5,road", "is no number"),
     ("a,1,5,road,3", "line 3: more fields than the header has"),
     ("a,1,5,lake", "line 3: unknown class 'lake'; expected one of: road, roof, tree"),

@@ -76,6 +76,18 @@ def test_large_images_are_read_in_windows_that_stand_for_the_whole(tmp_path):
         percentile_range("p9-91", [(tmp_path / "b.tif", None)], None)[0]
 
 
+def test_windows_agree_on_whether_alpha_is_a_mask(tmp_path):
+    """Infrared called alpha is 0 over water: no window may take it for a mask there."""
+    a = np.random.default_rng(0).integers(1, 255, (500, 400, 4), np.uint8)
+    a[:200, :, 3] = 0
+    a[:200, :, 0] = 200  # brighter over water
+    for name, alpha in (("a", "YES"), ("b", "NO")):
+        geotiff(tmp_path / f"{name}.tif", a, photometric="RGB", alpha=alpha)
+    files = [[(tmp_path / f"{name}.tif", None)] for name in "ab"]
+    with_alpha, without = (percentile_range("p10-90", one, [1, 2, 3])[0] for one in files)
+    assert with_alpha == without
+
+
 def test_windows_lie_in_the_box_and_do_not_repeat():
     for box in ((3, 4, 4000, 50), (0, 0, 400, 5000), (7, 7, 385, 385)):
         windows = spread_windows(box)

@@ -10,6 +10,7 @@ import time
 from pathlib import Path
 from types import SimpleNamespace
 
+import numpy as np
 import pytest
 import torch
 from gloo import FORK, on_ranks
@@ -23,7 +24,7 @@ import train_cls
 import train_kd
 import train_points
 import train_seg
-from data.common import BadInput, write
+from data.common import BadInput, replace, write
 from data.io import read_image
 from models import run
 from models.checkpoint import save_state
@@ -217,6 +218,17 @@ def test_a_last_pt_of_another_script_or_version_is_refused(tmp_path, state):
     assert "\n" not in str(e.value)
 
 
+def test_a_run_without_its_first_last_pt_is_started_again_by_its_own_command(tmp_path):
+    out = filled(tmp_path / "a", ".lock", "split.json")
+    with pytest.raises(BadInput, match="start it again: its command without --resume"):
+        resumed(out)
+    write(out / "protocol.json", dict(command="python train_seg.py --root D --out 'a b'"))
+    with pytest.raises(BadInput) as e:
+        resumed(out)
+    assert str(e.value).startswith(f"{out}: was ended before its first last.pt")
+    assert str(e.value).endswith("start it again: python train_seg.py --root D --out 'a b'")
+
+
 @pytest.mark.parametrize("flag, value", [
     ("steps", 1e308), ("steps", True), ("steps", math.nan), ("steps", 2**40), ("lr", "1"), ("lr", 11), ("color", [0.5]),
     ("bands", [1, 2]), ("bands", "1,2,3"), ("bands", [1, 2, 0]), ("scale", [1.0]), ("scale", 1.0),
@@ -279,6 +291,58 @@ def test_an_error_in_a_reading_process_is_one_line_too(capsys):
     assert not list(batches)  # ends the reading process
 
 
+class Killed(torch.utils.data.Dataset):
+    def __init__(self, number):
+        self.number = number
+
+    def __len__(self):
+        return 1
+
+    def __getitem__(self, i):
+        if self.number:
+            os.kill(os.getpid(), self.number)
+        raise MemoryError("Unable to allocate 1.50 GiB for an array")
+
+
+@pytest.mark.parametrize("number, said", [
+    (signal.SIGKILL, "a reading process was killed (Killed): out of memory? try --workers 1"),
+    (signal.SIGBUS, "a reading process was killed (Bus error): out of shared memory, /dev/shm? try --workers 0"),
+    (None, "a reading process is out of memory (asked for 1.50 GiB); lower --workers")])
+def test_a_reading_process_that_is_gone_is_one_line(capsys, number, said):
+    def work():
+        with run.one_line_errors():
+            next(iter(DataLoader(Killed(number), num_workers=1)))
+
+    assert refused(capsys, work) == f"error: {said}\n"
+
+
+def test_the_disk_is_not_blamed_for_a_reading_process_that_is_gone(capsys, tmp_path):
+    def save(name):  # torch's handler of the signal raises in whatever the process does
+        raise RuntimeError("DataLoader worker (pid 4711) is killed by signal: Killed. ")
+
+    def work():
+        with run.one_line_errors():
+            replace(tmp_path / "last.pt", save)
+
+    assert refused(capsys, work) == "error: a reading process was killed (Killed): out of memory? try --workers 1\n"
+
+
+def cuda():
+    raise torch.cuda.OutOfMemoryError("CUDA out of memory. Tried to allocate 2.50 GiB. GPU 0 has a total of ...")
+
+
+@pytest.mark.parametrize("work, said", [
+    (lambda: torch.empty(2**58, dtype=torch.uint8), "out of memory (asked for 288230376151711744 bytes)"),
+    (lambda: np.empty(2**58, np.uint8), "out of memory (asked for 256. PiB)"),
+    (cuda, "out of memory of the GPU (asked for 2.50 GiB)")])
+def test_too_little_memory_is_one_line_that_says_what_to_lower(capsys, work, said):
+    def script():
+        with run.one_line_errors(lower="--batch-size or --crop"):
+            work()
+
+    assert refused(capsys, script) == f"error: {said}; lower --batch-size or --crop\n"
+
+
 def test_scripts_print_any_writing_from_their_first_line_on(monkeypatch):
     stream = io.TextIOWrapper(io.BytesIO(), encoding="ascii")
     monkeypatch.setattr("sys.stdout", stream)
@@ -293,6 +357,8 @@ def test_ctrl_c_is_quiet_and_faults_of_the_code_are_not(capsys):
     assert e.value.code == 130 and capsys.readouterr() == ("", "")
     with pytest.raises(ZeroDivisionError), run.one_line_errors():
         1 / 0
+    with pytest.raises(RuntimeError, match="shapes"), run.one_line_errors():
+        raise RuntimeError("shapes (3, 4) and (5, 6)")
 
 
 # ---- signals
@@ -317,7 +383,30 @@ def test_the_first_signal_is_noted_and_the_second_ends(interrupts):
     assert (signal.getsignal(signal.SIGINT), signal.getsignal(signal.SIGTERM)) == before
 
 
-@pytest.mark.parametrize("number, code", [(signal.SIGINT, 130), (signal.SIGTERM, 143), (0, 143)])
+def test_a_closed_terminal_is_noted_and_what_is_printed_then_does_no_harm(monkeypatch, tmp_path):
+    before = signal.signal(signal.SIGHUP, signal.SIG_DFL)
+    read_end, write_end = os.pipe()
+    os.close(read_end)
+    monkeypatch.setattr(sys, "stdout", open(write_end, "w"))
+    monkeypatch.setattr(sys, "stderr", open(tmp_path / "log", "w"))
+    stop = run.Stop()
+    signal.raise_signal(signal.SIGHUP)
+    print("nobody reads this", flush=True)
+    print("this stands in a file", file=sys.stderr, flush=True)
+    assert stop.signal == signal.SIGHUP and stop.told(torch.device("cpu"))
+    assert signal.getsignal(signal.SIGHUP) == signal.SIG_DFL
+    assert (tmp_path / "log").read_text() == "this stands in a file\n"
+    signal.signal(signal.SIGHUP, signal.SIG_IGN)  # as nohup has it
+    run.Stop().release()
+    stop = run.Stop()
+    signal.raise_signal(signal.SIGHUP)
+    assert not stop.signal and not stop.told(torch.device("cpu"))
+    stop.release()
+    signal.signal(signal.SIGHUP, before)
+
+
+@pytest.mark.parametrize("number, code", [
+    (signal.SIGINT, 130), (signal.SIGTERM, 143), (signal.SIGHUP, 129), (0, 143)])
 def test_the_exit_code_is_that_of_the_signal(number, code):
     stop = run.Stop()
     stop.release()
@@ -413,6 +502,39 @@ def test_old_temporary_files_are_cleared_away(tmp_path):
     assert not (tmp_path / "a/last.pt.4711.tmp").exists()
 
 
+def test_what_finder_and_explorer_leave_makes_no_folder_a_foreign_one(tmp_path):
+    for names in ([".DS_Store"], ["Thumbs.db", "desktop.ini", ".lock", "._split.json"]):
+        out = filled(tmp_path / names[0], *names)
+        assert run.folder(str(out), "unused", None) == in_a_fork(run.claim, out, str(out), None) == out
+        assert set(names) <= {file.name for file in out.iterdir()}
+
+
+# The user's own files may be called as those of a run; .lock says that a run has made a folder.
+@pytest.mark.parametrize("names", [
+    ["points.csv"], ["protocol.json", "log.jsonl"], ["results.json"], ["split.json", "curves.png"],
+    [".lock", "notes.tmp"], [".lock", "last.pt.tmp"], [".lock", "mine.4711.tmp"], [".lock", "images"],
+    [".git"], [".lock", "best.safetensors"]], ids=" ".join)
+def test_nothing_is_touched_in_a_folder_with_files_of_others(tmp_path, names):
+    out = filled(tmp_path / "a")
+    for name in names:
+        (out / name).write_text(f"my {name}")
+    state = out.stat().st_mtime_ns
+    with pytest.raises(BadInput, match="no run of this script; name another --out"):
+        run.folder(str(out), "unused", None)
+    assert run.folder(None, str(out), None) == tmp_path / "a-2"
+    with pytest.raises(BadInput, match="no run of this script; name another --out"):
+        run.claim(out, str(out), None)
+    assert out.stat().st_mtime_ns == state and {file.name for file in out.iterdir()} == set(names)
+    for name in names:
+        assert (out / name).read_text() == f"my {name}"
+
+
+def test_going_on_clears_away_the_runs_own_temporary_files_only(tmp_path):
+    out = filled(tmp_path / "a", *FINISHED, "last.pt.4711.tmp", "notes.tmp", "notes.4711.tmp")
+    in_a_fork(run.claim, out, None, str(out))
+    assert {file.name for file in out.iterdir()} == {*FINISHED, ".lock", "notes.tmp", "notes.4711.tmp"}
+
+
 # ---- the lock of a folder: it belongs to a process, so others are needed here
 
 def answer(pipe, work, args):
@@ -473,7 +595,7 @@ def test_of_two_runs_on_one_folder_the_second_is_refused_by_name(tmp_path):
 
 def claim_and_sleep(pipe, out):
     run.claim(out, str(out), None)
-    write(out / "last.pt", "")
+    save_state(out / "last.pt", args=vars(parser().parse_args([])))
     worker = FORK.Process(target=time.sleep, args=(60,))  # as DataLoader's, it outlives a kill
     worker.start()
     pipe.send(worker.pid)
@@ -486,7 +608,12 @@ def test_a_running_run_is_not_resumed_and_a_killed_one_at_once(tmp_path):
     process.start()
     worker = mine.recv()
     out = tmp_path / "a", None, str(tmp_path / "a")
-    assert "another run is writing there" in str(in_a_fork(run.claim, *out))
+    said = f"{tmp_path / 'a'}: another run is writing there; wait for it, or "
+    assert str(in_a_fork(run.claim, *out)) == f"{said}end it"
+    assert str(in_a_fork(run.folder, None, "unused", str(tmp_path / "a"))) == f"{said}end it"
+    # The same command again: not to be resumed now.
+    assert str(in_a_fork(run.folder, str(tmp_path / "a"), "unused", None)) == f"{said}name another --out"
+    assert in_a_fork(run.folder, None, str(tmp_path / "a"), None) == tmp_path / "a-2"
     process.kill()
     process.join()
     os.kill(worker, 0)  # the worker is still there
@@ -511,6 +638,27 @@ def test_ranks_add_gather_and_agree_on_a_folder(tmp_path, n):
 
     for answer in on_ranks(tmp_path, 3, work):
         assert answer == ([3, 3], rows.tolist(), tmp_path / "run0")
+
+
+def test_ranks_all_say_that_another_run_is_writing(tmp_path):
+    mine, other = FORK.Pipe()
+    process = FORK.Process(target=claim_and_sleep, args=(other, tmp_path / "a"))
+    process.start()
+    worker = mine.recv()
+
+    def work(rank, world):
+        said = []
+        for wanted, resume in ((str(tmp_path / "a"), None), (None, str(tmp_path / "a"))):
+            try:
+                run.folder(wanted, "unused", resume)
+            except BadInput as e:
+                said.append("another run is writing there" in str(e))
+        return said
+
+    assert on_ranks(tmp_path, 2, work) == 2 * [[True, True]]
+    process.kill()
+    process.join()
+    os.kill(worker, signal.SIGKILL)
 
 
 def test_the_command_to_go_on_has_as_many_processes(tmp_path, monkeypatch):
@@ -549,7 +697,8 @@ def test_torch_is_seeded_by_every_number():
 
 # ---- what must be equal
 
-SAME = dict(world=1, weights=None, amp=False, labels=[[{"name": "a", "id": 0}], []], teacher="12ab")
+SAME = dict(world=1, weights=None, amp=False, labels=[[{"name": "a", "id": 0}], []], teacher="12ab",
+            reading=dict(bands=[4, 1, 2]), stored=64)
 
 
 @pytest.mark.parametrize("key, was, said", [
@@ -557,9 +706,13 @@ SAME = dict(world=1, weights=None, amp=False, labels=[[{"name": "a", "id": 0}], 
     ("weights", "ab12", "with weights ab12, not None; name the file with that sha256"),
     ("teacher", None, "with teacher None, not 12ab; name the run"),
     ("amp", True, "with amp True, not False; choose it by --amp"),
-    ("labels", [[{"name": "b", "id": 0}], []], "the classes or ignored values have changed")])
+    ("labels", [[{"name": "b", "id": 0}], []], "the classes or ignored values have changed"),
+    ("reading", dict(bands=None), 'with reading .*; "bands" or "input_range" in dataset.json have changed; undo'),
+    ("stored", 32, "with stored 32, not 64; images of another size were added; take them out")])
 def test_what_would_make_it_another_run_is_named(tmp_path, key, was, said):
     run.check_same(tmp_path, copy.deepcopy(SAME) | dict(step=3), SAME)
+    earlier = {name: value for name, value in SAME.items() if name not in ("reading", "stored")}
+    run.check_same(tmp_path, earlier, SAME)  # of a version that did not keep these
     with pytest.raises(BadInput, match=said) as e:
         run.check_same(tmp_path, SAME | {key: was}, SAME)
     assert str(tmp_path) in str(e.value) and "\n" not in str(e.value)

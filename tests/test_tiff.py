@@ -1,4 +1,5 @@
 """data/tiff.py; oracles: rasterio (GDAL) for pixels, masks and positions, tifffile for what GDAL cannot write."""
+import io
 import itertools
 import pickle
 import re
@@ -597,6 +598,55 @@ def follow(command, folder):
         assert command.startswith("pip install tifffile imagecodecs; python -c ")
         subprocess.run([sys.executable, *words[words.index("python") + 1:]], cwd=folder, check=True)
     return new
+
+
+def write_tags(path, data, **tags):
+    """A TIFF of one strip with these bytes, by the specification: {name: a number or several}."""
+    height, width = tags["ImageLength"], tags["ImageWidth"]
+    tags |= dict(StripOffsets=8, RowsPerStrip=height, StripByteCounts=len(data))
+    data += b"\0" * (len(data) % 2)
+    entries, values = b"", b""
+    for name, value in sorted(tags.items(), key=lambda item: int(getattr(Tag, item[0], 0) or item[0][1:])):
+        numbers = value if isinstance(value, tuple) else (value,)
+        word = struct.pack(f"<{len(numbers)}I", *numbers)
+        if len(word) > 4:
+            place = 8 + len(data) + 2 + 12 * len(tags) + 4 + len(values)
+            word, values = struct.pack("<I", place), values + word
+        entries += struct.pack("<HHI4s", int(getattr(Tag, name, 0) or name[1:]), 4, len(numbers), word)
+    head = struct.pack("<2sHI", b"II", 42, 8 + len(data))
+    path.write_bytes(head + data + struct.pack("<H", len(tags)) + entries + bytes(4) + values)
+
+
+def old_jpeg(path):
+    """Compression 6 as many scanners wrote it: a whole JPEG file as the strip."""
+    file = io.BytesIO()
+    Image.fromarray(smooth(3).transpose(1, 2, 0)).save(file, "JPEG", subsampling=0)
+    data = file.getvalue()
+    write_tags(path, data, ImageWidth=W, ImageLength=H, BitsPerSample=(8, 8, 8), Compression=6,
+               PhotometricInterpretation=6, SamplesPerPixel=3, _513=8, _514=len(data), YCbCrSubSampling=(1, 1))
+    return np.asarray(Image.open(file))
+
+
+def sgi_log(path):
+    """Luminance in SGI's logarithm: of each row the upper bytes, then the lower ones, in runs of 100."""
+    values, data = np.linspace(12000, 17000, H * W).astype(np.int16).reshape(H, W), b""
+    for row in values:
+        for digits in (row >> 8, row & 255):
+            digits = digits.astype(np.uint8).tobytes()
+            data += b"".join(bytes([len(digits[i:i + 100])]) + digits[i:i + 100] for i in range(0, W, 100))
+    write_tags(path, data, ImageWidth=W, ImageLength=H, BitsPerSample=16, Compression=34676,
+               PhotometricInterpretation=32844, SamplesPerPixel=1, SampleFormat=2)
+    return values[..., None]
+
+
+@pytest.mark.parametrize("write, found", [
+    (old_jpeg, "uint8, 3 bands, compression 6 (old-style JPEG), photometric 6 (YCbCr): old-style JPEG cannot be read"),
+    (sgi_log, "int16, 1 bands, compression 34676 (SGI Log), photometric 32844 (LogL): SGI Log cannot be read")])
+def test_advice_for_old_compressions_gives_the_right_pixels(tmp_path, write, found):
+    want = write(tmp_path / "a.tif")
+    said = refusal(Tiff, tmp_path / "a.tif")
+    assert found in said
+    np.testing.assert_array_equal(Tiff(follow(said.split("convert it: ")[1], tmp_path)).read(), want)
 
 
 def write_refused(path, what):

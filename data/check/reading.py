@@ -5,6 +5,8 @@
 import shlex
 from pathlib import Path
 
+import numpy as np
+
 from ..common import BadInput, even_sample
 from ..datasets import in_threads
 from ..ranges import IMAGES, percentile_range, reading_flags, some_pixels
@@ -23,10 +25,12 @@ def draft_reading(images: list[Path], train: list[tuple[Path, Window | None]], t
     """
     found = in_threads(lambda image: attempt(open_raster, image), images, "images")
     rasters = [r for r in found if not isinstance(r, BadInput)]
-    for fault in found:
-        if isinstance(fault, BadInput):
-            complaints.error("image", fault)
+    faults = [fault for fault in found if isinstance(fault, BadInput)]
+    for fault in faults:
+        complaints.error("image", fault)
     reading = dict(typed)
+    # What is corrected in images is drafted anew: it may change how all of them are read.
+    anew = ["--force", *reading_flags(typed.get("bands"), typed.get("input_range"))]
     if "bands" not in reading:
         # Those of which three bands cannot be had without a choice.
         odd = [r for r in rasters if colours_of(r) not in (1, 3)]
@@ -42,33 +46,38 @@ def draft_reading(images: list[Path], train: list[tuple[Path, Window | None]], t
                              "--bands", numbers]
         if odd:
             reading["bands"] = [1, 2, 3]
-            complaints.note("bands", f"{odd[0].path}: {colours_of(odd[0])} bands, of which the "
-                            'first are red, green and blue by its header: "bands" in the draft')
+            veil = ""
+            if odd[0].alpha:  # else it would have been left out, and the image read without a choice
+                veil = (f"; band {odd[0].alpha} is called alpha, but has more values than 0 and "
+                        f"{np.iinfo(odd[0].dtype).max}, so it hides no pixel")
+            complaints.note("bands", f"{odd[0].path}: {colours_of(odd[0])} bands, of which the first"
+                            f' are red, green and blue by its header: "bands" in the draft{veil}')
 
     bands = reading.get("bands")
     few = [r for r in rasters if bands and colours_of(r) < max(bands)]
     if few:
         complaints.error("bands", too_few(few, bands))
+        faults += few
 
     word = reading.get("input_range")
     deep = [r for r in rasters if r.dtype != "uint8" and not r.indexed]
     kinds = kinds_of(rasters)
     if len(kinds) > 1 and not isinstance(word, list):
         complaints.error("kinds", one_range(kinds))
-        return reading, []
+        return reading, anew
     if deep and word is None:
         word = RANGE
     if isinstance(word, str):
         measured = attempt(percentile_range, word, train, reading.get("bands"))
         if isinstance(measured, BadInput):
             complaints.error("range", measured)
-            return reading, []
+            return reading, anew
         reading["input_range"], (listed, *constant) = measured
         what = f"{len(deep)} images are {deep[0].dtype}: " if deep else ""
         complaints.note("range", f'{what}{listed}; "input_range" in the draft')
         for line in constant:
             complaints.warning("range", line)
-    return reading, []
+    return reading, anew if faults else []
 
 
 def too_few(few: list[Tiff | Picture], bands: list[int]) -> str:
@@ -100,9 +109,9 @@ def one_range(kinds: dict[str, list[Tiff | Picture]]) -> str:
     kind = next(kind for kind in kinds if kind != "8 bits")
     path = kinds[kind][0].path
     command = shlex.join(["gdal_translate", "-ot", "Byte", "-scale", "LOW", "HIGH", "0", "255",
-                          str(path), str(path.with_name(f"{path.stem}_8bit.tif"))])
-    return (f"images that no one range fits: {listed}; keep those of one kind, or make the others "
-            f"8 bits: {command}")
+                          str(path), "NEW.tif"])
+    return (f"images that no one range fits: {listed}; keep those of one kind, or put 8 bits in "
+            f"place of the others: {command}")
 
 
 def colours_of(raster: Tiff | Picture) -> int:

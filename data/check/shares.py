@@ -20,9 +20,11 @@ def print_shares(counts: dict[str, np.ndarray], images: dict[str, int], labels: 
         present = max(1, np.count_nonzero(of_class))
         # Saying one class everywhere: its IoU is its share, the other classes have 0.
         accuracy = max(of_class) / labelled
+        scores = [labels.names[np.argmax(of_class)], f"{accuracy:.4f}", f"{accuracy / present:.4f}"]
+        if not any(of_class):  # no mask could be read, or all is ignored
+            scores = ["-"] * 3
         columns.append([split, *(f"{n / labelled:.2%}" for n in of_class), f"{ignored / total:.2%}",
-                        images[split], labels.names[np.argmax(of_class)], f"{accuracy:.4f}",
-                        f"{accuracy / present:.4f}"])
+                        images[split], *scores])
     width = max(map(len, heads))
     for head, *cells in zip(*columns):
         print(f"{head:{width}}" + "".join(f" {str(cell)[:14]:>14}" for cell in cells))

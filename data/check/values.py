@@ -18,7 +18,8 @@ from .complaints import Complaints
 STRAY = 1e-4  # a colour on a smaller share of all pixels comes from drawing or resizing
 MAX_STRAYS = 64  # more of them mean blurred masks, which no list of colours can mend
 TABLE_ROWS = 40
-VOID = (0, 255, "#000000")  # values that often mean unlabelled or no data
+# Values that often mean unlabelled or no data: zero, and what fills the bytes of a number.
+VOID = (0, 255, 65535, 2**32 - 1, "#000000")
 
 # Soft masks: nearly all pixels are as good as black or white, and greys of all kinds lie between.
 THRESHOLD = 127
@@ -230,12 +231,16 @@ def note_nodata(ignored: list[int | str], complaints: Complaints) -> None:
 
 
 def note_void(kept: list, ranked: list, complaints: Complaints) -> None:
-    """Say which classes of the draft may mean unlabelled; only the user knows."""
+    """Say which classes of the draft may mean unlabelled, or edges; only the user knows."""
+    if len(ranked) > 2 and set(ranked[:2]) == {0, 255}:
+        complaints.note("edges", f"0 and 255 are the most frequent of {len(ranked)} values: if the "
+                        'others are the greys of soft edges, write two classes, "id": 0 and '
+                        f'"id": 1, and "threshold": {THRESHOLD}, above which a grey is the second')
     if set(ranked) == {0, 255}:
         complaints.note("void", "ids 0 and 255: binary masks; both are classes in the draft, "
                                 "255 is not ignored")
         return
     for v in kept:
-        if v in VOID:
+        if v in VOID or not isinstance(v, str) and v < 0:
             complaints.note("void", f"value {v} is a class in the draft; if it means unlabelled or "
                                     'no data, move it from "classes" to "ignore"')
