@@ -5,6 +5,7 @@
     python eval.py runs/demo --split val --calibrate fits how sure it is: RUN/calibration.json
     python eval.py runs/demo --masks predictions --mask-ids train    masks of any program
     python eval.py --masks predictions --mask-ids train --root D     and without a run
+    python eval.py runs/a --tta d4 --with runs/b     mean probability of two runs and eight views
     python eval.py --compare runs/a runs/b           the difference, with 95 % intervals
     python eval.py runs/demo --split train --difficulty    for train_kd.py --sampler weighted
     python eval.py --summary runs/*                  one table of what these runs reported
@@ -33,13 +34,12 @@ from data.raster import open_raster
 from data.source import Source
 from data.summary import summary
 from data.tiff import write_tiff
-from models import calibrate, nets, run
+from models import calibrate, ensemble, run
 from models.checkpoint import load_weights, weights_file
 from models.features import MeanFeatures
 from models.infer import predictions
 from models.run import COUNT, between
 from models.score import Counts, Worst, further, table
-from models.weights import sha256
 
 HARD_IOU = 0.5  # a class of an image with less is hard, for --difficulty
 
@@ -67,6 +67,12 @@ def parse_args(argv=None):
                    help="also write a TIFF per image: K bands, 255 times the probability")
     p.add_argument("--features", metavar="DIR",
                    help="also write features.npy: the backbone's mean features per image")
+    p.add_argument("--tta", choices=list(ensemble.VIEWS),
+                   help="average over views of every window: 4 flips, d4 8 turns, 3 scales")
+    p.add_argument("--with", dest="partners", nargs="+", metavar="RUN",
+                   help="average probabilities with these runs of the same classes")
+    p.add_argument("--soup", nargs="+", metavar="RUN",
+                   help="average weights with these runs of the same start")
     p.add_argument("--overlap", type=between(0, 0.9),
                    help="of windows, as a part of the crop (as in training)")
     p.add_argument("--weights", help="backbone of a run saved with --save head (as in training)")
@@ -93,6 +99,13 @@ def parse_args(argv=None):
     for flag in ("calibrate", "probabilities", "features"):
         if args.masks and getattr(args, flag):
             p.error(f"--{flag} asks the model, --masks does not; leave one of them out")
+    several = args.tta or args.partners or args.soup
+    if several and (args.masks or not args.run):
+        p.error("--tta, --with and --soup ask the model of a run; leave them out")
+    if several and args.calibrate:
+        p.error("--calibrate is of one run as it is; leave --tta, --with and --soup out")
+    if args.features and (args.tta or args.partners):
+        p.error("--features are of one network; leave --tta and --with out")
     return args
 
 
@@ -143,6 +156,13 @@ def check_split(d, args, hint):
     if not d.splits.get(args.split):
         raise BadInput(f"{d.root}: no split {args.split!r}; type --split with one of: "
                        f"{', '.join(d.splits)}{hint}")
+
+
+def own_splits(run_folder, digest):
+    # -> splits of these very images that a run has learned from or was chosen by
+    _, meta = load_weights(run_folder, header_only=True)
+    return [split for split in ("train", meta.get("chosen_on"))
+            if digest == meta.get("splits", {}).get(split)]
 
 
 def scenes(d, names):
@@ -266,6 +286,7 @@ def main(args):
 
     # ---- data
     weights = temperature = None
+    several = dict(partners=args.partners, soup=args.soup, tta=args.tta)
     if args.run:
         _, meta = load_weights(args.run, header_only=True)
         if meta.get("task") == "classification":
@@ -281,11 +302,11 @@ def main(args):
     digest = d.about()["splits"][args.split]
     say(f"{len(names)} {args.split} images of {d.root}")
     if args.run:
-        for split in ("train", meta["chosen_on"]):
-            if digest == meta["splits"].get(split):
-                say(f"WARNING: the model's own {split} images")
+        for one in (args.run, *(args.partners or ()), *(args.soup or ())):
+            for split in own_splits(one, digest):
+                say(f"WARNING: the model's own {split} images ({one})")
     if args.run and not args.masks:
-        weights = sha256(weights_file(args.run))
+        weights = ensemble.identity(args.run, **several)
         temperature = calibrate.read_temperature(folder, weights)
         if temperature is None and (folder / "calibration.json").exists():
             say(f"note: {folder}/calibration.json is of other weights, and is not used")
@@ -293,6 +314,8 @@ def main(args):
 
     # ---- what may be written, before any work
     default = f"eval-{args.split}-masks" if args.masks and args.run else f"eval-{args.split}"
+    for flag, value in ensemble.about(**several).items():
+        default += f"-{value}" if flag == "tta" else f"-{flag}"
     out = Written(args.out or folder / default, args.overwrite)
     files = ["eval.json", "scenes.csv", "matrices.npz", "confusion.png", "worst.png"]
     if not args.masks:
@@ -312,17 +335,20 @@ def main(args):
         vectors.check(["index.json", "features.npy"])
     run.wait()  # what another rank writes from here on is no old file
 
-    # ---- count
+    # ---- network
+    if not args.masks:
+        net, meta = ensemble.load_runs(args.run, args.weights, **several)
+        net.to(device)
     amp = args.amp == "bf16"
     if args.amp == "auto":
         amp = meta["amp"] == "bf16" and run.fast_bf16(device)
     overlap = meta["overlap"] if args.overlap is None else args.overlap
     window = dict(crop=meta["crop"], overlap=overlap, batch=args.batch_size, amp=amp)
+
+    # ---- count
     if args.masks:
         found = answers_of_masks(args, d, data, rank, world, device)
     else:
-        net, _ = nets.load_run(args.run, args.weights)
-        net.to(device)
         means = MeanFeatures(net) if args.features else None
         found = answers_of_model(predictions(net, data, window, args.workers, args.split))
     counts = Counts(len(names), K, device, args.ignore_boundary, temperature)
@@ -370,7 +396,7 @@ def main(args):
             boundary_iou=f"width {boundary.DILATION} of the diagonal",
             boundary_f1=f"tolerance {boundary.TOLERANCE} pixels", temperature=temperature,
             **meta["reading"], crop=meta["crop"], overlap=overlap, amp="bf16" if amp else "off",
-            tta="none", **run.facts(device, world))
+            **(dict(tta="none") | ensemble.about(**several)), **run.facts(device, world))
         out.write("eval.json", report | dict(protocol=protocol))
         for file, content in beside(report, counts, worst, data, d, groups, args).items():
             out.write(file, content)

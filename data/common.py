@@ -356,7 +356,7 @@ class Shown:
 
 
 def print_anything() -> None:
-    """At the start of every program: what a terminal cannot show, or would obey, becomes \\u6c34."""
+    """Call it first in a program: what a terminal lacks, or would obey, is shown as \\u6c34."""
     for name in ("stdout", "stderr"):
         stream = getattr(sys, name)
         if hasattr(stream, "reconfigure"):

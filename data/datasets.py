@@ -115,7 +115,7 @@ def read_description(root: str | Path) -> dict:
 def check_spelling(d: dict, path: Path) -> None:
     """A key that is nearly a known one would be passed over in silence; all others are the user's."""
     places = [(d, KEYS)]
-    places += [(c, CLASS_KEYS) for c in listed(d.get("classes")) if isinstance(c, dict)]
+    places += [(c, CLASS_KEYS) for c in entries_of(d.get("classes")) if isinstance(c, dict)]
     for found, known in places:
         for key in found.keys() - set(known):
             meant = get_close_matches(key.lower(), known, 1, SPELLING)
@@ -124,7 +124,7 @@ def check_spelling(d: dict, path: Path) -> None:
                                "it, or give a key of your own another name")
 
 
-def listed(value) -> list:
+def entries_of(value) -> list:
     """The list, or none instead of anything else."""
     return value if isinstance(value, list) else []
 
@@ -136,7 +136,7 @@ def check_needed_keys(d: dict, path: Path) -> None:
         if not d.get(key) or not isinstance(d[key], kind):
             raise BadInput(f'{path}: "{key}" is missing, empty or malformed; {EXAMPLE}')
     for key in ("images", "masks"):
-        odd = [part for part in listed(d[key]) if not isinstance(part, str) or not part]
+        odd = [part for part in entries_of(d[key]) if not isinstance(part, str) or not part]
         if odd:
             raise BadInput(f'{path}: "{key}" lists {odd[0]!r:.60}; expected patterns such as '
                            f"'{key}/*.png'")
@@ -393,6 +393,9 @@ def read_list(path: Path, pairs: dict[str, tuple], optional: bool = False) -> li
         elif not optional:
             raise BadInput(f"{path}: {SHORT.repr(line)} is no image here, or several; "
                            f"names look like {next(iter(pairs))!r}{about_encoding(line)}")
+    if not listed and not optional:
+        raise BadInput(f"{path}: names no image; write one in every line, or take the list out of "
+                       '"splits" in dataset.json')
     return listed
 
 

@@ -14,7 +14,7 @@ import os
 from collections.abc import Iterable
 from pathlib import Path
 
-from .common import BadInput, read_json
+from .common import BadInput, check_file, read_json
 from .datasets import in_threads
 
 WHOLE = 2**29  # bytes of all files together
@@ -24,6 +24,7 @@ LEAST = 2**13  # bytes of them together, whatever the number of files
 
 def digest(file: Path, share: int) -> str:
     """The hash of a file of up to `share` bytes, or of PARTS blocks of it."""
+    check_file(file)
     h = hashlib.sha256()
     with open(file, "rb") as f:
         size = os.fstat(f.fileno()).st_size
@@ -95,8 +96,8 @@ def check_unchanged(path: str | Path, root: str | Path) -> tuple[dict, list[str]
         file = Path(root, name)
         try:
             now[name] = size_and_times(file)
-        except OSError as e:
-            faults.append(f"{file}: is gone ({e.strerror})")
+        except (OSError, ValueError) as e:  # ValueError: of a name that no file can have
+            faults.append(f"{str(file)!r}: is gone ({getattr(e, 'strerror', e)})")
             continue
         found = int(now[name].split(" ")[0])
         if found != size:

@@ -106,8 +106,9 @@ def chosen_bands(raster, bands: list[int] | None, window: Window | None,
 
 
 def is_mask_band(veil: np.ndarray) -> bool:
-    """Whether all of an alpha band is 0 or opaque."""
-    return bool(np.isin(veil, (0, np.iinfo(veil.dtype).max)).all())
+    """Whether all of an alpha band is 0 or opaque: the highest number, of floats 1."""
+    opaque = 1 if veil.dtype.kind == "f" else np.iinfo(veil.dtype).max
+    return bool(np.isin(veil, (0, opaque)).all())
 
 
 def paint(raster, index: np.ndarray, bands: list[int] | None, valid: np.ndarray | None) -> tuple:
@@ -384,6 +385,12 @@ class Labels:
             kind = "colours" if self.by_color else "ids"
             raise BadInput(f"{path}: unknown {kind} {shown} on {count.sum()} of {ids.size} pixels; "
                            'add them to "classes" or "ignore" in dataset.json or data/public.py')
+        return ids
+
+    def encode(self, values: np.ndarray) -> np.ndarray:
+        """What decode() made, (H, W, 1) ids or (H, W, 3) colours -> class ids and IGNORE."""
+        ids = self.look_up(pack(values) if self.by_color else values[..., 0])
+        ids[ids >= len(self.names)] = IGNORE
         return ids
 
     def as_colors(self, mask: np.ndarray, palette: np.ndarray | None,

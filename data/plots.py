@@ -33,6 +33,7 @@ LINES = BRIGHT + tuple((r * 9 // 20, g * 9 // 20, b * 9 // 20) for r, g, b in BR
 # ColorBrewer's Blues for shares of 0, 0.35, 0.7 and 1.
 HEAT = np.array([(247, 251, 255), (158, 202, 225), (49, 130, 189), (8, 48, 107)])
 
+LEGEND = 240  # at least so wide is that of quick_look()
 PANEL = 256  # longer side of a picture in samples()
 ROW = 20  # height of a line of text
 MANY = 60  # a curve of more points has no dots, and the loss is smoothed
@@ -547,6 +548,15 @@ def overlay(image: np.ndarray, ids: np.ndarray, colors: np.ndarray,
         ignored = (y == IGNORE)[..., None]
         out[top:top + 256] = np.where(ignored, x, mixed.astype(np.uint8))
     return out
+
+
+def quick_look(image: np.ndarray, ids: np.ndarray, names: list[str],
+               colors: np.ndarray) -> Picture:
+    """overlay() above a legend of the classes that are in it."""
+    present = np.flatnonzero(np.bincount(ids.ravel(), minlength=256)[:len(names)])
+    items = [(tuple(colors[i].tolist()), names[i]) for i in present]
+    picture = Image.fromarray(overlay(image, ids, colors))
+    return column([picture, legend_of(items, max(picture.width, LEGEND))])
 
 
 def samples(rows: list[tuple], names: list[str], colors: np.ndarray) -> Picture:

@@ -98,7 +98,8 @@ def read_points(path: str | Path, files: dict[str, tuple], names: list[str]) -> 
             raise BadInput(f"{where}: unknown class {SHORT.repr(label)}; "
                            f"expected one of: {', '.join(names)}{about_encoding(label)}")
         if name not in sizes:
-            # Of a broken image nothing is used: opening the data set has stopped at it or left it out.
+            # Of a broken image nothing is used: opening the data set has stopped at it, or left
+            # it out.
             sizes[name] = None
             with contextlib.suppress(BadInput):
                 sizes[name] = size_in(files[name])

@@ -1,4 +1,4 @@
-"""Read TIFFs and GeoTIFFs with GDAL's values, any window of any bands; write cloud-optimised GeoTIFFs.
+"""Read TIFFs with GDAL's values, any window of any bands; write cloud-optimised GeoTIFFs.
 
     tiff = Tiff("scene.tif")  # reads the header: tiff.shape (10980, 10980, 4), tiff.dtype uint16
     pixels = tiff.read(window=(0, 512, 256, 256), bands=[4, 1, 2])  # (256, 256, 3) uint16
@@ -117,6 +117,11 @@ BITS = {"uint": (*range(1, 33), 64), "int": WHOLE, "float": (16, 32, 64)}
 MODEL_TYPE, RASTER_TYPE, GEOGRAPHIC, PROJECTED, UNIT = 1024, 1025, 2048, 3072, 3076  # GeoKeys
 CENTRES = 2  # RASTER_TYPE: coordinates are those of the centres of pixels
 USER_DEFINED = 32767  # a coordinate system without an EPSG code
+DEGREES = 2  # MODEL_TYPE: coordinates are longitude and latitude
+METRE = 9001
+METRES = {METRE: 1.0, 9002: 0.3048, 9003: 1200 / 3937}  # UNIT: metres, feet, US survey feet
+MERCATOR = 3857, 3785, 900913, 102100, 3395  # EPSG codes, also of ESRI
+UTM = {*range(32601, 32661), *range(32701, 32761), *range(25828, 25839), *range(26901, 26924)}
 MODEL_TAGS = Tag.ModelPixelScale, Tag.ModelTiepoint, Tag.ModelTransformation
 KEY_TAGS = Tag.GeoKeyDirectory, Tag.GeoDoubleParams, Tag.GeoAsciiParams
 
@@ -635,6 +640,27 @@ class Tiff:
             return self.mask_page.read(window, [1])[..., 0] != 0
         return mask_beside(self.path, self.shape[:2], window)
 
+    def check_whole(self) -> None:
+        """BadInput where a strip or tile lies behind the end of the file: it was cut short."""
+        size = os.stat(self.path).st_size
+        for page in (self.page, self.mask_page):
+            if page is None:
+                continue
+            present = page.offsets > 0
+            counts = page.counts.astype(np.uint64)
+            if page.compression == NONE:
+                # Counts of what is not packed are often wrong. The last strip ends with the image.
+                rows = np.full(len(counts), page.block[0])
+                if not page.tiled:
+                    rows[page.grid[0] - 1::page.grid[0]] -= -page.height % page.block[0]
+                counts = (rows * page.row_bytes).astype(np.uint64)
+            ends = page.offsets.astype(np.uint64) + counts
+            behind = np.flatnonzero(present & (ends > size))
+            if behind.size:
+                raise BadInput(f"{self.path}: truncated TIFF: {behind.size} of {len(ends)} "
+                               f"{page.block_name}s lie behind its end at byte {size}; copy the "
+                               "file again or take it out")
+
     def inside(self, window: Window | None) -> Window:
         """The window, if it lies in the image; the whole image for None."""
         height, width = self.shape[:2]
@@ -709,12 +735,12 @@ def nodata_beside(path: str | Path, bands: int, metadata: str = "",
     of_band = dict.fromkeys(range(1, bands + 1), tag)
     beside = Path(f"{path}.aux.xml")
     if beside.is_file():
-        root = parse_xml(beside.read_text("utf-8", "replace"), beside)
+        root = parse_xml(read_text(beside, "replace"), beside)
         more = {i.get("key"): i.text for i in root.iterfind("Metadata/MDI")}
         metadata = more.get(NODATA_VALUES) or metadata
         for band in root.iterfind("PAMRasterBand"):
             text, number = band.findtext("NoDataValue"), band.get("band", "")
-            if text is not None and number.isdecimal():
+            if text is not None and number.isdecimal() and len(number) < 10:
                 of_band[int(number)] = as_value(text)
     values = [as_value(word) for word in metadata.split()]
     if len(values) != bands or None in values:  # GDAL leaves out such lists, too
@@ -801,7 +827,11 @@ def data_pixels(pixels: np.ndarray, seen: np.ndarray | None,
     """
     valid = seen
     if seen is None and nodata is not None:
-        valid = ~is_nodata(pixels, nodata).all(-1)
+        # Band by band: NumPy's all() along a short axis takes three times as long as the reading.
+        void = True
+        for band in np.moveaxis(is_nodata(pixels, nodata), -1, 0):
+            void &= band
+        valid = ~void
     if pixels.dtype.kind == "f":
         valid = both(valid, np.isfinite(pixels).all(-1))
     return valid
@@ -836,6 +866,22 @@ class Georef(NamedTuple):
             if tag == 0:
                 found[key] = value
         return found
+
+    def pixel_area(self) -> tuple[float | None, str]:
+        """m2 of a pixel, or None and why it is not known."""
+        codes = self.codes()
+        text = str(self.keys.get(Tag.GeoAsciiParams, "")).lower()
+        if not self.transform:
+            return None, "no pixel size in the file"
+        if codes.get(MODEL_TYPE) == DEGREES or GEOGRAPHIC in codes and PROJECTED not in codes:
+            return None, "coordinates in degrees; reproject to metres, such as UTM"
+        if self.epsg in MERCATOR or "pseudo-mercator" in text or "popular visualisation" in text:
+            return None, "Web Mercator stretches areas; reproject, such as to UTM"
+        unit = codes.get(UNIT, METRE if self.epsg in UTM else None)
+        if unit not in METRES:
+            return None, "the unit of the coordinates is not said"
+        a, b, _, d, e, _ = self.transform
+        return abs(a * e - b * d) * METRES[unit] ** 2, ""
 
     def tags(self) -> dict[Tag, np.ndarray]:
         """What a GeoTIFF of the same place holds: the file's own tags, or made of the transform."""
@@ -899,13 +945,20 @@ def read_world_file(path: str | Path) -> tuple[float, ...] | None:
 
     For a.tif these are a.tfw, a.tifw and a.wld, in small or capital letters.
     """
+    for beside in world_files(path):
+        if beside.is_file():
+            return parse_world_file(beside)
+    return None
+
+
+def world_files(path: str | Path) -> list[Path]:
+    """Names that a world file of an image may have."""
     path = Path(path)
     suffix = path.suffix[1:] or "x"
+    names = []
     for name in (suffix[0] + suffix[-1] + "w", suffix + "w", "wld"):
-        for beside in (path.with_suffix(f".{name.lower()}"), path.with_suffix(f".{name.upper()}")):
-            if beside.is_file():
-                return parse_world_file(beside)
-    return None
+        names += [path.with_suffix(f".{name.lower()}"), path.with_suffix(f".{name.upper()}")]
+    return names
 
 
 def parse_world_file(path: Path) -> tuple[float, ...]:
@@ -925,8 +978,24 @@ class Level(NamedTuple):
     """One resolution of a file that is written, and where its tiles stand among all."""
     height: int
     width: int
-    first: int
     grid: tuple[int, int]  # rows and columns of tiles
+    bands: int
+    first: int  # number of its first tile among all
+
+    def number(self, band: int, row: int, column: int) -> int:
+        """Of a tile: band by band, as the file lists them."""
+        return self.first + (band * self.grid[0] + row) * self.grid[1] + column
+
+    def numbers(self) -> range:
+        """Of all its tiles."""
+        return range(self.first, self.first + self.bands * self.grid[0] * self.grid[1])
+
+    def quarters(self, row: int, column: int) -> list[tuple[int, int]]:
+        """Up to four tiles (row, column) that a tile of the next level shows."""
+        found = []
+        for y in range(2 * row, min(2 * row + 2, self.grid[0])):
+            found += [(y, x) for x in range(2 * column, min(2 * column + 2, self.grid[1]))]
+        return found
 
 
 class TiffWriter:
@@ -937,8 +1006,8 @@ class TiffWriter:
         out.append(pixels)                  (h, w, bands), as many rows as there are
         out.finish()                        now ids.tif is there, with overviews
 
-    Tiles are kept in ids.tif.part. `resume`: a text; where it equals that of a .part which is there,
-    its tiles count, and done() says how many rows they are. The last one takes the .part away.
+    Tiles are kept in ids.tif.part. `resume`: a text; the tiles of a .part that was begun with the
+    same one count, and done() says how many rows they are. finish() takes the .part away.
     """
 
     def __init__(self, path: str | Path, shape: tuple[int, int, int],
@@ -946,6 +1015,7 @@ class TiffWriter:
                  info: dict[str, str] | None = None, bands: list[str] = (),
                  georef: Georef | None = None, dtype: type = np.uint8, resume: str = ""):
         self.path = Path(path)
+        self.part = Path(f"{path}.part")
         self.height, self.width, self.bands = shape
         self.dtype = np.dtype(dtype)
         self.levels = levels_of(self.height, self.width, self.bands)
@@ -953,38 +1023,38 @@ class TiffWriter:
         self.first_fields = georef.tags() if georef else {}
         if info or bands:
             self.first_fields[Tag.GDALMetadata] = ascii_field(metadata_xml(info or {}, bands))
-        self.part = Path(f"{path}.part")
         self.tiles = {}  # {number: (where in the .part, bytes)}
+        self.end = 0  # of the .part
+        self.unwritten = bytearray()  # its last bytes
         self.waiting = []  # rows of pixels that do not fill a tile yet
-        self.open_part(json.dumps([resume, *map(int, shape), self.dtype.str]))
+        key = json.dumps([resume, *map(int, shape), self.dtype.str])
+        self.open_part(PART_HEAD + key.encode() + b"\n", bool(resume))
 
     # The .part: a line that says whose tiles they are; then number, size and bytes of each.
 
-    def open_part(self, key: str) -> None:
-        """The tiles of a .part with the same key; without one a new .part."""
-        head = PART_HEAD + key.encode() + b"\n"
-        self.part.parent.mkdir(parents=True, exist_ok=True)
-        self.file = open(self.part, "a+b")
-        self.file.seek(0)
-        found = self.file.readline()
-        if found and not PART_HEAD.startswith(found[:len(PART_HEAD)]):
-            self.file.close()
-            raise BadInput(f"{self.part}: would be overwritten, and no part of a TIFF that is being "
-                           "written here; move it away")
-        end = 0
-        if found == head:
-            end = self.find_tiles()
-        self.file.truncate(end)
-        if not end:
-            self.file.write(head)
+    def open_part(self, head: bytes, resume: bool) -> None:
+        """Goes on with a .part of the same head if that is wanted, else begins a new one."""
+        if self.part.exists():
+            with open(self.part, "rb") as file:
+                found = file.readline(len(head))
+                if not is_part(found):
+                    raise BadInput(f"{self.part}: would be overwritten, and is no part of a TIFF "
+                                   "that is being written; move it away")
+                if resume and found == head:
+                    self.end = self.find_tiles(file)
+            os.truncate(self.part, self.end)
+        if not self.end:
+            self.part.parent.mkdir(parents=True, exist_ok=True)
+            self.add_bytes(head)
+            self.flush()
 
-    def find_tiles(self) -> int:
-        """Takes note of the tiles in the .part; where the last whole one ends."""
-        size = os.fstat(self.file.fileno()).st_size
-        end = self.file.tell()
+    def find_tiles(self, file: BinaryIO) -> int:
+        """Takes note of the tiles in a .part; where the last whole one ends."""
+        size = os.fstat(file.fileno()).st_size
+        end = file.tell()
         while end + TILE_HEAD.size <= size:
-            self.file.seek(end)
-            number, count = TILE_HEAD.unpack(self.file.read(TILE_HEAD.size))
+            file.seek(end)
+            number, count = TILE_HEAD.unpack(file.read(TILE_HEAD.size))
             start = end + TILE_HEAD.size
             if start + count > size:
                 break
@@ -992,16 +1062,36 @@ class TiffWriter:
             end = start + count
         return end
 
+    def add_bytes(self, data: bytes) -> None:
+        """To the end of the .part, as soon as flush() is called."""
+        self.unwritten += data
+        self.end += len(data)
+
+    def flush(self) -> None:
+        """Whole tiles into the .part: they outlive this process."""
+        try:
+            with open(self.part, "ab", buffering=0) as file:
+                rest = memoryview(self.unwritten)
+                while rest:
+                    rest = rest[file.write(rest):]
+        except OSError as e:
+            raise OSError(f"{self.part}: cannot be written ({e.strerror}); make room on the disk "
+                          "and type the same command again") from None
+        self.unwritten = bytearray()
+
+    def discard(self) -> None:
+        """Takes the .part away."""
+        remove_part(self.path)
+
+    # Rows of pixels.
+
     def done(self, left: int, width: int) -> int:
         """How many rows of these columns the .part holds, counted from the top."""
         columns = range(left // TILE, -(-(left + width) // TILE))
-        rows, across = self.levels[0].grid
-        planes = range(self.bands)
-        for row in range(rows):
-            for plane in planes:
-                for column in columns:
-                    if (plane * rows + row) * across + column not in self.tiles:
-                        return row * TILE
+        for row in range(self.levels[0].grid[0]):
+            for plane in range(self.bands):
+                if not all(self.levels[0].number(plane, row, c) in self.tiles for c in columns):
+                    return row * TILE
         return self.height
 
     def start(self, left: int, width: int, top: int = 0) -> None:
@@ -1013,22 +1103,21 @@ class TiffWriter:
         """The next rows (h, w, bands), or (h, w) of one band."""
         self.waiting.append(pixels.reshape(*pixels.shape[:2], self.bands))
         rows = sum(map(len, self.waiting))
-        if rows < TILE and self.top + rows < self.height:
+        last = self.top + rows == self.height
+        if rows < TILE and not last:
             return
         pixels = np.concatenate(self.waiting)
-        while len(pixels) >= TILE or len(pixels) and self.top + len(pixels) == self.height:
-            self.add_row(pixels[:TILE])
-            pixels = pixels[TILE:]
-        self.waiting = [pixels.copy()]
+        whole = rows if last else rows // TILE * TILE
+        for i in range(0, whole, TILE):
+            self.add_row(pixels[i:min(i + TILE, whole)])
+        self.waiting = [pixels[whole:].copy()]
 
     def add_row(self, pixels: np.ndarray) -> None:
-        """A row of tiles (up to 512, w, bands)."""
-        rows, across = self.levels[0].grid
+        """One row of tiles (up to 512, w, bands)."""
         for plane in range(self.bands):
             for x in range(0, self.columns, TILE):
-                column = (self.left + x) // TILE
-                number = (plane * rows + self.top // TILE) * across + column
-                self.add(number, pixels[:, x:x + TILE, plane])
+                place = plane, self.top // TILE, (self.left + x) // TILE
+                self.add(self.levels[0].number(*place), pixels[:, x:x + TILE, plane])
         self.top += len(pixels)
         self.flush()
 
@@ -1037,84 +1126,72 @@ class TiffWriter:
         tile = np.full((TILE, TILE), FILL, self.dtype.newbyteorder("<"))
         tile[:pixels.shape[0], :pixels.shape[1]] = pixels
         data = zlib.compress(tile)
-        self.file.write(TILE_HEAD.pack(number, len(data)))
-        self.tiles[number] = self.file.tell(), len(data)
-        self.file.write(data)
+        self.add_bytes(TILE_HEAD.pack(number, len(data)))
+        self.tiles[number] = self.end, len(data)
+        self.add_bytes(data)
 
-    def flush(self) -> None:
-        """So that a killed process leaves the tiles behind."""
-        self.file.flush()
-
-    def packed(self, number: int) -> bytes:
-        """A tile as it will lie in the file."""
-        start, count = self.tiles[number]
-        self.file.seek(start)
-        return self.file.read(count)
-
-    def tile(self, number: int) -> np.ndarray:
-        """(512, 512) pixels of a tile."""
-        data = zlib.decompress(self.packed(number))
-        return np.frombuffer(data, self.dtype.newbyteorder("<")).reshape(TILE, TILE)
+    # The file.
 
     def finish(self) -> None:
-        """Adds the overviews and makes the file of all tiles, by rename."""
-        self.flush()
-        for below, level in zip(self.levels, self.levels[1:]):
-            self.add_overview(below, level)
-        self.flush()
+        """Makes the file of all tiles, whole or not at all."""
         replace(self.path, self.save)
-        self.file.close()
-        self.part.unlink()
-
-    def add_overview(self, below: Level, level: Level) -> None:
-        """Every second pixel of every second row: a mean of classes would be another class."""
-        half = TILE // 2
-        rows, columns = level.grid
-        for number in range(self.bands * rows * columns):
-            row, column = divmod(number % (rows * columns), columns)
-            plane = number // (rows * columns)
-            pixels = np.full((TILE, TILE), FILL, self.dtype)
-            for y in range(2 * row, min(2 * row + 2, below.grid[0])):
-                for x in range(2 * column, min(2 * column + 2, below.grid[1])):
-                    source = (plane * below.grid[0] + y) * below.grid[1] + x
-                    top = (y - 2 * row) * half
-                    left = (x - 2 * column) * half
-                    quarter = self.tile(below.first + source)[::2, ::2]
-                    pixels[top:top + half, left:left + half] = quarter
-            self.file.seek(0, os.SEEK_END)
-            self.add(level.first + number, pixels)
-            self.flush()
+        self.discard()
 
     def save(self, name: str) -> None:
         """The whole file: directories first, then the tiles of the smallest overview, ..."""
-        order = []
-        for level in reversed(self.levels):
-            order += range(level.first, level.first + self.bands * level.grid[0] * level.grid[1])
-        sizes = [self.tiles[number][1] for number in order]
-        # Directories do not depend on their values in size: once without the tiles' places.
-        room = len(self.header(dict.fromkeys(order, 0), True))
-        big = room + sum(sizes) >= CLASSIC_LIMIT
-        start = len(self.header(dict.fromkeys(order, 0), big))
-        places = dict(zip(order, (start + np.cumsum([0, *sizes[:-1]])).tolist()))
-        with open(name, "wb") as file:
-            file.write(self.header(places, big))
-            for number in order:
-                file.write(self.packed(number))
+        with open(self.part, "rb") as part:
+            for below, level in zip(self.levels, self.levels[1:]):
+                self.add_overview(part, below, level)
+            order = []
+            for level in reversed(self.levels):
+                order += level.numbers()
+            sizes = [self.tiles[number][1] for number in order]
+            # Directories do not depend on their values in size: at first without the places.
+            nowhere = dict.fromkeys(order, 0)
+            big = len(self.header(nowhere, True)) + sum(sizes) >= CLASSIC_LIMIT
+            start = len(self.header(nowhere, big))
+            places = start + np.cumsum([0, *sizes[:-1]])
+            with open(name, "wb") as file:
+                file.write(self.header(dict(zip(order, places.tolist())), big))
+                for number in order:
+                    file.write(self.packed(part, number))
+
+    def packed(self, part: BinaryIO, number: int) -> bytes:
+        """A tile as it lies in the file."""
+        start, count = self.tiles[number]
+        part.seek(start)
+        return part.read(count)
+
+    def add_overview(self, part: BinaryIO, below: Level, level: Level) -> None:
+        """Every second pixel of every second row: a mean of classes would be another class."""
+        half = TILE // 2
+        for plane in range(self.bands):
+            for row in range(level.grid[0]):
+                for column in range(level.grid[1]):
+                    pixels = np.full((TILE, TILE), FILL, self.dtype)
+                    for y, x in below.quarters(row, column):
+                        data = zlib.decompress(self.packed(part, below.number(plane, y, x)))
+                        tile = np.frombuffer(data, self.dtype.newbyteorder("<"))
+                        quarter = tile.reshape(TILE, TILE)[::2, ::2]
+                        top, left = y % 2 * half, x % 2 * half
+                        pixels[top:top + half, left:left + half] = quarter
+                    self.add(level.number(plane, row, column), pixels)
+                self.flush()
 
     def header(self, places: dict[int, int], big: bool) -> bytes:
         """All that lies before the tiles, which lie at these places."""
-        data = struct.pack("<2sHI", b"II", 42, 8)
+        data, offset = struct.pack("<2sHI", b"II", 42, 8), "u4"
         if big:
+            offset = "u8"
             data = struct.pack("<2sHHHQ", b"II", 43, 8, 0, 16)
         for i, level in enumerate(self.levels):
-            numbers = range(level.first, level.first + self.bands * level.grid[0] * level.grid[1])
             fields = self.fields | (self.first_fields if i == 0 else {})
             fields = fields | {
                 Tag.NewSubfileType: np.uint32([OVERVIEW if i else 0]),
                 Tag.ImageWidth: np.uint32([level.width]),
                 Tag.ImageLength: np.uint32([level.height]),
-                Tag.TileOffsets: np.array([places[n] for n in numbers], "u8" if big else "u4"),
-                Tag.TileByteCounts: np.uint32([self.tiles[n][1] for n in numbers])}
+                Tag.TileOffsets: np.array([places[n] for n in level.numbers()], offset),
+                Tag.TileByteCounts: np.uint32([self.tiles[n][1] for n in level.numbers()])}
             data += directory_bytes(fields, len(data), big, level is self.levels[-1])
         return data
 
@@ -1135,13 +1212,28 @@ def write_tiff(path: str | Path, pixels: np.ndarray, palette: np.ndarray | None 
     out.finish()
 
 
+def is_part(start: bytes) -> bool:
+    """Does a .part of a TiffWriter begin so? A killed one may have written less than its head."""
+    return PART_HEAD.startswith(start[:len(PART_HEAD)])
+
+
+def remove_part(path: str | Path) -> None:
+    """Takes PATH.part away, if a TiffWriter has made it."""
+    part = Path(f"{path}.part")
+    if part.is_file():
+        with open(part, "rb") as file:
+            ours = is_part(file.read(len(PART_HEAD)))
+        if ours:
+            part.unlink()
+
+
 def levels_of(height: int, width: int, bands: int) -> list[Level]:
-    """The image and its overviews, halved until one tile holds them, or a line of pixels is left."""
+    """The image and its overviews, halved until one tile holds them or a line is left."""
     levels = []
     first = 0
     while True:
         grid = -(-height // TILE), -(-width // TILE)
-        levels.append(Level(height, width, first, grid))
+        levels.append(Level(height, width, grid, bands, first))
         first += bands * grid[0] * grid[1]
         if grid == (1, 1) or min(height, width) == 1:
             return levels

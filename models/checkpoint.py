@@ -127,6 +127,10 @@ def check_header(path: Path, meta: dict) -> None:
         if not right:
             raise BadWeights(f"{path}: {name} in its header is {str(meta[name])[:60]!r}, which no "
                              "run writes; copy the file from its run again")
+    outputs = meta.get("model", {}).get("classes")
+    if "classes" in meta and outputs not in (None, len(meta["classes"])):
+        raise BadWeights(f"{path}: {len(meta['classes'])} classes in its header for a network of "
+                         f"{str(outputs)[:40]}; copy the file from its run again")
     # Of segmentation; a classifier's classes have names alone.
     if "classes" in meta and "ignore" in meta:
         try:

@@ -1,4 +1,4 @@
-"""Several answers averaged into one: views of an image (--tta), several runs (--with), or their weights (--soup).
+"""Several answers averaged into one: of views of an image, of several runs, or of their weights.
 
     net, meta = load_runs("runs/a", tta="d4")                       eight views of every window
     net, meta = load_runs("runs/a", partners=["runs/b", "runs/c"])  three runs' mean probability
@@ -141,9 +141,9 @@ class Average(nn.Module):
 # ---- weights averaged
 
 def soup(states: list[dict[str, Tensor]]) -> dict[str, Tensor]:
-    """State dicts of one network -> the mean of each tensor (Wortsman et al. 2022, arXiv 2203.05482).
+    """State dicts of one network -> the mean of each tensor.
 
-    What is no weight, such as an index, must be equal in all of them.
+    What is no weight, such as an index, must be equal in all. Wortsman et al. 2022, 2203.05482.
     """
     first = states[0]
     mean = {}
@@ -239,7 +239,7 @@ def average_weights(net: nn.Module, run: str | Path, meta: dict, others: list,
         # They belong to each network's own activations; new ones need the training images.
         if counted_apart(state, other_state):
             raise BadInput(f"{other}: its BatchNorm has other statistics than that of {run}, and "
-                           f"their mean fits no weights; {advice}")
+                           f"no mean of them fits; {advice}")
         # Networks of two starts may do the same with their channels in another order.
         part = unrelated(state, other_state)
         if part:
@@ -251,7 +251,7 @@ def average_weights(net: nn.Module, run: str | Path, meta: dict, others: list,
 
 def load_runs(run: str | Path, weights: str | None = None, partners: list | None = None,
               soup: list | None = None, tta: str | None = None) -> tuple[nn.Module, dict]:
-    """Run folders or files -> network in eval mode, and the first run's meta with crop and amp of all.
+    """Runs -> network in eval mode, and the first one's meta with crop and amp of all.
 
     weights: backbone of runs saved without it. Without partners and tta it is nets.load_run's
     network itself.
@@ -284,3 +284,15 @@ def identity(run: str | Path, partners: list | None = None, soup: list | None = 
         # Their order changes nothing.
         parts += sorted(f"{what} {sha256(weights_file(other))}" for other in others or ())
     return hashlib.sha256("\n".join(parts).encode()).hexdigest()
+
+
+def about(partners: list | None = None, soup: list | None = None,
+          tta: str | None = None) -> dict[str, str]:
+    """What is averaged, for files: {"with": "runs/b, runs/c", "tta": "d4"}; {} of one run."""
+    found = {}
+    for flag, runs in (("with", partners), ("soup", soup)):
+        if runs:
+            found[flag] = ", ".join(map(str, runs))
+    if tta:
+        found["tta"] = tta
+    return found

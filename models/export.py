@@ -19,8 +19,11 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.overrides import TorchFunctionMode
 
+from data import public
 from data.common import BadInput
 from data.datasets import NORMS, normalise
+from data.raster import open_raster
+from data.source import Source
 
 from .vit import ViT
 
@@ -66,10 +69,9 @@ def pooling_matrix(n: int, cells: int) -> Tensor:
 
 
 class FixedSize(TorchFunctionMode):
-    """While the exporter watches: sizes are plain numbers, and what ONNX lacks is said in other words.
+    """While the exporter watches: sizes are plain numbers, and pooling is a product of matrices.
 
-    As parts of the graph sizes would be computed again for every image, and some nets need them
-    as numbers.
+    Otherwise sizes would be computed in the graph, where networks that round them fail.
     """
 
     def __torch_function__(self, func, types, args=(), kwargs=None):
@@ -105,6 +107,19 @@ def metadata(meta: dict, resolution: float) -> dict:
     )
 
 
+def training_resolution(meta: dict) -> float | None:
+    """cm per pixel of the first training image, where the data set is there and georeferenced."""
+    kind = meta["source"] if meta["source"] in public.SETS else "folder"
+    try:
+        d = Source(kind, meta["root"], meta["variant"], need=(), need_masks=False)
+        image, *_ = next(iter(d.pairs.values()))
+        georef = open_raster(image).georef
+    except BadInput:  # moved, or changed since
+        return None
+    area, _ = georef.pixel_area() if georef else (None, "")
+    return None if area is None else round(100 * area ** 0.5, 2)
+
+
 def needed(name: str):
     """An optional package."""
     try:
@@ -114,7 +129,7 @@ def needed(name: str):
 
 
 def to_onnx(net: nn.Module, meta: dict, resolution: float) -> tuple[bytes, dict | None]:
-    """Network in eval mode on the CPU and its meta -> bytes of the ONNX file, and compare()'s numbers.
+    """Network in eval mode on the CPU, its meta -> bytes of the ONNX file, compare()'s numbers.
 
     None without onnxruntime. A file that answers otherwise than the network is a BadInput.
     """
@@ -152,7 +167,7 @@ def to_onnx(net: nn.Module, meta: dict, resolution: float) -> tuple[bytes, dict 
 
 @torch.inference_mode()
 def compare(runtime, content: bytes, net: nn.Module, meta: dict) -> dict:
-    """File and network on random images: largest difference of probabilities, share of equal classes."""
+    """File and network on random images: largest difference, share of equal classes."""
     session = runtime.InferenceSession(content, providers=["CPUExecutionProvider"])
     rng = np.random.default_rng(0)
     side = meta["crop"]

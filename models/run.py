@@ -226,8 +226,10 @@ def could_be_typed(action: argparse.Action, value) -> bool:
         return True
     if action.nargs == 0:
         return type(value) is bool
-    if isinstance(action, InputRange) or action.type is bands:
-        return is_range(value) if isinstance(action, InputRange) else are_bands(value)
+    if isinstance(action, InputRange):
+        return isinstance(value, (str, list)) and is_range(value)
+    if action.type is bands:
+        return isinstance(value, list) and are_bands(value)
     if isinstance(value, (list, tuple)) != (action.nargs is not None):
         return False
     values = [value] if action.nargs is None else value

@@ -1,6 +1,6 @@
 """Nothing that a file or a flag claims is trusted: thousands of odd files and flags against the scripts as they are.
 
-    python tests/bench_fuzz.py                          all families, 3,220 cases
+    python tests/bench_fuzz.py                          all families, 3,260 cases
     python tests/bench_fuzz.py --only header flags --n 50
     python tests/bench_fuzz.py --only header --seed 17  this one case, with all that it printed
 
@@ -586,6 +586,12 @@ def reports(rng, folder):
     if rng.random() < 0.3:
         return json_case(rng, folder, "run/split.json", right_split, EVAL)._replace(must="any")
     return case
+
+
+def prints(rng, folder):
+    """files.json, by which a resumed run knows its images; one that tells of no file is none of these."""
+    return json_case(rng, folder, "run/files.json", lambda v: isinstance(v, dict), ["train_seg", "--resume", "run"],
+                     ["since run began", "run"])._replace(must="any")
 
 
 def points(rng, folder):
@@ -1300,7 +1306,8 @@ FAMILIES = {
     "header": (header, 250), "class header": (class_header, 150), "tensors": (tensors, 100),
     "run bytes": (run_bytes, 150),
     "last": (last, 130), "weights": (pth, 150), "hf": (hf, 60), "image": (image, 150), "special": (special, 120),
-    "tiff": (tiff, 200), "flags": (flags, 350), "words": (words, 150), "names": (names, 80), "folders": (folders, 30)}
+    "tiff": (tiff, 200), "flags": (flags, 350), "words": (words, 150), "names": (names, 80), "folders": (folders, 30),
+    "prints": (prints, 40)}
 ENDS = "correct", "clean", "traceback", "hang", "unclear", "accepted", "refused", "changed"
 
 

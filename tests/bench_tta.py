@@ -5,20 +5,23 @@
 The rows plain, flips, d4 and scales are of each run by itself; the ensemble is of all runs, the soup of its own.
 """
 import argparse
+import os
 import sys
 import time
 from pathlib import Path
 
-import torch
+os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")  # as in the scripts
+
+import torch  # noqa: E402
 
 sys.path.insert(0, str(Path(__file__).parents[1]))
-from data import metrics, public
-from data.common import BadInput
-from data.source import Source
-from models import run
-from models.checkpoint import load_weights
-from models.ensemble import VIEWS, load_runs
-from models.infer import evaluate
+from data import metrics, public  # noqa: E402
+from data.common import BadInput  # noqa: E402
+from data.source import Source  # noqa: E402
+from models import run  # noqa: E402
+from models.checkpoint import load_weights  # noqa: E402
+from models.ensemble import VIEWS, load_runs  # noqa: E402
+from models.infer import evaluate  # noqa: E402
 
 
 def score(net, meta, folder, batch):

@@ -80,6 +80,16 @@ def test_a_field_that_no_run_writes_is_named(field, value, tmp_path):
     assert f"best.safetensors: {field} in its header is" in said
 
 
+def test_there_are_as_many_classes_as_outputs(tmp_path):
+    for names, right in (("ab", True), ("a", False), ("abc", False)):
+        meta = dict(model={"classes": 2}, classes=[{"name": name} for name in names])
+        save_weights(tmp_path / "best.safetensors", {}, meta)
+        if right:
+            assert load_weights(tmp_path)[1]["classes"] == meta["classes"]
+        else:
+            assert f"{len(names)} classes in its header for a network of 2" in refusal(load_weights, tmp_path)
+
+
 def test_a_field_that_is_not_there_is_named_by_whoever_asks(tmp_path):
     save_weights(tmp_path / "best.safetensors", {}, {"crop": 64})
     meta = load_weights(tmp_path)[1]

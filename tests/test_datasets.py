@@ -236,6 +236,10 @@ def test_a_regex_that_does_not_end_is_refused_in_time(monkeypatch):
 def test_a_line_that_no_name_can_be_is_refused_at_once(tmp_path):
     (tmp_path / "a.txt").write_text("a," * 10**5)
     assert "a.txt: a line of 200000 letters, 'a,a,a" in refusal(read_list, tmp_path / "a.txt", PAIRS)
+    for text in ("", " \n\n"):  # cut off, it would leave a split out in silence
+        (tmp_path / "a.txt").write_text(text)
+        assert "a.txt: names no image" in refusal(read_list, tmp_path / "a.txt", PAIRS)
+        assert read_list(tmp_path / "a.txt", PAIRS, optional=True) == []
 
 
 def test_a_split_that_is_no_list_of_patterns_is_one_short_line(tmp_path):

@@ -208,7 +208,7 @@ def test_bf16_only_where_all_runs_were_trained_so(runs, tmp_path):
 def test_runs_of_other_classes_readings_or_tasks_are_refused_by_name(runs, tmp_path):
     _, meta = load_weights(runs / "a")
     names = [c["name"] for c in meta["classes"]]
-    other = changed(runs / "a", tmp_path / "b", classes=[*meta["classes"][1:], dict(name="ship")])
+    other = changed(runs / "a", tmp_path / "b", classes=[*meta["classes"][1:], dict(name="ship", id=0)])
     with pytest.raises(BadInput, match=f"{other}: .* ship, those of {runs}/a {names[0]}, .* same classes"):
         load_runs(runs / "a", partners=[other])
     bands = changed(runs / "a", tmp_path / "c", reading=dict(bands=[4, 1, 2], input_range=None))

@@ -15,9 +15,11 @@ from runs import (
 from scipy.ndimage import binary_dilation
 
 from data.common import BadInput, write
+from data.datasets import normalise
 from data.io import read_image
+from eval import find_masks, parse_args
 from models.nets import load_run
-from eval import find_masks
+from models.vit import PRESETS
 
 QUICK = ["--workers", 0]
 
@@ -456,3 +458,33 @@ def test_results_are_json_that_others_read(run, forks, tmp_path):
         raise AssertionError(constant)  # NaN and Infinity are no JSON
 
     json.loads((tmp_path / "eval.json").read_text(), parse_constant=refuse)
+
+
+# ---- several runs and views
+
+def test_runs_and_views_are_averaged(forks, tmp_path):
+    a = old_run(tmp_path / "a", OLD_SPECS["vit without final norm, blocks of its own"])
+    b = old_run(tmp_path / "b", dict(name="vit", backbone=PRESETS["nano8"], head="linear", taps=[3], feat_norm=True))
+    text = forks.run("eval", tmp_path / "a", "--with", tmp_path / "b", "--tta", "flips", *QUICK)
+    out = tmp_path / "a/eval-test-with-flips"
+    assert f"wrote {out}/" in text
+    answers = {}
+    for name, image, _ in scenes():
+        x = normalise(np.asarray(Image.open(image)), "sat")[None]
+        with torch.no_grad():
+            p = sum(net(x.flip(axes)).softmax(1).flip(axes) for net in (a, b) for axes in ([], [2], [3], [2, 3]))
+        answers[name] = p[0].argmax(0).numpy()
+    difference = np.subtract(matrix(out / "eval.json"), counted(answers))
+    assert np.abs(difference).sum() <= 6  # two ways to round
+    protocol = read(out / "eval.json")["protocol"]
+    assert (protocol["tta"], protocol["with"]) == ("flips", str(tmp_path / "b"))
+
+
+@pytest.mark.parametrize("flags, said", [
+    (["run", "--tta", "d4", "--calibrate"], "--calibrate is of one run as it is"),
+    (["run", "--with", "b", "--features", "F"], "--features are of one network"),
+    (["--masks", "M", "--mask-ids", "raw", "--root", "D", "--soup", "b"], "--tta, --with and --soup ask the model")])
+def test_flags_of_averages_that_do_not_fit(flags, said, capsys):
+    with pytest.raises(SystemExit):
+        parse_args(flags)
+    assert said in capsys.readouterr().err

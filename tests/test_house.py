@@ -162,10 +162,12 @@ def test_a_flag_means_the_same_in_all_scripts(monkeypatch):
                                 "--temperature",  # of k-NN, and of distillation
                                 # The recipes of models/recipes.py and larger patches are for segmentation.
                                 "--arch", "--backbone-lr", "--layer-decay", "--weight-decay", "--warmup"}
-    assert differ(set(SCRIPTS) - set(training)) == {"--out", "--batch-size"}
+    # predict.py writes probabilities beside its masks, eval.py into a folder of their own.
+    assert differ(set(SCRIPTS) - set(training)) == {"--out", "--batch-size", "--probabilities"}
     # A trained model brings its own values, which eval and predict take by default.
     # eval.py writes the file that train_kd.py reads, and features; train_cls.py chooses among them.
-    assert differ(SCRIPTS) == differ(training) | {"--weights", "--amp", "--difficulty", "--features"}
+    assert differ(SCRIPTS) == differ(training) | {
+        "--weights", "--amp", "--difficulty", "--features", "--probabilities"}
 
 
 @pytest.mark.parametrize("file", MODULES, ids=name_of)

@@ -10,7 +10,7 @@ from data.common import IGNORE, BadInput
 from data.datasets import NORMS, SegDataset, normalise
 from data.io import Labels
 from models.infer import (
-    blend_weight, evaluate, examples, hann, matrices, slide, slide_rows, starts, windows)
+    blend_weight, evaluate, examples, hann, matrices, panels, slide, slide_rows, starts, windows)
 
 SIZES = [(1, 1), (5, 200), (31, 33), (32, 32), (33, 65), (64, 65), (100, 47)]
 
@@ -110,27 +110,133 @@ def test_the_batch_does_not_matter(H, W):
     torch.testing.assert_close(one, all_)
 
 
+def reader(image, valid=None):
+    """Rows of an array, as data/strips.py reads them of a file."""
+    def read(top, height):
+        rows = slice(top, top + height)
+        return image[rows], None if valid is None else valid[rows]
+    return read
+
+
+def noise(H, W):
+    return np.random.default_rng(0).integers(0, 256, (H, W, 3), np.uint8)
+
+
+def ids_by_rows(net, image, valid=None, **how):
+    """(H, W) ids, put together from strips that must follow each other."""
+    how = dict(crop=64, overlap=0.25, batch=3, amp=False, whole=0) | how
+    parts, next_row = [], how.get("first", 0)
+    for strip in slide_rows(net, reader(image, valid), image.shape[:2], "sat", **how):
+        assert strip.top == next_row
+        parts.append(strip.ids().copy())
+        next_row += len(parts[-1])
+    assert next_row == len(image)
+    return np.concatenate(parts)
+
+
 @pytest.mark.parametrize("overlap", [0, 0.25, 0.7])
 @pytest.mark.parametrize("H, W", [(150, 100), (64, 200), (40, 90), (200, 30)])
 def test_rows_of_windows_say_what_the_whole_image_says(overlap, H, W):
-    net = Conv().eval()
-    image = np.random.default_rng(0).integers(0, 256, (H, W, 3), np.uint8)
-    how = dict(crop=64, overlap=overlap, batch=3, amp=False)
-    final, before = [], 0
-    for ids, rows in slide_rows(net, image, "sat", whole=0, **how):
-        assert rows > before
-        final.append(ids[before:rows].copy())  # said to be final: later turns must not change it
-        before = rows
+    net, image = Conv().eval(), noise(H, W)
+    ids = ids_by_rows(net, image, overlap=overlap)
     with torch.inference_mode():
-        logits = slide(net, normalise(image, "sat"), **how)
-    assert before == H and ids.dtype == np.uint8 and len(np.unique(ids)) == 5
-    np.testing.assert_array_equal(np.concatenate(final), ids)
+        logits = slide(net, normalise(image, "sat"), 64, overlap, 3, False)
+    assert ids.shape == (H, W) and ids.dtype == np.uint8 and len(np.unique(ids)) == 5
     # Sums of floats are rounded in two ways, so only near-ties may differ.
     best, second = logits.topk(2, dim=0).values
     differ = torch.from_numpy(ids) != logits.argmax(0)
     assert (best - second)[differ].lt(1e-4).all()
-    (whole,) = slide_rows(net, image, "sat", **how)
-    assert whole[1] == H and (whole[0] == logits.argmax(0).numpy()).all()
+    whole = ids_by_rows(net, image, overlap=overlap, whole=None)
+    np.testing.assert_array_equal(whole, logits.argmax(0).numpy())
+
+
+@pytest.mark.parametrize("overlap", [0, 0.3, 0.7])
+def test_rows_from_any_row_on_are_the_same_bits(overlap):
+    net, image = Conv().eval(), noise(300, 90)
+    want = ids_by_rows(net, image, overlap=overlap)
+    for first in (0, 1, 64, 130, 299):
+        got = ids_by_rows(net, image, overlap=overlap, first=first)
+        np.testing.assert_array_equal(got, want[first:])
+
+
+@pytest.mark.parametrize("overlap", [0, 0.25, 0.5])
+def test_a_crop_is_predicted_as_its_place_in_the_image(overlap):
+    """Away from the rim by a window, for crops that begin where windows do."""
+    net, image = Conv().eval(), noise(400, 400)
+    step = round(64 * (1 - overlap))
+    whole = ids_by_rows(net, image, overlap=overlap)
+    top, left = 1 * step, 2 * step
+    part = ids_by_rows(net, image[top:, left:left + 64 + 3 * step], overlap=overlap)
+    inner = slice(64, -64)
+    np.testing.assert_array_equal(part[inner, inner], whole[top:, left:left + 64 + 3 * step][inner, inner])
+
+
+@pytest.mark.parametrize("overlap", [0, 0.25, 0.7])
+@pytest.mark.parametrize("H, W", [(150, 100), (65, 64), (40, 90), (1, 1)])
+def test_rows_of_a_network_that_passes_its_input_on(overlap, H, W):
+    image = noise(H, W)
+    mean, std = NORMS["sat"]
+    want = ((image / 255 - mean) / std).argmax(2)
+    np.testing.assert_array_equal(ids_by_rows(Pixelwise(), image, overlap=overlap), want)
+    assert (ids_by_rows(Pixelwise(0.0), image, overlap=overlap) == 0).all()
+
+
+class Counted(Conv):
+    """Counts its windows."""
+    seen = 0
+
+    def forward(self, x):
+        self.seen += len(x)
+        return super().forward(x)
+
+
+def test_windows_without_data_are_not_computed():
+    net, image = Counted().eval(), noise(400, 256)
+    valid = np.zeros((400, 256), bool)
+    valid[70:100, 10:20] = True  # in two windows of 64 without overlap
+    ids = ids_by_rows(net, image, valid, overlap=0)
+    assert net.seen == 1 and (ids[~valid] == IGNORE).all()
+    want = ids_by_rows(net, image, overlap=0)
+    np.testing.assert_array_equal(ids[valid], want[valid])
+    net.seen = 0
+    ids = ids_by_rows(net, image, valid, overlap=0.5)
+    assert net.seen == 3  # those that begin in row 32, 64 and 96, all in column 0
+    want = ids_by_rows(net, image, overlap=0.5)
+    np.testing.assert_array_equal(ids[valid], want[valid])
+    net.seen = 0
+    assert (ids_by_rows(net, image, valid & False) == IGNORE).all() and net.seen == 0
+
+
+@pytest.mark.parametrize("whole", [0, None])
+def test_probabilities_are_the_softmax_of_blended_logits(whole):
+    net, image = Conv().eval(), noise(150, 100)
+    valid = np.ones((150, 100), bool)
+    valid[:, :7] = False
+    how = dict(crop=64, overlap=0.25, batch=3, amp=False)
+    with torch.inference_mode():
+        logits = slide(net, normalise(image, "sat"), **how).double().numpy() / 0.3
+        got = [p.copy() for strip in slide_rows(net, reader(image, valid), (150, 100), "sat", **how, whole=whole)
+               for p in strip.probabilities(5, 0.3)]
+    got = np.concatenate(got)
+    e = np.exp(logits - logits.max(0))
+    want = 255 * (e / e.sum(0)).transpose(1, 2, 0)
+    assert got.dtype == np.uint8 and (got[:, :7] == 0).all()
+    assert np.abs(got[:, 7:] - want[:, 7:]).max() < 0.51
+
+
+@pytest.mark.parametrize("W, crop, overlap, classes", [
+    (100, 512, 0.25, 8), (20_000, 512, 0.25, 8), (100_000, 512, 0.25, 8), (100_001, 300, 0.5, 20), (9000, 64, 0, 254)])
+def test_panels_share_the_columns_and_have_all_their_windows(W, crop, overlap, classes):
+    found = panels(W, crop, overlap, classes)
+    lefts, all_ = [0], starts(W, crop, overlap)
+    for left, width, first, wide in found:
+        assert left == lefts[-1] and left % 512 == 0
+        lefts.append(left + width)
+        own = [first + l for l in starts(wide, crop, overlap)]
+        touching = [l for l in all_ if l < left + width and l + crop > left]
+        assert own == touching
+        assert 4 * classes * crop * wide < 1e9  # bytes of logits
+    assert lefts[-1] == W
 
 
 # ---- a whole split

@@ -47,6 +47,18 @@ def test_colorize_and_overlay_are_exact():
     assert plots.overlay(image, ids, COLORS).dtype == plots.colorize(ids, COLORS).dtype == np.uint8
 
 
+def test_a_quick_look_has_a_legend_of_the_classes_that_are_in_it():
+    image = np.full((50, 300, 3), 60, np.uint8)
+    ids = np.zeros((50, 300), np.uint8)
+    ids[:, 200:] = 255
+    one = np.asarray(plots.quick_look(image, ids, ["land", "water"], np.uint8([[0, 200, 0], [0, 0, 200]])))
+    np.testing.assert_array_equal(one[:50], plots.overlay(image, ids, np.uint8([[0, 200, 0]])))
+    below = one[50:].reshape(-1, 3).tolist()
+    assert [0, 200, 0] in below and [0, 0, 200] not in below
+    small = plots.quick_look(image[:1, :1], ids[:1, :1], ["a class of a long name"] * 2, np.uint8([[1, 2, 3]] * 2))
+    assert small.width >= 200
+
+
 def test_colorize_refuses_an_id_without_colour():
     with pytest.raises(IndexError):
         plots.colorize(np.array([[4]], np.uint8), COLORS)

@@ -88,6 +88,15 @@ def test_windows_agree_on_whether_alpha_is_a_mask(tmp_path):
     assert with_alpha == without
 
 
+@pytest.mark.parametrize("veil, hidden", [((0, 1), 40), ((0.0, 0.5), 0)])
+def test_alpha_of_floats_is_a_mask_of_0_and_1(tmp_path, veil, hidden):
+    a = np.random.default_rng(0).random((10, 8, 4), np.float32)
+    a[:5, :, 3], a[5:, :, 3] = veil
+    geotiff(tmp_path / "a.tif", a, photometric="RGB", alpha="YES")
+    valid = read_valid(tmp_path / "a.tif", [1, 2, 3], [0, 1])[1]
+    assert (0 if valid is None else np.sum(~valid)) == hidden
+
+
 def test_windows_lie_in_the_box_and_do_not_repeat():
     for box in ((3, 4, 4000, 50), (0, 0, 400, 5000), (7, 7, 385, 385)):
         windows = spread_windows(box)

@@ -231,7 +231,7 @@ def test_a_run_without_its_first_last_pt_is_started_again_by_its_own_command(tmp
 
 @pytest.mark.parametrize("flag, value", [
     ("steps", 1e308), ("steps", True), ("steps", math.nan), ("steps", 2**40), ("lr", "1"), ("lr", 11), ("color", [0.5]),
-    ("bands", [1, 2]), ("bands", "1,2,3"), ("bands", [1, 2, 0]), ("scale", [1.0]), ("scale", 1.0),
+    ("bands", [1, 2]), ("bands", 3), ("bands", "1,2,3"), ("bands", [1, 2, 0]), ("scale", [1.0]), ("scale", 1.0),
     ("out", 3), ("out", ["a"])])
 def test_a_flag_in_last_pt_that_nobody_could_type_is_refused(tmp_path, flag, value):
     stored(tmp_path, **{flag: value})

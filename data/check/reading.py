@@ -5,8 +5,6 @@
 import shlex
 from pathlib import Path
 
-import numpy as np
-
 from ..common import BadInput, even_sample
 from ..datasets import in_threads
 from ..ranges import IMAGES, percentile_range, reading_flags, some_pixels
@@ -32,33 +30,20 @@ def draft_reading(images: list[Path], train: list[tuple[Path, Window | None]], t
     # What is corrected in images is drafted anew: it may change how all of them are read.
     anew = ["--force", *reading_flags(typed.get("bands"), typed.get("input_range"))]
     if "bands" not in reading:
-        # Those of which three bands cannot be had without a choice.
-        odd = [r for r in rasters if colours_of(r) not in (1, 3)]
-        odd = [r for r in even_sample(odd, IMAGES)
-               if isinstance(attempt(some_pixels, r.path, None, None), BadInput)]
-        if odd and not all(begins_with_colours(r) for r in rasters):
-            n = colours_of(odd[0])
-            numbers = "1,2,3" if n > 2 else "1,2,2"
-            complaints.error("bands", f"{odd[0].path}: {n} bands ({odd[0].photometric}), and the "
-                             "file does not say which are red, green and blue; choose three, such "
-                             f"as --bands {numbers}")
-            return reading, ["--force", *reading_flags(None, typed.get("input_range")),
-                             "--bands", numbers]
-        if odd:
-            reading["bands"] = [1, 2, 3]
-            veil = ""
-            if odd[0].alpha:  # else it would have been left out, and the image read without a choice
-                veil = (f"; band {odd[0].alpha} is called alpha, but has more values than 0 and "
-                        f"{np.iinfo(odd[0].dtype).max}, so it hides no pixel")
-            complaints.note("bands", f"{odd[0].path}: {colours_of(odd[0])} bands, of which the first"
-                            f' are red, green and blue by its header: "bands" in the draft{veil}')
+        reading["bands"], numbers = draft_bands(rasters, complaints)
+        if reading["bands"] is None:
+            del reading["bands"]
+        if numbers:
+            return reading, [*anew, "--bands", numbers]
 
+    # A grey image among those of more bands has not all that are read.
     bands = reading.get("bands")
     few = [r for r in rasters if bands and colours_of(r) < max(bands)]
     if few:
         complaints.error("bands", too_few(few, bands))
         faults += few
 
+    # Then the values: no one range fits bytes beside other numbers.
     word = reading.get("input_range")
     deep = [r for r in rasters if r.dtype != "uint8" and not r.indexed]
     kinds = kinds_of(rasters)
@@ -78,6 +63,32 @@ def draft_reading(images: list[Path], train: list[tuple[Path, Window | None]], t
         for line in constant:
             complaints.warning("range", line)
     return reading, anew if faults else []
+
+
+def draft_bands(rasters: list[Tiff | Picture], complaints: Complaints
+                ) -> tuple[list[int] | None, str | None]:
+    """The three to read if the headers say which, else None; and what to type if nothing does."""
+    # Images of which three bands cannot be had without a choice.
+    odd = [r for r in rasters if colours_of(r) not in (1, 3)]
+    odd = [r for r in even_sample(odd, IMAGES)
+           if isinstance(attempt(some_pixels, r.path, None, None), BadInput)]
+    if not odd:
+        return None, None
+    path, n, alpha = odd[0].path, colours_of(odd[0]), odd[0].alpha
+    if not all(begins_with_colours(r) for r in rasters):
+        numbers = "1,2,3" if n > 2 else "1,2,2"
+        complaints.error("bands", f"{path}: {n} bands ({odd[0].photometric}), and the file does "
+                         "not say which are red, green and blue; choose three, such as "
+                         f"--bands {numbers}")
+        return None, numbers
+    # An alpha that is a mask would have been left out. Programs write infrared as alpha, too.
+    veil = ""
+    if alpha:
+        veil = (f"; band {alpha} is called alpha, but is no mask of transparent and opaque pixels "
+                "alone: it hides none")
+    complaints.note("bands", f"{path}: {n} bands, of which the first are red, green and blue by "
+                             f'its header: "bands" in the draft{veil}')
+    return [1, 2, 3], None
 
 
 def too_few(few: list[Tiff | Picture], bands: list[int]) -> str:

@@ -1,0 +1,107 @@
+"""An image of any size read from top to bottom: a TIFF by strips, so that it never is in memory.
+
+    scene = Strips("scene.tif", bands=[4, 1, 2], input_range=[0, 3000])  # checks the file
+    image, valid = scene.read(0, 512)  # rows 0..511: (512, W, 3) uint8, (512, W) bool or None
+    scene.columns(0, 10240)            # from now on only these columns
+    small = scene.thinned(8)           # every 8th pixel of every 8th row
+
+Each strip or tile of a TIFF is unpacked once as long as rows are asked for in rising order.
+"""
+from collections.abc import Iterator
+from pathlib import Path
+
+import numpy as np
+
+from .common import BadInput
+from .io import is_mask_band, read_valid
+from .raster import open_raster
+from .tiff import Georef, Tiff, read_world_file
+
+MANY_ROWS = 256  # at least so many are read at once
+
+
+class Strips:
+    """Rows of an image, of all columns or of some. shape: (H, W). georef: where it lies, or None.
+
+    reading: bands and input_range of read_valid(). A file that cannot be read is a BadInput; a TIFF
+    that ends too early is one at once, not when the missing rows are asked for.
+    """
+
+    def __init__(self, path: str | Path, **reading):
+        self.path, self.reading = Path(path), reading
+        raster = open_raster(path)
+        self.shape = raster.shape[:2]
+        self.georef = raster.georef
+        self.is_tiff = isinstance(raster, Tiff)
+        self.whole = None  # all pixels and what of them is data, of pictures
+        if self.is_tiff:
+            self.georef = self.georef or raster.position  # tie points alone give no transform
+            raster.check_whole()
+            rows = raster.block[0]
+            if raster.compression == "none":
+                rows = min(rows, MANY_ROWS)  # any row can be read by itself
+            self.step = -(-MANY_ROWS // rows) * rows
+            self.alpha_is_mask = None
+            bands = reading.get("bands") or []
+            if raster.alpha and raster.alpha not in bands:
+                # By the whole band: a window of an infrared band may hold nothing but 0 and 255.
+                self.alpha_is_mask = all(map(is_mask_band, alpha_strips(raster, self.step)))
+        else:
+            self.whole = read_valid(path, **reading)
+        self.columns(0, self.shape[1])
+
+    def columns(self, left: int, width: int) -> None:
+        """read() returns these from now on."""
+        self.left, self.width = left, width
+        self.kept = 0, 0, np.zeros((0, width, 3), np.uint8), None  # rows from .. to, and both
+
+    def read(self, top: int, height: int) -> tuple[np.ndarray, np.ndarray | None]:
+        """(height, width, 3) uint8 and (height, width) bool, or None where all pixels are data."""
+        if self.whole is not None:
+            image, valid = self.whole
+            part = slice(top, top + height), slice(self.left, self.left + self.width)
+            return image[part], None if valid is None else valid[part]
+        start, end, image, valid = self.kept
+        if not start <= top <= end:
+            start = end = top
+            image, valid = image[:0], None
+        if top + height > end:
+            # Up to the end of a strip or tile.
+            stop = min(-(-(top + height) // self.step) * self.step, self.shape[0])
+            window = end, self.left, stop - end, self.width
+            more, more_valid = read_valid(self.path, **self.reading, window=window,
+                                          alpha_is_mask=self.alpha_is_mask)
+            above = image[top - start:]
+            if valid is not None or more_valid is not None:
+                valid = np.concatenate([everywhere(valid, image)[top - start:],
+                                        everywhere(more_valid, more)])
+            image = np.concatenate([above, more])
+            start = top
+            self.kept = start, stop, image, valid
+        rows = slice(top - start, top - start + height)
+        return image[rows], None if valid is None else valid[rows]
+
+    def thinned(self, n: int) -> np.ndarray:
+        """Every n-th pixel of every n-th row of all columns."""
+        self.columns(0, self.shape[1])
+        if self.whole is not None:
+            return self.whole[0][::n, ::n]
+        parts = []
+        for top in range(0, self.shape[0], self.step):
+            first = -top % n  # the first row of this strip that counts
+            if top + first < min(top + self.step, self.shape[0]):
+                rows = min(self.step, self.shape[0] - top)
+                parts.append(self.read(top, rows)[0][first::n, ::n].copy())
+        return np.concatenate(parts)
+
+
+def everywhere(valid: np.ndarray | None, image: np.ndarray) -> np.ndarray:
+    """Which pixels of an image are data, (h, w) bool, where None stands for all."""
+    return np.ones(image.shape[:2], bool) if valid is None else valid
+
+
+def alpha_strips(raster: Tiff, step: int) -> Iterator[np.ndarray]:
+    """The alpha band of an image, some rows at a time."""
+    height, width = raster.shape[:2]
+    for top in range(0, height, step):
+        yield raster.read((top, 0, min(step, height - top), width), [raster.alpha])

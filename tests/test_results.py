@@ -1,0 +1,79 @@
+"""data/results.py: what is finished, areas of classes, the style for QGIS."""
+import json
+import xml.etree.ElementTree as ElementTree
+
+import numpy as np
+import pytest
+import rasterio
+
+from data.results import Finished, areas, mark_of, qml, summary
+from data.tiff import Tiff
+
+
+def test_an_image_is_finished_while_its_files_are_the_same(tmp_path):
+    for name in ("a.tif", "a.qml", "b.tif"):
+        (tmp_path / name).write_text(name)
+    done = Finished(tmp_path)
+    assert done.find("a", "x") is None
+    done.add("a", "x", ["a.tif", "a.qml"], dict(pixels=[1]))
+    Finished(tmp_path).add("b", "x", ["b.tif"], dict(pixels=[2]))
+    with open(tmp_path / ".finished.jsonl", "a") as f:
+        f.write('\n{"image": "b", "ma')  # killed here
+    again = Finished(tmp_path)
+    assert again.find("a", "x") == dict(pixels=[1]) and again.find("b", "x") == dict(pixels=[2])
+    assert again.find("a", "other weights") is None
+    (tmp_path / "a.qml").write_text("by hand")
+    assert again.find("a", "x") is None
+    (tmp_path / "b.tif").unlink()
+    assert again.find("b", "x") is None
+
+
+def test_the_mark_changes_with_all_that_a_result_depends_on(tmp_path):
+    file = tmp_path / "a.tif"
+    file.write_text("1")
+    marks = {mark_of(dict(overlap=0.25), file)}
+    assert marks == {mark_of(dict(overlap=0.25), file)}
+    marks.add(mark_of(dict(overlap=0.5), file))
+    for beside in ("a.tif", "a.tfw", "a.tif.msk"):
+        (tmp_path / beside).write_text("22")
+        marks.add(mark_of(dict(overlap=0.25), file))
+    assert len(marks) == 5
+
+
+def counted(**pixels):
+    counts = np.zeros(256, np.int64)
+    for i, n in pixels.items():
+        counts[int(i[1:])] = n
+    return counts
+
+
+def test_areas_by_class_in_pixels_metres_and_hectares(tmp_path):
+    with rasterio.open(tmp_path / "a.tif", "w", driver="GTiff", count=1, height=8, width=9, dtype="uint8",
+                       crs="EPSG:32632", transform=rasterio.Affine(5, 0, 5e5, 0, -2, 5e6)):
+        pass
+    a = areas(counted(_0=2000, _1=30, _255=7), Tiff(tmp_path / "a.tif").georef)
+    b = areas(counted(_1=100), None)
+    found = json.loads(json.dumps(summary(dict(a=a), ["land", "sea"])))
+    assert found["images"]["a"] == dict(
+        pixels=dict(land=2000, sea=30), without_class=7, pixel_m2=10.0, m2=dict(land=20000, sea=300),
+        hectares=dict(land=2.0, sea=0.03))
+    assert found["total"]["hectares"] == dict(land=2.0, sea=0.03)
+    found = summary(dict(a=a, b=b), ["land", "sea"])
+    assert found["images"]["b"]["area"] == "not known: no georeference"
+    assert found["total"] == dict(pixels=dict(land=2000, sea=130), without_class=7, area="not known: b: no georeference")
+    b["pixel_m2"] = 1.0
+    assert summary(dict(a=a, b=b), ["land", "sea"])["total"]["m2"] == dict(land=20000, sea=400)
+
+
+def test_the_style_names_and_colours_every_value():
+    colors = np.array([[255, 0, 16], [1, 2, 3]], np.uint8)
+    tree = ElementTree.fromstring(qml(['"a" & <b>', "ö"], [3, 7], colors))
+    assert tree.find(".//rasterrenderer").get("type") == "paletted"
+    entries = [(e.get("value"), e.get("color"), e.get("label")) for e in tree.iter("paletteEntry")]
+    assert entries == [("3", "#ff0010", '"a" & <b>'), ("7", "#010203", "ö")]
+
+
+@pytest.mark.parametrize("text", ["{}", "[]", '{"image": 3}', ""])
+def test_lines_that_mean_nothing_are_passed_over(tmp_path, text):
+    (tmp_path / ".finished.jsonl").write_text(text)
+    assert Finished(tmp_path).find("a", "x") is None

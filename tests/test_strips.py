@@ -1,0 +1,79 @@
+"""data/strips.py: rows of an image by strips are those of the image read whole."""
+import numpy as np
+import pytest
+import rasterio
+from PIL import Image
+
+from data.common import BadInput
+from data.io import read_valid
+from data.strips import Strips
+
+pytestmark = pytest.mark.filterwarnings("ignore::rasterio.errors.NotGeoreferencedWarning")
+H, W = 700, 90
+RNG = np.random.default_rng(0)
+
+
+def scene(path, bands=3, zeros=True, **how):
+    pixels = RNG.integers(1, 256, (bands, H, W)).astype(np.uint8)
+    if zeros:
+        pixels[:, 100:400, 20:60] = 0
+    with rasterio.open(path, "w", driver="GTiff", count=bands, height=H, width=W, dtype="uint8", **how) as f:
+        f.write(pixels)
+    return path
+
+
+def assert_same_rows(path, **reading):
+    image, valid = read_valid(path, **reading)
+    strips = Strips(path, **reading)
+    assert strips.shape == (H, W)
+    rising = [(0, 64), (48, 64), (96, 300), (390, 310)]
+    for left, width in [(0, W), (16, 50)]:
+        strips.columns(left, width)
+        # Rows that follow each other, then a step back and one far ahead.
+        for top, height in [*rising, (10, 20), (600, 100)]:
+            got, seen = strips.read(top, height)
+            part = slice(top, top + height), slice(left, left + width)
+            np.testing.assert_array_equal(got, image[part])
+            want = np.ones((height, width), bool) if valid is None else valid[part]
+            np.testing.assert_array_equal(np.ones_like(want) if seen is None else seen, want)
+    for n in (1, 7, 300):
+        np.testing.assert_array_equal(strips.thinned(n), image[::n, ::n])
+
+
+@pytest.mark.parametrize("how", [
+    dict(tiled=True, blockxsize=32, blockysize=32, compress="deflate"), dict(compress="lzw", blockysize=7), dict(),
+    dict(compress="deflate", blockysize=H)], ids=["tiles", "strips", "uncompressed", "one strip"])
+def test_rows_of_a_tiff(tmp_path, how):
+    assert_same_rows(scene(tmp_path / "a.tif", nodata=0, **how))
+    assert_same_rows(scene(tmp_path / "b.tif", bands=5, **how), bands=[4, 1, 2], input_range=[0, 200])
+
+
+def test_rows_of_a_picture(tmp_path):
+    image = RNG.integers(0, 256, (H, W, 4)).astype(np.uint8)
+    image[..., 3] = 255 * (image[..., 3] > 99)
+    Image.fromarray(image).save(tmp_path / "a.png")
+    assert_same_rows(tmp_path / "a.png")
+
+
+@pytest.mark.parametrize("odd", [0, 1], ids=["mask", "infrared"])
+def test_alpha_is_a_mask_in_all_windows_or_in_none(tmp_path, odd):
+    """The last pixel of the fourth band decides: where it is neither 0 nor 255, the band is no mask."""
+    pixels = RNG.integers(1, 256, (4, H, W)).astype(np.uint8)
+    pixels[3] = RNG.integers(0, 2, (H, W)) * 255
+    pixels[3, -1, -1] = 255 - odd
+    with rasterio.open(tmp_path / "a.tif", "w", driver="GTiff", count=4, height=H, width=W, dtype="uint8",
+                       photometric="rgb", alpha="yes", blockysize=4) as f:
+        f.write(pixels)
+    valid = Strips(tmp_path / "a.tif", bands=[1, 2, 3]).read(0, 64)[1]
+    if odd:
+        assert valid is None
+    else:
+        np.testing.assert_array_equal(valid, pixels[3, :64] == 255)
+    assert_same_rows(tmp_path / "a.tif", bands=[1, 2, 3])
+
+
+def test_a_file_that_was_cut_short_is_refused_before_a_row_is_read(tmp_path):
+    path = scene(tmp_path / "a.tif", compress="deflate", blockysize=16)
+    path.write_bytes(path.read_bytes()[:-1000])
+    with pytest.raises(BadInput, match="a.tif: truncated TIFF"):
+        Strips(path)
