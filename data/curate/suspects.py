@@ -90,6 +90,7 @@ def thresholds(predicted: Predicted) -> np.ndarray:
             total[1] += np.bincount(ids, minlength=k)
         return total
 
+    # Sums over all images, divided once.
     sums, pixels = sum(in_threads(measure, predicted.images, "probabilities"))
     return np.where(pixels > 0, sums / np.maximum(pixels, 1), 0.5)
 
@@ -119,6 +120,7 @@ def regions_of(name: str, seen: Opinion, sure: np.ndarray) -> list[Region]:
     """The suspect regions of an image, of SMALLEST pixels or more."""
     labels, likeliest, confidence, of_label, _, _ = seen
     suspect = (labels != IGNORE) & (likeliest != labels) & (confidence >= sure[likeliest])
+    # Touching pixels of one label and one proposal have one number; all others have -1.
     pair = labels.astype(np.int64) * 256 + likeliest
     parts = components(np.where(suspect, pair, -1))
 
@@ -191,6 +193,7 @@ def find_suspects(predicted: Predicted, sure: np.ndarray) -> Suspects:
         regions += of_image
         controls += planted
         scores[name] = score
+    # Stable: regions of one score keep the order of the images.
     regions.sort(key=lambda region: -region.score)
     return Suspects(regions, even_sample(controls, CONTROLS), scores)
 
