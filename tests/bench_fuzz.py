@@ -1207,7 +1207,8 @@ def words(rng, folder):
         argv = [*TRAIN, "--cache=off"]
     shown = value.encode("unicode_escape", "surrogateescape").decode() if value.isascii() else value
     return Case(argv, must, [flag, *([value[:200]] if value.strip() else []), shown[:40], repr(value)[1:-1][:100],
-                             value.split(":")[-1].strip("/") or value.rstrip("/") or "/", "dataset.json"], f"{flag} {value[:40]!r}")
+                             value.split(":")[-1].strip("/") or value.rstrip("/") or "/", "dataset.json"],
+                             f"{flag} {value[:40]!r}")
 
 
 def names(rng, folder):
