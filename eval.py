@@ -371,8 +371,10 @@ def main(args):
     counts.over_ranks()
     worst.over_ranks()
     if not counts.matrices.any():
-        raise BadInput(f"{d.root}: every pixel of {args.split} is ignored; check \"ignore\" in "
-                       "dataset.json")
+        check = 'check "ignore" in dataset.json'
+        if args.ignore_boundary:
+            check = "lower --ignore-boundary"
+        raise BadInput(f"{d.root}: every pixel of {args.split} is ignored; {check}")
 
     # ---- report
     if args.calibrate:
@@ -411,9 +413,9 @@ def main(args):
                   f"{about['pixels']} pixels of {args.split}")
 
         # ---- for other programs, such as data.curate
-        about = dict(run=args.run and str(args.run), weights=weights, root=str(d.root),
-                     source=d.kind, variant=d.description.get("variant"), reading=d.reading,
-                     split=args.split, classes=d.names, temperature=temperature)
+        about = dict(run=str(folder), weights=weights, root=str(d.root), source=d.kind,
+                     variant=d.description.get("variant"), reading=d.reading, split=args.split,
+                     classes=d.names, temperature=temperature)
         index = {}  # {folder: its index.json}; both may go into one
         if args.probabilities:
             index[args.probabilities] = about | dict(images={n: f"{n}.tif" for n in names})

@@ -117,7 +117,7 @@ def count(ids: Tensor, where: Tensor, k: int) -> Tensor:
 
 
 def near(ids: Tensor, others: Tensor, line: Tensor, k: int) -> Tensor:
-    """(H, W) bool: has `line` a pixel at most TOLERANCE away, with the id in `others` that is here?"""
+    """(H, W) bool: has `line` a pixel within TOLERANCE whose id in `others` is the one here?"""
     found = torch.zeros_like(line)
     # Eight classes at once, a bit each.
     for first in range(0, k, 8):
@@ -142,7 +142,7 @@ def boundary_iou(counts: Tensor) -> Tensor:
 
 
 def boundary_f1(counts: Tensor) -> Tensor:
-    """(k,) float64, a line being found at most TOLERANCE pixels away; NaN for a class without one."""
+    """(k,) float64, of lines within TOLERANCE pixels of each other; NaN for a class without one."""
     true, found, pred, right = counts[:, 3:].double().unbind(1)
     # A border that only one of the two has is worth 0.
     recall = (found / true).nan_to_num(0.0)

@@ -112,7 +112,7 @@ class Written:
             if file.is_dir():
                 raise BadInput(f"{file}: a folder, where a file will be written; name another --out")
             if not self.overwrite and os.path.lexists(file):
-                if not file.exists() or (name, file_sha256(file)) not in own:
+                if not file.is_file() or (name, file_sha256(file)) not in own:
                     raise BadInput(f"{file}: would be overwritten, and was not written by this "
                                    "program or was changed since; type --overwrite to replace it, "
                                    "or name another --out")

@@ -28,7 +28,7 @@ SAME = {
 # ---- intervals
 
 def intervals(matrices: Tensor, scenes: list[str], names: list[str]) -> dict:
-    """(N, k, k) per image -> 95 % intervals of mIoU and each class, by drawing whole scenes anew."""
+    """(N, k, k) per image -> 95 % intervals of mIoU and each class, whole scenes drawn anew."""
     number = len(set(scenes))
     if number < 2:  # nothing to draw from
         return dict(scenes=number, miou=None, iou={name: None for name in names})

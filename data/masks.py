@@ -57,7 +57,7 @@ def without_folders(name: str, cut: int) -> str:
 
 
 def mask_table(values: str, labels: Labels) -> Labels:
-    """train: ids 0..K-1 of `labels`; color: their colours; raw: values as in the data set's masks."""
+    """train: ids 0..K-1; color: the colours of `labels`; raw: values as in the data set's masks."""
     if values == "raw":
         return labels
     ignored = [IGNORE]

@@ -177,7 +177,7 @@ def by_class(names: list[str], values: Tensor) -> dict[str, float | None]:
 
 
 def headline(r: dict, without: dict[str, list[str]] = {}) -> str:
-    """report() and r["split"] in a few lines: means, those of `without`, and the majority baseline."""
+    """report() and r["split"] in a few lines: means, those of `without`, the majority baseline."""
     absent = ""
     if r["absent"]:
         absent = f" (absent: {', '.join(r['absent'])})"

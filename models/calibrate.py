@@ -37,7 +37,7 @@ def read_temperature(run: Path, sha256: str) -> float | None:
 
 
 class PixelSample:
-    """`n` labelled pixels of a split, each as likely as any other; ranks do not change which ones."""
+    """`n` labelled pixels of a split, each as likely as any other, the same over any ranks."""
 
     def __init__(self, n: int = PIXELS):
         self.n = n
@@ -45,7 +45,7 @@ class PixelSample:
         self.held = 0
 
     def add(self, logits: Tensor, y: Tensor, image: int) -> None:
-        """Logits (K, H, W) and labels (H, W) with IGNORE of an image, and its number in the split."""
+        """Logits (K, H, W), labels (H, W) with IGNORE of an image, and its number in the split."""
         where = (y != IGNORE).flatten().nonzero()[:, 0].cpu()
         # The 10 keeps these draws apart from all others. A pixel's key depends on nothing but its
         # image, and the pixels with the n lowest keys of all are the sample.

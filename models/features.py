@@ -21,7 +21,7 @@ def last_map(net: nn.Module) -> nn.Module:
 
 
 class MeanFeatures:
-    """The mean of a backbone's last map, of a ViT its patch tokens, over all windows since take()."""
+    """Mean of a backbone's last map, of a ViT its patch tokens, over all windows since take()."""
 
     def __init__(self, net: nn.Module):
         self.total = 0.0

@@ -45,7 +45,7 @@ class Counts:
         self.temperature = temperature
 
     def add(self, i: int, y: Tensor, pred: Tensor, logits: Tensor | None = None) -> Tensor:
-        """Image number i -> its labels that count: IGNORE also near borders, where that is wanted."""
+        """Image number i -> its labels that count: IGNORE also near borders, if that is wanted."""
         k = len(self.edges)
         # Borders by the labels as they are: --ignore-boundary takes away what is measured here.
         self.edges += boundary.boundary_counts(pred, y, k)
@@ -96,7 +96,7 @@ class Worst:
         self.rows = []  # (mIoU, number of the image, predicted ids)
 
     def add(self, i: int, cm: Tensor, pred: Tensor) -> None:
-        """Image number i, its matrix (k, k) and predicted ids (H, W); left out if no pixel counts."""
+        """Image number i, its matrix (k, k) and its ids (H, W); left out if no pixel counts."""
         miou = metrics.iou(cm).nanmean().item()
         if math.isnan(miou):
             return

@@ -111,7 +111,8 @@ def test_the_wrong_region_of_each_image_and_nothing_else_is_suspect(searched):
     assert sorted(r["image"] for r in found) == [f"images/{i}" for i in range(4)]
     for r in found:
         assert (r["label"], r["proposed"], r["pixels"], r["box"]) == ("land", "water", 200, [10, 15, 10, 20])
-        assert r["confidence"] == pytest.approx(0.9, abs=1 / 255) and r["score"] == pytest.approx(180, abs=1)
+        assert r["confidence"] == pytest.approx(230 / 255, abs=1e-4)
+        assert r["score"] == pytest.approx(200 ** 0.5 * np.log(230 / 13), abs=0.001)
         assert from_runs(r["runs"], (10, 20)).all()
     rows = list(csv.DictReader((folder / "suspects/suspects.csv").open()))
     assert [(r["image"], r["region"], r["pixels"]) for r in rows] == [(r["image"], str(r["id"]), "200") for r in found]
@@ -649,7 +650,8 @@ def test_tiles_are_the_windows_of_their_scenes(tmp_path, capsys, rng):
         mask = r["tile"].replace("images/", "masks/", 1) + ".tif"
         with rasterio.open(root / r["image"]) as scene, rasterio.open(out / (r["tile"] + ".tif")) as tile:
             assert np.array_equal(scene.read(window=window), tile.read())
-            assert tile.transform == scene.window_transform(window) and tile.crs == scene.crs
+            x, y = scene.transform.c + 2 * window.col_off, scene.transform.f - 2 * window.row_off
+            assert tile.transform == rasterio.Affine(2, 0, x, 0, -2, y) and tile.crs == scene.crs
             assert tile.tags()["SOURCE"] == r["image"]
         with rasterio.open(root / r["image"].replace("image", "mask")) as scene:
             assert np.array_equal(np.where(scene.read(1, window=window) == 5, 0, 255), labels_of.load(out / mask))

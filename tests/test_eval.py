@@ -127,6 +127,8 @@ def test_probabilities_are_a_tiff_per_image_and_an_index():
     assert [index[key] for key in about] == [str(run), sha, str(tiny_set()), "test", classes, temperature]
     maps = own_probabilities()
     assert set(maps) == {name for name, *_ in scenes()}
+    assert index["source"] == "folder" and index["variant"] is None
+    assert index["reading"] == dict(bands=None, input_range=None)
     assert all(np.abs(p.sum(2, dtype=int) - 255).max() <= 4 for p in maps.values())
     # The winners are the prediction, but for the few pixels where rounding leaves two of them.
     wrong = counted({name: p.argmax(2) for name, p in maps.items()})

@@ -4,6 +4,7 @@ import io
 import json
 import math
 import os
+import pty
 import signal
 import sys
 import time
@@ -405,6 +406,42 @@ def test_a_closed_terminal_is_noted_and_what_is_printed_then_does_no_harm(monkey
     signal.signal(signal.SIGHUP, before)
 
 
+@pytest.mark.parametrize("turn", range(5))
+def test_a_terminal_that_is_closed_in_the_midst_of_a_line_ends_no_step(tmp_path, turn):
+    pid, terminal = pty.fork()
+    if pid == 0:  # as in a shell of its own, whose end the system signals
+        sys.stdout = open(1, "w", buffering=1, closefd=False)
+        sys.stderr = open(2, "w", buffering=1, closefd=False)
+        signal.signal(signal.SIGHUP, signal.SIG_DFL)
+        stop, step = run.Stop(), 0
+        while not stop.signal:
+            step += 1
+            print(f"step {step}", "x" * 500, flush=True)
+        print("saved", file=sys.stderr, flush=True)
+        (tmp_path / "saved").write_text(str(step))
+        try:
+            stop.exit()
+        except SystemExit as e:
+            os._exit(e.code)
+    while b"step 50" not in os.read(terminal, 1000):
+        pass
+    os.read(terminal, 100 + turn)
+    os.close(terminal)
+    assert os.waitstatus_to_exitcode(os.waitpid(pid, 0)[1]) == 128 + signal.SIGHUP
+    assert int((tmp_path / "saved").read_text()) >= 50
+
+
+def test_without_a_signal_a_pipe_that_nobody_reads_is_an_error(monkeypatch):
+    read_end, write_end = os.pipe()
+    os.close(read_end)
+    monkeypatch.setattr(sys, "stdout", open(write_end, "w"))
+    monkeypatch.setattr(run.Patient, "left", False)
+    stop = run.Stop()
+    with pytest.raises(BrokenPipeError):
+        print("head has gone", flush=True)
+    stop.release()
+
+
 @pytest.mark.parametrize("number, code", [
     (signal.SIGINT, 130), (signal.SIGTERM, 143), (signal.SIGHUP, 129), (0, 143)])
 def test_the_exit_code_is_that_of_the_signal(number, code):
@@ -730,7 +767,7 @@ def test_ema_is_its_definition():
     net = nn.Sequential(nn.Linear(3, 2), nn.BatchNorm1d(2), nn.Linear(2, 2))
     net[2].requires_grad_(False)
     ema = run.Ema(net, 0.7)
-    want = [p.tolist() for p in net[0].weight]
+    want, mean = [p.tolist() for p in net[0].weight], net[1].running_mean.tolist()
     for step in range(30):
         with torch.no_grad():
             net[0].weight.copy_(torch.randn(2, 3))
@@ -741,7 +778,8 @@ def test_ema_is_its_definition():
             for j in range(3):
                 new = net[0].weight[i, j].item()
                 want[i][j] = decay * want[i][j] + (1 - decay) * new
+            mean[i] = decay * mean[i] + (1 - decay) * net[1].running_mean[i].item()
         torch.testing.assert_close(ema.net[0].weight, torch.tensor(want))
-        assert torch.equal(ema.net[1].running_mean, net[1].running_mean)
+        torch.testing.assert_close(ema.net[1].running_mean, torch.tensor(mean))
     assert ema.net[2].weight is net[2].weight  # frozen weights are not copied
     assert ema.net[0].weight is not net[0].weight

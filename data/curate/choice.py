@@ -16,7 +16,7 @@ from typing import NamedTuple
 import numpy as np
 
 from .. import plots
-from ..common import BadInput, read_json
+from ..common import BadInput, check_file, read_json
 from ..datasets import in_threads, part_of
 from ..files import match
 from ..io import read_valid
@@ -39,7 +39,8 @@ class Pool(NamedTuple):
 
 def read_features(folder: str | Path, index: dict) -> dict[str, np.ndarray]:
     """{image: its features}, as eval.py --features has written them."""
-    file = Path(folder) / index["features"]
+    file = Path(folder, str(index.get("features")))
+    check_file(file)
     try:
         rows = np.load(file, allow_pickle=False)
         fits = rows.ndim == 2 and len(rows) == len(index["names"]) and np.isfinite(rows).all()
@@ -94,6 +95,7 @@ def look(file: Path) -> tuple[float, np.ndarray]:
         p = np.float32(raster.read((top, 0, min(ROWS, H - top), W))).reshape(-1, k)
         p = p[p.any(1)]  # where there is no data all are 0
         p /= p.sum(1, keepdims=True)
+        # 0 times the logarithm of 0 is 0.
         logs = np.log(p, out=np.zeros_like(p), where=p > 0)
         total -= float((p * logs).sum(dtype=np.float64))
         pixels += len(p)
@@ -121,6 +123,7 @@ def choose(doubt: np.ndarray, features: np.ndarray, budget: int,
     order = []
     distances = []
     for _ in range(min(budget, len(rows))):
+        # Below every gain, so that no image is chosen twice.
         gain = np.where(free, doubt * distance, -1.0)
         best = int(gain.argmax())
         order.append(best)

@@ -26,6 +26,7 @@ def groups_of_train(source: Source) -> dict[str, str]:
 
 def deal(groups: dict[str, str], number: int, seed: int) -> list[set[str]]:
     """{name: scene} -> the names in `number` parts of whole scenes, of nearly equal size."""
+    # Images of one scene look alike: a model that has seen one knows the labels of all.
     members = {}
     for name, scene in groups.items():
         members.setdefault(scene, []).append(name)

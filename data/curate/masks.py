@@ -20,8 +20,8 @@ from tempfile import TemporaryDirectory
 import numpy as np
 from PIL import Image
 
-from ..common import (IGNORE, BadInput, as_text, file_sha256, fits, nfc, progress, read_json, replace,
-                      write)
+from ..common import (IGNORE, BadInput, as_text, file_sha256, fits, nfc, progress, read_json,
+                      replace, write)
 from ..files import is_image, match, star_key
 from ..io import Labels
 from ..raster import open_raster
@@ -63,6 +63,7 @@ def plan(decisions: dict, source: Source, out: Path, including_heldout: bool) ->
     A decision about labels that are others by now, or that were held out, is a BadInput.
     """
     check_out(out, source)
+    # The whole data set, so that dataset.json can point at the new folder.
     masks = {}  # {path in the new folder: what is known of it}
     for _, mask, *_ in source.pairs.values():
         if mask is not None:
@@ -224,6 +225,7 @@ def carry_out(manifest: dict, out: Path) -> None:
     """Write all masks into `out`. Killed and called again with the same plan it finishes."""
     if applied(manifest, out):
         return
+    # Not complete: verify and revert refuse it, and apply begins anew.
     write(out / MANIFEST, manifest)
     labels = Labels.of(manifest["labels"])
     for place, about in progress(manifest["masks"].items(), "masks"):
@@ -295,6 +297,7 @@ def repainted(path: Path, ids: np.ndarray, changed: np.ndarray, labels: Labels
               ) -> tuple[Image.Image, dict]:
     """A mask file with the ids where `changed`, as Pillow's image, and how to save it."""
     raster = open_raster(path)
+    # Pillow keeps mode and palette; what it cannot hold is found when the new file is read again.
     try:
         image = Image.open(path)
         image.load()
@@ -405,10 +408,12 @@ def revert(out: Path, ids: list[int] | None) -> int:
         raise BadInput(f"{out}: no changed region {min(unknown)}; there are "
                        f"{', '.join(map(str, sorted(known)[:20])) or 'none'}")
     reverted = 0
+    # Masks first, then the manifest: killed between them, the same command does it once more.
     for place, about in manifest["masks"].items():
         gone = [region for region in about["regions"] if ids is None or region["id"] in ids]
         if not gone:
             continue
+        # Made of the original again, so that nothing of the region can stay.
         original = Path(manifest["root"]) / about["original"]
         if not original.exists() or file_sha256(original) != about["before"]:
             raise BadInput(f"{original}: not the mask that was changed into {out / place}; bring "

@@ -112,6 +112,7 @@ def link(image: Path, place: Path) -> None:
     """`place` stands for the image, and so do the files beside it, such as its world file."""
     place.parent.mkdir(parents=True, exist_ok=True)
     pairs = [(image, place)]
+    # a.tfw and a.tif.msk belong to a.tif: they follow the name of the link.
     for file in beside(image):
         ending = file.name.removeprefix(image.name).removeprefix(image.stem)
         kept = place.name if file.name.startswith(image.name) else place.stem

@@ -91,6 +91,7 @@ class Predicted:
         if sorted(classes) != sorted(self.names):
             raise BadInput(f"{folder}/index.json: the classes {', '.join(classes)}; the data set "
                            f"has {', '.join(self.names)}")
+        # Read in this order, all models have the classes in the order of the data set.
         bands = [classes.index(name) + 1 for name in self.names]
         for name, file in index["images"].items():
             if name not in self.source.pairs:

@@ -66,8 +66,9 @@ def make_page(args) -> None:
     out.write("review.html", text)
     planted = sum(item["control"] for item in page["items"])
     regions = len(page["items"]) - planted
-    print(f"wrote {out.folder}/review.html ({len(text) / 1e6:.1f} MB): {regions} regions, {planted} "
-          "controls; open it in a browser, decide, save decisions.json, then type: "
+    size = f"{len(text) / 1e6:.1f} MB"
+    print(f"wrote {out.folder}/review.html ({size}): {regions} regions, {planted} controls; "
+          "open it in a browser, decide, save decisions.json, then type: "
           f"{curate_command('apply decisions.json --out NEWMASKS')}")
 
 

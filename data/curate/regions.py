@@ -23,8 +23,8 @@ def check_region(row: dict, where: str | Path, **more: type) -> None:
     for key, kind in fields.items():
         value = row.get(key)
         if not fits(value, kind) or key == "box" and (len(value) != 4 or min(value) < 0):
-            raise BadInput(f"{where}: {key!r} of a region is {reprlib.repr(value)}; expected a file "
-                           "that data.curate has written")
+            raise BadInput(f"{where}: {key!r} of a region is {reprlib.repr(value)}; expected a "
+                           "file that data.curate has written")
 
 
 def to_runs(inside: np.ndarray) -> list[int]:
@@ -32,7 +32,7 @@ def to_runs(inside: np.ndarray) -> list[int]:
     flat = inside.ravel()
     changes = np.flatnonzero(flat[1:] != flat[:-1]) + 1
     edges = [0, *changes.tolist(), flat.size]
-    if flat[0]:
+    if flat[0]:  # the first run is of pixels outside
         edges.insert(0, 0)
     return np.diff(edges).tolist()
 
@@ -43,6 +43,7 @@ def from_runs(runs: list[int], size: tuple[int, int]) -> np.ndarray:
     whole = all(type(n) is int and n >= 0 for n in runs)
     if not whole or sum(runs) != h * w:
         raise BadInput(f"a region of {h} x {w} pixels with runs of {sum(runs)}; expected {h * w}")
+    # Every second run is inside.
     inside = np.arange(len(runs)) % 2 == 1
     return np.repeat(inside, runs).reshape(h, w)
 

@@ -41,8 +41,8 @@ def read_suspects(path: str | Path) -> dict:
         check_region(row, path, proposed=str)
         for name in (row["label"], row["proposed"]):
             if name not in found["classes"]:
-                raise BadInput(f"{path}: region {row['id']} has the class {name!r}, which is not in "
-                               '"classes"; search suspects again')
+                raise BadInput(f"{path}: region {row['id']} has the class {name!r}, which is not "
+                               'in "classes"; search suspects again')
     return found | {"sha256": file_sha256(path)}
 
 
@@ -51,6 +51,7 @@ def page_of(suspects: dict, source: Source, limit: int, controls: int, seed: int
     rng = np.random.default_rng(seed)
     regions = [dict(region, control=False) for region in suspects["regions"][:limit]]
     planted = [dict(region, control=True) for region in suspects["controls"]]
+    # Which controls, their places and sides depend on the seed alone.
     chosen = rng.permutation(len(planted))[:controls]
     items = regions + [planted[i] for i in chosen]
     items = [items[i] for i in rng.permutation(len(items))]
@@ -87,6 +88,7 @@ def with_pictures(item: dict, source: Source) -> dict:
     urls = {"picture": picture_url(image[part(around)])}
     by_class = {"label": label, "proposed": proposed}
     other = "b" if item["labelIs"] == "a" else "a"
+    # The same surroundings in both: only the region differs.
     for layer, key in ((item["labelIs"], "label"), (other, "proposed")):
         labels[place][inside] = by_class[key]
         urls[layer] = mask_url(labels[part(around)], source.labels.colors)

@@ -25,6 +25,7 @@ from .regions import from_runs, part, to_runs
 
 SMALLEST = 16  # pixels of a region: nobody can judge less
 TEMPERATURE = 0.1  # of the soft minimum over an image's pixels (arXiv 2307.05080)
+LEAST = 1 / 255  # probability of a label: the files of eval.py have no smaller one but 0
 TRIES = 20  # places where a control is tried
 CONTROLS_PER_IMAGE, CONTROLS = 2, 200
 MARGIN = 32  # pixels shown around a region, and at least half its size
@@ -34,7 +35,8 @@ SHOWN = 12  # regions in the sheet
 class Region(NamedTuple):
     """Touching pixels of an image: box (top, left, h, w) and runs, see regions.py; class ids.
 
-    score: pixels times confidence, the mean probability of the proposal.
+    confidence: mean probability of the proposal. score: the mean of the logarithm of its
+    probability over that of the label, times the root of the pixels, which depend on each other.
     """
     image: str
     box: list[int]
@@ -54,20 +56,22 @@ class Suspects(NamedTuple):
 
 
 class Opinion(NamedTuple):
-    """What models say of an image, (H, W) each: its label, the likeliest class and its probability.
+    """What models say of an image, (H, W) each: labels, the likeliest class and its probability.
 
-    agrees: bool, is the label what they are sure of? score: see soft_minimum().
+    of_label: the probability of the label. agrees: bool, is it what they are sure of? score: the
+    soft minimum of the labels' probabilities.
     """
     labels: np.ndarray
     likeliest: np.ndarray
     confidence: np.ndarray
+    of_label: np.ndarray
     agrees: np.ndarray
     score: float
 
 
 # ---- pixels
 
-def of_label(labels: np.ndarray, p: np.ndarray) -> np.ndarray:
+def label_probability(labels: np.ndarray, p: np.ndarray) -> np.ndarray:
     """(h, w) ids, (K, h, w) probabilities -> (h, w): that of the label, of class 0 if ignored."""
     ids = np.where(labels == IGNORE, 0, labels)
     return np.take_along_axis(p, ids[None].astype(np.int64), 0)[0]
@@ -82,10 +86,11 @@ def thresholds(predicted: Predicted) -> np.ndarray:
         for labels, p in predicted.strips(name):
             known = labels != IGNORE
             ids = labels[known]
-            total[0] += np.bincount(ids, of_label(labels, p)[known], k)
+            total[0] += np.bincount(ids, label_probability(labels, p)[known], k)
             total[1] += np.bincount(ids, minlength=k)
         return total
 
+    # Sums over all images, divided once.
     sums, pixels = sum(in_threads(measure, predicted.images, "probabilities"))
     return np.where(pixels > 0, sums / np.maximum(pixels, 1), 0.5)
 
@@ -98,9 +103,9 @@ def opinion(predicted: Predicted, name: str, sure: np.ndarray) -> Opinion:
         likeliest = p.argmax(0).astype(np.uint8)
         confidence = p.max(0)
         known = labels != IGNORE
-        own = of_label(labels, p)
+        own = label_probability(labels, p)
         agrees = known & (likeliest == labels) & (confidence >= sure[likeliest])
-        strips.append((labels, likeliest, confidence, agrees))
+        strips.append((labels, likeliest, confidence, own, agrees))
         weight = np.exp((1 - own[known]) / TEMPERATURE, dtype=np.float64)
         weighted += (weight * own[known]).sum()
         weights += weight.sum()
@@ -113,8 +118,9 @@ def opinion(predicted: Predicted, name: str, sure: np.ndarray) -> Opinion:
 
 def regions_of(name: str, seen: Opinion, sure: np.ndarray) -> list[Region]:
     """The suspect regions of an image, of SMALLEST pixels or more."""
-    labels, likeliest, confidence, _, _ = seen
+    labels, likeliest, confidence, of_label, _, _ = seen
     suspect = (labels != IGNORE) & (likeliest != labels) & (confidence >= sure[likeliest])
+    # Touching pixels of one label and one proposal have one number; all others have -1.
     pair = labels.astype(np.int64) * 256 + likeliest
     parts = components(np.where(suspect, pair, -1))
 
@@ -135,11 +141,12 @@ def regions_of(name: str, seen: Opinion, sure: np.ndarray) -> list[Region]:
         top, left = rows.min(), columns.min()
         box = [int(v) for v in (top, left, rows.max() - top + 1, columns.max() - left + 1)]
         inside = parts[part(box)] == numbers[start]
-        mean = float(confidence[rows, columns].mean())
+        p = confidence[rows, columns]
+        evidence = np.log(p / np.maximum(of_label[rows, columns], LEAST)).mean()
         label = int(labels[rows[0], columns[0]])
         proposed = int(likeliest[rows[0], columns[0]])
         found.append(Region(name, box, to_runs(inside), int(area), label, proposed,
-                            round(mean, 4), round(area * mean, 2)))
+                            round(float(p.mean()), 4), round(float(evidence * area ** 0.5), 4)))
     return found
 
 
@@ -186,6 +193,7 @@ def find_suspects(predicted: Predicted, sure: np.ndarray) -> Suspects:
         regions += of_image
         controls += planted
         scores[name] = score
+    # Stable: regions of one score keep the order of the images.
     regions.sort(key=lambda region: -region.score)
     return Suspects(regions, even_sample(controls, CONTROLS), scores)
 
@@ -253,17 +261,26 @@ def surroundings(box: list[int], size: tuple[int, int]) -> list[int]:
 
 
 def sheet(predicted: Predicted, regions: list[Region]) -> plots.Picture:
-    """Image, label and proposal of the first regions."""
+    """Image, label and proposal of the first regions, and which pixels are suspect."""
     source = predicted.source
-    rows = []
+    colors = source.labels.colors
+    heads = {"image": "image", "truth": "label", "prediction": "proposal", "errors": "suspect"}
+    wide = plots.PANEL + 8
+    titles = [plots.cell(plots.line(title, wide, 15), wide, 22) for title in heads.values()]
+    parts = [plots.row(titles)]
     for number, region in enumerate(regions[:SHOWN], 1):
         image, labels = read_sample(source, region.image)
         around = part(surroundings(region.box, labels.shape))
         proposal = labels.copy()
         inside = from_runs(region.runs, tuple(region.box[2:]))
         proposal[part(region.box)][inside] = region.proposed
-        caption = (f"{number}  {region.image}: {predicted.names[region.label]}, proposed "
-                   f"{predicted.names[region.proposed]}, {region.pixels} pixels, "
-                   f"confidence {region.confidence:.2f}")
-        rows.append((image[around], labels[around], proposal[around], caption))
-    return plots.samples(rows, predicted.names, source.labels.colors)
+        drawn = plots.compared(image[around], labels[around], proposal[around], colors)
+        cells = [plots.cell(drawn[head], wide, drawn[head].height) for head in heads]
+        parts.append(plots.row(cells))
+        parts.append(plots.line(
+            f"{number}  {region.image}: {predicted.names[region.label]}, proposed "
+            f"{predicted.names[region.proposed]}, {region.pixels} pixels, confidence "
+            f"{region.confidence:.2f}", 4 * wide, 13, plots.SOFT))
+    swatches = [tuple(color) for color in colors.tolist()]
+    parts.append(plots.legend_of(list(zip(swatches, predicted.names)), 4 * wide))
+    return plots.page(parts)

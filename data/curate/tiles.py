@@ -107,6 +107,7 @@ def moved(georef: Georef | None, top: int, left: int) -> Georef | None:
     if georef is None or georef.transform is None:
         return None
     a, b, c, d, e, f = georef.transform
+    # The tags that place the whole scene would count before the transform.
     keys = {tag: values for tag, values in georef.keys.items() if tag not in MODEL_TAGS}
     place = a, b, c + a * left + b * top, d, e, f + d * left + e * top
     return Georef(place, georef.epsg, keys)
@@ -128,6 +129,7 @@ def tiles_of_scene(source: Source, image: Path, mask: Path | None, side: int, ov
     if labels is not None and labels.shape != (H, W):
         raise BadInput(f"{mask}: mask of {labels.shape} for an image of {(H, W)} (H, W); export it "
                        "at the image's size")
+    # A row of tiles at once: some formats are decoded whole for every window.
     for top in starts(H, side, overlap):
         strip = top, 0, min(side, H), W
         pixels = raster.read(strip, wanted)
