@@ -475,12 +475,12 @@ def predict_table(args, images, rank, world, device):
 # ---- for other programs
 
 def export_run(args):
-    net, meta = ensemble.load_runs(args.run, args.weights, soup=args.soup)
     path = Path(args.export)
     if path.suffix.lower() != ".onnx":
         raise BadInput(f"--export {path}: expected a name that ends in .onnx")
     written = Written(path.parent, args.overwrite)
     written.check([path.name])
+    net, meta = ensemble.load_runs(args.run, args.weights, soup=args.soup)
     resolution = args.resolution or export.training_resolution(meta)
     if resolution is None:
         raise BadInput(f"--export {path}: how large a pixel is does not stand in the training images; "

@@ -93,6 +93,8 @@ def read_description(root: str | Path) -> dict:
     """root/dataset.json, checked for its parts; one line says what is wrong."""
     path = Path(root) / "dataset.json"
     check_folder(root)
+    if path.is_symlink() and not path.exists():
+        raise BadInput(f"{path}: a link to no file; bring the file back, or remove the link")
     if not path.exists():
         raise BadInput(f"{path}: no such file; draft it with: {check_command(root)}")
     d = read_json(path, dict, '{"images": ...}')

@@ -97,7 +97,7 @@ def check_unchanged(path: str | Path, root: str | Path) -> tuple[dict, list[str]
         try:
             now[name] = size_and_times(file)
         except (OSError, ValueError) as e:  # ValueError: of a name that no file can have
-            faults.append(f"{str(file)!r}: is gone ({getattr(e, 'strerror', e)})")
+            faults.append(f"{file}: is gone ({getattr(e, 'strerror', e)})")
             continue
         found = int(now[name].split(" ")[0])
         if found != size:

@@ -174,7 +174,7 @@ def read_difficulty(path: str | Path, names: Sequence[str]) -> dict[str, int]:
     """difficulty.json of eval.py -> {name: number of hard classes} of these training images."""
     advice = "make the file with python eval.py RUN --split train --difficulty, of a run on these images"
     hard = read_json(path, dict[str, int], f"{{name: number}}; {advice}")
-    for name in names:
+    for name in [*names, *hard]:
         if hard.get(name, -1) < 0:
             raise BadInput(f"{path}: no number for {name!r}; {advice}")
     return {name: hard[name] for name in names}

@@ -12,10 +12,9 @@ from pathlib import Path
 
 import numpy as np
 
-from .common import BadInput
 from .io import is_mask_band, read_valid
 from .raster import open_raster
-from .tiff import Georef, Tiff, read_world_file
+from .tiff import Tiff
 
 MANY_ROWS = 256  # at least so many are read at once
 

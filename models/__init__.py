@@ -7,6 +7,8 @@ recipes     what a run does where its flags do not say: from scratch, frozen, tu
 losses      cross-entropy, focal, Dice, Lovasz, boundary, KL; exact over ranks and micro-batches
 lookahead   slow weights, warm restarts
 infer       sliding windows over images of any size; the confusion matrix of a split
+ensemble    averages of views (--tta), of several runs, of their weights
+export      a run as an ONNX file for other programs
 checkpoint  best.safetensors and last.pt
 run         flags, processes, signals, the run folder, averaged weights
 """

@@ -264,10 +264,17 @@ def take_up(s: SimpleNamespace, state: dict) -> None:
 
 
 def is_row(row) -> bool:
-    """A line of log.jsonl: the step, and numbers by their names, None for those that were not finite."""
+    """A line of log.jsonl: the step, and numbers by their names, None for those that were not finite.
+
+    train_points.py has scores of splits among them: {split: {name: number}}.
+    """
     if not isinstance(row, dict) or type(row.get("step")) is not int:
         return False
-    return all(value is None or is_finite(value) for value in row.values())
+    numbers = []
+    for value in row.values():
+        for part in value.values() if isinstance(value, dict) else [value]:
+            numbers += part.values() if isinstance(part, dict) else [part]
+    return all(value is None or is_finite(value) for value in numbers)
 
 
 def is_finite(value) -> bool:

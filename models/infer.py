@@ -20,7 +20,7 @@ from data.tiff import TILE
 from .run import keep_signals_from_worker, over_ranks
 
 ONE_PIECE = 2**22  # pixels up to which an image is blended at once
-LOGITS = 300_000_000  # bytes of the logits of one row of windows
+LOGITS = 200_000_000  # bytes of the logits of one row of windows
 FEW_ROWS = 64  # whose probabilities are computed at a time
 
 

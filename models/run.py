@@ -20,7 +20,6 @@ import os
 import re
 import shlex
 import signal
-import stat
 import sys
 from collections.abc import Callable
 from datetime import timedelta
@@ -427,6 +426,33 @@ def end() -> None:
 
 # ---- signals
 
+class Patient:
+    """A stream for print() whose reader may go away: what it would say of that is no error."""
+
+    left = False  # has this program been told to stop?
+
+    def __init__(self, stream):
+        self.stream = stream
+        self.terminal = stream.isatty()
+
+    def attempt(self, work: Callable, *args):
+        """A closed terminal fails before its signal comes, the pipe of a remote shell with it."""
+        try:
+            return work(*args)
+        except OSError:
+            if not self.terminal and not Patient.left:
+                raise
+
+    def write(self, text):
+        return self.attempt(self.stream.write, text)
+
+    def flush(self):
+        return self.attempt(self.stream.flush)
+
+    def __getattr__(self, name):
+        return getattr(self.stream, name)
+
+
 class Stop:
     """Ctrl-C, SIGTERM and a closed terminal only set .signal, so that a step ends and is saved.
 
@@ -440,12 +466,16 @@ class Stop:
         if hasattr(signal, "SIGHUP") and signal.getsignal(signal.SIGHUP) != signal.SIG_IGN:
             numbers.append(signal.SIGHUP)
         self.before = {number: signal.signal(number, self.note) for number in numbers}
+        # What is printed until the step is saved must not end it.
+        for name in ("stdout", "stderr"):
+            stream = getattr(sys, name)
+            if stream and not isinstance(stream, Patient):
+                setattr(sys, name, Patient(stream))
 
     def note(self, number, frame):
         self.signal = number
+        Patient.left = True
         self.release()
-        if number not in (signal.SIGINT, signal.SIGTERM):
-            leave_terminal()
 
     def told(self, device: torch.device) -> bool:
         """Was any rank told to stop?"""
@@ -459,17 +489,6 @@ class Stop:
         """Gives the signals back: what follows has nothing to save."""
         for signum, handler in self.before.items():
             signal.signal(signum, handler)
-
-
-def leave_terminal() -> None:
-    """Prints no more where nobody reads: on a closed terminal that is an error; files stay."""
-    for name in ("stdout", "stderr"):
-        try:
-            mode = os.fstat(getattr(sys, name).fileno()).st_mode
-        except (OSError, ValueError, AttributeError):  # no file of the system
-            continue
-        if not stat.S_ISREG(mode):
-            setattr(sys, name, open(os.devnull, "w"))
 
 
 def keep_signals_from_worker(worker_id: int) -> None:

@@ -2,7 +2,7 @@
 
     python tests/bench_fuzz.py                          all families, 3,260 cases
     python tests/bench_fuzz.py --only header flags --n 50
-    python tests/bench_fuzz.py --only header --seed 17  this one case, with all that it printed
+    python tests/bench_fuzz.py --only header --seed 17  this case alone, with all that it printed
 
 A case is a copy of a small data set, run or weight file with one thing spoilt by a seeded generator, and a command.
 Each runs in a fork of this process with limits on time and memory. It ends as
@@ -116,6 +116,8 @@ def child(argv, cwd, log):
     resource.setrlimit(resource.RLIMIT_DATA, (now + MEMORY, now + MEMORY))
     resource.setrlimit(resource.RLIMIT_CORE, (0, 0))
     os.chdir(cwd)
+    # A test runner may have put other streams there, or a script its own.
+    sys.stdout, sys.stderr = (open(n, "w", encoding="utf-8", closefd=False) for n in (1, 2))
     from data import plots
     for name in ("curves", "samples", "confusion"):  # half of the time of a short run, and not asked here
         setattr(plots, name, lambda *a, **k: Image.new("RGB", (8, 8)))
@@ -1192,6 +1194,7 @@ def words(rng, folder):
     elif flag == "RUN":
         argv = ["predict", value, "set/images/0.png", "--out", "out"]
     elif flag == "ROOT":
+        value = "set" if value in (".", "..") else value  # where a draft would be written, as it should
         argv = ["check", value]
     else:
         argv = [*argv, f"{flag}={value}"]
@@ -1203,8 +1206,10 @@ def words(rng, folder):
         value = "off"
         argv = [*TRAIN, "--cache=off"]
     shown = value.encode("unicode_escape", "surrogateescape").decode() if value.isascii() else value
-    return Case(argv, must, [flag, *([value[:200]] if value.strip() else []), shown[:40], repr(value)[1:-1][:100],
-                             value.split(":")[-1].strip("/") or "/", "dataset.json"], f"{flag} {value[:40]!r}")
+    return Case(argv, must, [flag, *([value[:200]] if value.strip() else []), shown[:40],
+                             repr(value)[1:-1][:100],
+                             value.split(":")[-1].strip("/") or value.rstrip("/") or "/", "dataset.json"],
+                f"{flag} {value[:40]!r}")
 
 
 def names(rng, folder):
@@ -1356,7 +1361,7 @@ def main():
     p.add_argument("--only", nargs="+", choices=[*FAMILIES], default=[*FAMILIES])
     p.add_argument("--n", type=int, help="cases of each family (as listed in FAMILIES)")
     p.add_argument("--first", type=int, default=0, help="the first seed")
-    p.add_argument("--seed", type=int, help="one case alone, with all that it printed")
+    p.add_argument("--seed", type=int, nargs="+", help="these cases alone, with all that they printed")
     p.add_argument("--show", action="store_true", help="what the faults printed")
     args = p.parse_args()
     CODE.update(scripts())
@@ -1369,7 +1374,7 @@ def main():
         for family in args.only:
             count, began = Counter(), time.monotonic()
             seeds = range(args.first, args.first + (args.n or FAMILIES[family][1]))
-            for seed in seeds if args.seed is None else [args.seed]:
+            for seed in seeds if args.seed is None else args.seed:
                 end, said = one(base, family, seed, wanted, log)
                 count[end] += 1
                 if end not in ("correct", "clean"):

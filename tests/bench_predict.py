@@ -81,16 +81,16 @@ def child(argv, constant, report):
         def forward(self, x):
             return self.scores[None, :, None, None].expand(len(x), -1, *x.shape[-2:])
 
-    load = predict.nets.load_run
+    load = predict.ensemble.load_runs
 
-    def load_run(*args):
-        net, meta = load(*args)
+    def load_runs(*args, **how):
+        net, meta = load(*args, **how)
         if constant:
             net = Constant(len(meta["classes"]))
         timed(net, "forward", "network")
         return net, meta
 
-    predict.nets.load_run = load_run
+    predict.ensemble.load_runs = load_runs
     timed(predict.Strips, "read", "reading")
     timed(predict.Strips, "thinned", "reading")
     for name in ("append", "save"):
@@ -115,8 +115,8 @@ def predict(run, image, out, *flags, constant=False):
 
 def show(what, H, W, seconds, peak):
     rest = seconds["total"] - seconds["network"] - seconds["reading"] - seconds["writing"]
-    print(f"{what}: {H} x {W}  {seconds['total']:.0f} s of CPU time, of which network {seconds['network']:.0f}, reading "
-          f"{seconds['reading']:.0f}, writing {seconds['writing']:.0f}, blending and the rest {rest:.0f} "
+    print(f"{what}: {H} x {W}  {seconds['total']:.0f} s of CPU time, of which network {seconds['network']:.0f}, "
+          f"reading {seconds['reading']:.0f}, writing {seconds['writing']:.0f}, blending and the rest {rest:.0f} "
           f"({rest / max(seconds['network'], 1e-9):.1%} of the network)  peak {peak:.2f} GB", flush=True)
 
 
@@ -173,8 +173,8 @@ def compare(run, folder, side, data, size):
     for what, path, seconds in (("plain rasterio loop", folder / "plain.tif", loop),
                                 ("predict.py", folder / "ours/small.tif", ours["total"])):
         at_borders, everywhere = seams(ids(path), reference, size)
-        print(f"{what}: {side} x {side}  {seconds:.0f} s of CPU time  differs from overlap .5 on {at_borders:.2%} of the pixels "
-              f"along window borders, {everywhere:.2%} of all", flush=True)
+        print(f"{what}: {side} x {side}  {seconds:.0f} s of CPU time  differs from overlap .5 on {at_borders:.2%} "
+              f"of the pixels along window borders, {everywhere:.2%} of all", flush=True)
 
 
 def pngs(run, folder, sides):

@@ -11,6 +11,7 @@ from PIL import Image, TiffImagePlugin, TiffTags
 from data import common
 from data.check.__main__ import main
 from data.common import write
+from data.curate.__main__ import main as curate
 from data.datasets import check_command, find_pairs, read_description, script_command
 
 
@@ -417,3 +418,26 @@ def test_names_that_a_terminal_would_obey_are_shown_as_escapes_in_one_line(plain
     code, out = run(capsys, plain)
     assert code == 2 and "\x1b" not in out and "images/a\\n\\x1b[31mb.png: not a readable image" in out
     assert "images/pipe.png: a pipe, a socket or a device; expected a regular file" in out
+
+
+@pytest.mark.parametrize("argv, said", [
+    (["folds", "D", "--out", "o", "--number", "nan"], "--number: nan: expected a whole number from 1"),
+    (["next", "D", "--budget=\u0663"], "--budget: \u0663: expected a whole number from 1"),
+    (["tile", "D", "--out", "o", "--overlap=-1"], "--overlap: -1: expected a whole number from 0"),
+    (["filter", "D", "--class", "a", "--at-most", "nan%", "--out", "o"], "expected a percentage"),
+    (["filter", "D", "--class", "a", "--at-most", "500%", "--out", "o"], "expected a percentage"),
+    (["folds", "D", "--out=--"], "--out=--: expected a value"), (["folds", "a\0b"], "NUL character")])
+def test_flags_of_data_curate_have_the_same_rules(capsys, argv, said):
+    with pytest.raises(SystemExit) as e:
+        curate(argv)
+    err = capsys.readouterr().err
+    assert e.value.code == 2 and said in err and err.startswith("error: ") and err.count("\n") == 1
+
+
+def test_a_link_to_no_file_is_not_replaced_by_a_draft(plain, capsys):
+    (plain / "dataset.json").rename(plain / "kept.json")
+    (plain / "dataset.json").symlink_to("gone.json")
+    code, out = run(capsys, plain)
+    assert code == 2 and "dataset.json: a link to no file; bring the file back, or remove the link" in out
+    (plain / "kept.json").rename(plain / "gone.json")
+    assert (plain / "dataset.json").is_symlink() and run(capsys, plain)[0] == 0  # as the message says

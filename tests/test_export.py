@@ -5,11 +5,13 @@ import sys
 import numpy as np
 import onnxruntime
 import pytest
+import rasterio
 import torch
+from rasterio.transform import from_origin
 
-from data.common import BadInput
+from data.common import BadInput, write
 from data.datasets import NORMS
-from models.export import to_onnx
+from models.export import to_onnx, training_resolution
 from models.heads import HEADS, Segmenter
 from models.vit import ViT, preset
 
@@ -103,3 +105,21 @@ def test_without_onnxruntime_nothing_is_compared(monkeypatch):
     mean, std = (np.reshape(v, (3, 1, 1)) for v in NORMS["sat"])
     want = np.exp((x - mean) / std)
     np.testing.assert_allclose(found, want / want.sum(1, keepdims=True), atol=1e-5)
+
+
+@pytest.mark.parametrize("epsg, pixel, said", [(32632, 0.2, 20.0), (4326, 1e-6, None), (None, 1, None)])
+def test_the_size_of_a_pixel_stands_in_a_georeferenced_training_image(tmp_path, epsg, pixel, said):
+    for folder, bands in (("images", 3), ("masks", 1)):
+        (tmp_path / folder).mkdir()
+        georef = dict(crs=f"EPSG:{epsg}", transform=from_origin(9, 48, pixel, pixel)) if epsg else {}
+        with rasterio.open(tmp_path / folder / "a.tif", "w", driver="GTiff", height=8, width=8, count=bands,
+                           dtype="uint8", **georef) as file:
+            file.write(np.zeros((bands, 8, 8), np.uint8))
+    write(tmp_path / "dataset.json", dict(
+        name="D", images="images/*.tif", masks="masks/*.tif", classes=[dict(name="a", id=0)], ignore=[],
+        splits=dict(train="*")))
+    assert training_resolution(dict(source="folder", root=str(tmp_path), variant=None)) == said
+
+
+def test_without_the_training_images_the_size_of_a_pixel_is_not_known(tmp_path):
+    assert training_resolution(dict(source="demo", root=str(tmp_path / "moved"), variant=None)) is None

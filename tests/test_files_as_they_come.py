@@ -7,7 +7,6 @@ import signal
 import numpy as np
 import pytest
 import rasterio
-from PIL import Image
 from runs import forks, interrupt, read, same_run  # noqa: F401, forks is a fixture
 
 from data.check.__main__ import main as data_check
@@ -102,7 +101,9 @@ def test_16_bits_and_four_bands_from_draft_to_prediction(tmp_path, capsys, forks
     words = command(text.replace("IMAGE_OR_FOLDER", shlex.quote(str(root / "images"))), "predict.py")
     forks.run("predict", *[tmp_path / "out" if word == "predictions" else word for word in words], "--label-out", "raw")
     for i in range(10):
-        ids = np.asarray(Image.open(tmp_path / f"out/tile_{i}.png"))
+        with rasterio.open(tmp_path / f"out/tile_{i}.tif") as got, rasterio.open(root / f"images/tile_{i}.tif") as f:
+            ids = got.read(1)
+            assert got.crs == f.crs and got.transform == f.transform
         assert (ids[:, :RIM] == 255).all() and set(np.unique(ids[:, RIM:])) <= {1, 2}
 
 
@@ -131,7 +132,7 @@ def test_soft_masks_from_draft_to_prediction(tmp_path, capsys, forks):
         geotiff(tmp_path / "whole/a.tif", np.moveaxis(f.read()[:, :, RIM:], 0, -1))
     for kind in ("raw", "train"):
         forks.run("predict", out, tmp_path / "whole", "--out", tmp_path / kind, "--label-out", kind)
-    raw, ids = (np.asarray(Image.open(tmp_path / kind / "a.png")) for kind in ("raw", "train"))
+    raw, ids = (rasterio.open(tmp_path / kind / "a.tif").read(1) for kind in ("raw", "train"))
     np.testing.assert_array_equal(raw, ids * 255)
     assert [row["value"] for row in read(tmp_path / "raw/classes.json")] == [0, 255]
     forks.run("predict", out, root / "images", "--out", tmp_path / "masks", "--label-out", "train")

@@ -10,7 +10,7 @@ from PIL import Image
 
 from data import fingerprint as module
 from data.common import BadInput, write
-from data.fingerprint import check_unchanged, digest, fingerprint
+from data.fingerprint import check_unchanged, digest, fingerprint, prints_of_run
 
 
 @pytest.fixture
@@ -100,6 +100,15 @@ def test_what_is_only_newer_or_elsewhere_is_the_same_and_the_old_file_is_welcome
     refused(path, root)
     (root / "images/0.tif").write_bytes(old)
     check_unchanged(path, root)
+
+
+def test_a_run_of_an_earlier_version_goes_on_with_a_note(root):
+    run = root.parent / "run"
+    prints, (note,) = prints_of_run(run, root)
+    assert prints is None and note == (
+        f"{run}: begun without files.json, so whether images have changed since is not known")
+    keep(root)
+    assert prints_of_run(run, root) == check_unchanged(run / "files.json", root)
 
 
 def test_unchanged_files_are_not_read_again(root, monkeypatch):

@@ -49,8 +49,8 @@ def run(tmp_path_factory):
     folder = tmp_path_factory.mktemp("run")
     ids = [10 * i for i in range(K)]
     classes = [dict(name=name, id=i, color=f"#{i:02x}80ff") for name, i in zip(NAMES, ids)]
-    meta = dict(model=dict(name="unetformer"), classes=classes, ignore=[], norm="sat", crop=CROP, overlap=0.25, amp="off",
-                saved="all", reading=dict(bands=None, input_range=None))
+    meta = dict(model=dict(name="unetformer"), classes=classes, ignore=[], norm="sat", crop=CROP, overlap=0.25,
+                amp="off", saved="all", reading=dict(bands=None, input_range=None))
     save_weights(folder / "best.safetensors", {"w": torch.zeros(1)}, meta)
     return folder
 
@@ -71,7 +71,8 @@ def call(*argv, ok=0, patch=None):
 
     def work():
         sys.stdout = sys.stderr = open(log, "w", buffering=1)
-        predict.nets.load_run = lambda *args: (Net().eval(), predict.load_weights(argv[0], header_only=True)[1])
+        predict.ensemble.load_runs = lambda *args, **how: (
+            Net().eval(), predict.load_weights(argv[0], header_only=True)[1])
         infer.ONE_PIECE = 0
         if patch:
             patch()

@@ -60,7 +60,8 @@ def test_areas_by_class_in_pixels_metres_and_hectares(tmp_path):
     assert found["total"]["hectares"] == dict(land=2.0, sea=0.03)
     found = summary(dict(a=a, b=b), ["land", "sea"])
     assert found["images"]["b"]["area"] == "not known: no georeference"
-    assert found["total"] == dict(pixels=dict(land=2000, sea=130), without_class=7, area="not known: b: no georeference")
+    assert found["total"] == dict(
+        pixels=dict(land=2000, sea=130), without_class=7, area="not known: b: no georeference")
     b["pixel_m2"] = 1.0
     assert summary(dict(a=a, b=b), ["land", "sea"])["total"]["m2"] == dict(land=20000, sea=400)
 

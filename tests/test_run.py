@@ -4,6 +4,7 @@ import io
 import json
 import math
 import os
+import pty
 import signal
 import sys
 import time
@@ -403,6 +404,42 @@ def test_a_closed_terminal_is_noted_and_what_is_printed_then_does_no_harm(monkey
     assert not stop.signal and not stop.told(torch.device("cpu"))
     stop.release()
     signal.signal(signal.SIGHUP, before)
+
+
+@pytest.mark.parametrize("turn", range(5))
+def test_a_terminal_that_is_closed_in_the_midst_of_a_line_ends_no_step(tmp_path, turn):
+    pid, terminal = pty.fork()
+    if pid == 0:  # as in a shell of its own, whose end the system signals
+        sys.stdout = open(1, "w", buffering=1, closefd=False)
+        sys.stderr = open(2, "w", buffering=1, closefd=False)
+        signal.signal(signal.SIGHUP, signal.SIG_DFL)
+        stop, step = run.Stop(), 0
+        while not stop.signal:
+            step += 1
+            print(f"step {step}", "x" * 500, flush=True)
+        print("saved", file=sys.stderr, flush=True)
+        (tmp_path / "saved").write_text(str(step))
+        try:
+            stop.exit()
+        except SystemExit as e:
+            os._exit(e.code)
+    while b"step 50" not in os.read(terminal, 1000):
+        pass
+    os.read(terminal, 100 + turn)
+    os.close(terminal)
+    assert os.waitstatus_to_exitcode(os.waitpid(pid, 0)[1]) == 128 + signal.SIGHUP
+    assert int((tmp_path / "saved").read_text()) >= 50
+
+
+def test_without_a_signal_a_pipe_that_nobody_reads_is_an_error(monkeypatch):
+    read_end, write_end = os.pipe()
+    os.close(read_end)
+    monkeypatch.setattr(sys, "stdout", open(write_end, "w"))
+    monkeypatch.setattr(run.Patient, "left", False)
+    stop = run.Stop()
+    with pytest.raises(BrokenPipeError):
+        print("head has gone", flush=True)
+    stop.release()
 
 
 @pytest.mark.parametrize("number, code", [

@@ -17,19 +17,12 @@ if not __package__:  # started as `python /path/to/data/check`: let "data" be fo
 
 from data.check.checks import check
 from data.check.draft import draft
-from data.common import (
-    MAX_PIXELS, PIXELS_VARIABLE, BadInput, check_words, escaped, number, print_anything)
+from data.check.flags import Parser, bands, count
+from data.common import MAX_PIXELS, PIXELS_VARIABLE, BadInput, escaped, print_anything
 from data.datasets import read_description
 from data.files import check_folder
 from data.public import SETS, describe
-from data.ranges import band_numbers, parse_range, reading_flags
-
-
-class Parser(argparse.ArgumentParser):
-    """argparse whose errors are one line."""
-
-    def error(self, message):
-        self.exit(2, f"error: {escaped(message)}\n")
+from data.ranges import parse_range, reading_flags
 
 
 def parse_args(argv=None):
@@ -54,10 +47,6 @@ def parse_args(argv=None):
                    help="write a new draft over an existing dataset.json")
     p.add_argument("--max-pixels", type=count, metavar="N",
                    help=f"larger images are not read as a whole (default: {MAX_PIXELS})")
-    try:
-        check_words(sys.argv[1:] if argv is None else argv, p._option_string_actions)
-    except BadInput as e:
-        p.error(str(e))
     args = p.parse_args(argv)
     if args.max_pixels:
         os.environ[PIXELS_VARIABLE] = str(args.max_pixels)
@@ -73,25 +62,6 @@ def parse_args(argv=None):
     return args
 
 
-def count(text: str) -> int:
-    """An argparse type: a whole number from 1."""
-    try:
-        value = number(text, int)
-    except ValueError:
-        value = 0
-    if value < 1:
-        raise argparse.ArgumentTypeError(f"{text}: expected a whole number from 1")
-    return value
-
-
-def bands(text: str) -> list[int]:
-    """An argparse type: '4,1,2' -> [4, 1, 2]."""
-    try:
-        return band_numbers(text)
-    except BadInput as e:
-        raise argparse.ArgumentTypeError(str(e)) from None
-
-
 def main(argv=None) -> int:
     """The exit code: 2 if something must be corrected first."""
     print_anything()
@@ -102,7 +72,7 @@ def main(argv=None) -> int:
         check_folder(args.root)
         if args.dataset != "folder":
             description = describe(args.dataset, args.root, args.variant)
-        elif args.force or not (args.root / "dataset.json").exists():
+        elif args.force or not os.path.lexists(args.root / "dataset.json"):
             return draft(args.root, args.limit, args.masks, typed)
         elif args.masks:
             raise BadInput(f"--masks {args.masks}: for a draft, and {args.root}/dataset.json is "

@@ -24,14 +24,15 @@ from pathlib import Path
 if not __package__:  # started by its path: let "data" be found, not this folder
     sys.path[0] = str(Path(__file__).resolve().parents[2])
 
-from data.common import BadInput, print_anything
+from data.check.flags import Parser, count, whole
+from data.common import BadInput, escaped, number, print_anything
 from data.curate import programs
 from data.public import SETS
 
 
 def parse_args(argv=None):
-    p = argparse.ArgumentParser(description=__doc__, prog="python -m data.curate",
-                                formatter_class=argparse.RawDescriptionHelpFormatter)
+    p = Parser(description=__doc__, prog="python -m data.curate",
+               formatter_class=argparse.RawDescriptionHelpFormatter)
     parsers = p.add_subparsers(required=True, metavar="PROGRAM")
 
     def add(name, act, help):
@@ -49,8 +50,8 @@ def label_programs(add) -> None:
     q = add("folds", programs.make_folds,
             "split files by which no model judges labels that it was trained on")
     add_data(q)
-    q.add_argument("--number", type=int, default=3, help="of folds (default: 3)")
-    q.add_argument("--seed", type=int, default=0, help="of the draw of scenes (default: 0)")
+    q.add_argument("--number", type=count, default=3, help="of folds (default: 3)")
+    q.add_argument("--seed", type=whole, default=0, help="of the draw of scenes (default: 0)")
     q.add_argument("--out", type=Path, required=True, help="folder for the split files")
     add_overwrite(q)
 
@@ -65,12 +66,12 @@ def label_programs(add) -> None:
             "one HTML page to decide about suspect regions; needs no network")
     q.add_argument("suspects", type=Path, help="suspects.json")
     q.add_argument("--root", help="data folder (as when suspects were searched)")
-    q.add_argument("--limit", type=int, default=500,
+    q.add_argument("--limit", type=count, default=500,
                    help="regions, the most suspect (default: 500)")
-    q.add_argument("--controls", type=int, default=20,
+    q.add_argument("--controls", type=whole, default=20,
                    help="regions of known label among them, to tell how often the reviewer errs "
                         "(default: 20)")
-    q.add_argument("--seed", type=int, default=0, help="of order and drawing (default: 0)")
+    q.add_argument("--seed", type=whole, default=0, help="of order and drawing (default: 0)")
     add_overwrite(q)
 
     q = add("apply", programs.apply_decisions,
@@ -85,7 +86,7 @@ def label_programs(add) -> None:
     q = add("revert", programs.revert_decisions,
             "take decisions back: masks are again what they were")
     q.add_argument("masks", type=Path, help="folder that apply has written")
-    q.add_argument("--region", type=int, nargs="+", help="numbers of regions (default: all)")
+    q.add_argument("--region", type=whole, nargs="+", help="numbers of regions (default: all)")
 
     q = add("verify", programs.verify_masks,
             "compare masks and their originals with the sha256 of the manifest")
@@ -96,7 +97,7 @@ def label_programs(add) -> None:
     q.add_argument("folders", nargs="+", metavar="DIR",
                    help="written by eval.py --probabilities and --features, or by predict.py "
                         "--probabilities")
-    q.add_argument("--budget", type=int, required=True, help="number of images")
+    q.add_argument("--budget", type=count, required=True, help="number of images")
     q.add_argument("--labelled", metavar="DIR",
                    help="features of the images that have labels: eval.py RUN --split train "
                         "--features DIR")
@@ -135,8 +136,8 @@ def set_programs(add) -> None:
     q = add("tile", programs.cut_tiles,
             "big scenes as overlapping tiles, with georeference: a data set of its own")
     add_data(q)
-    q.add_argument("--side", type=int, default=512, help="of a tile, in pixels (default: 512)")
-    q.add_argument("--overlap", type=int, default=64,
+    q.add_argument("--side", type=count, default=512, help="of a tile, in pixels (default: 512)")
+    q.add_argument("--overlap", type=whole, default=64,
                    help="pixels that neighbours share (default: 64)")
     q.add_argument("--out", type=Path, required=True, help="folder for the new data set")
     add_overwrite(q)
@@ -166,7 +167,10 @@ def add_overwrite(program) -> None:
 
 def percent(text: str) -> float:
     """'50%' -> 0.5."""
-    share = float(text.removesuffix("%")) / 100
+    try:
+        share = number(text.removesuffix("%")) / 100
+    except ValueError:
+        share = -1.0
     if not text.endswith("%") or not 0 <= share <= 1:
         raise argparse.ArgumentTypeError(f"{text}: expected a percentage such as 50%")
     return share
@@ -179,7 +183,7 @@ def main(argv=None) -> int:
     try:
         args.act(args)
     except (BadInput, OSError) as e:
-        print(f"error: {e}", file=sys.stderr)
+        print(f"error: {escaped(str(e))}", file=sys.stderr)
         return 2
     return 0
 

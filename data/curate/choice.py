@@ -16,7 +16,7 @@ from typing import NamedTuple
 import numpy as np
 
 from .. import plots
-from ..common import BadInput, read_json
+from ..common import BadInput, check_file, read_json
 from ..datasets import in_threads, part_of
 from ..files import match
 from ..io import read_valid
@@ -39,7 +39,8 @@ class Pool(NamedTuple):
 
 def read_features(folder: str | Path, index: dict) -> dict[str, np.ndarray]:
     """{image: its features}, as eval.py --features has written them."""
-    file = Path(folder) / index["features"]
+    file = Path(folder, str(index.get("features")))
+    check_file(file)
     try:
         rows = np.load(file, allow_pickle=False)
         fits = rows.ndim == 2 and len(rows) == len(index["names"]) and np.isfinite(rows).all()
