@@ -375,6 +375,13 @@ def fast_bf16(device: torch.device) -> bool:
     return getattr(torch.cpu, "_is_avx512_bf16_supported", bool)()
 
 
+def use_bf16(asked: str, trained: str, device: torch.device) -> bool:
+    """For a finished run: --amp auto, bf16 or off -> bf16? auto: as it was trained, where fast."""
+    if asked == "auto":
+        return trained == "bf16" and fast_bf16(device)
+    return asked == "bf16"
+
+
 def over_ranks(t: torch.Tensor) -> torch.Tensor:
     """Sum over ranks, in place."""
     if dist.is_initialized():
