@@ -168,7 +168,7 @@ def mask_writer(path: str, size: tuple[int, int], labels: Labels, raw: bool, **h
 
 
 def read_back(file: Path, labels: Labels, raw: bool, n: int) -> tuple[np.ndarray, np.ndarray]:
-    """A mask's TIFF -> pixels of every id, (256,), and every n-th pixel of every n-th row as ids."""
+    """A mask's TIFF -> pixels of every id, (256,), and the ids of every n-th row and column."""
     tiff = Tiff(file)
     H, W = tiff.shape[:2]
     rows = tiff.block[0]
