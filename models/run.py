@@ -291,9 +291,11 @@ def one_line_errors(lower: str = "--batch-size"):
             raise  # a fault of the code
         if line is None:
             line = str(e) or repr(e)
-            # An error in a DataLoader worker arrives behind its traceback, and may be several lines.
+            # An error in a DataLoader worker arrives behind its traceback. Ours may have several
+            # lines, of others the last one is shown.
             if line.startswith("Caught "):
-                line = line.rpartition("BadInput: " if "BadInput: " in line else "\n")[2]
+                before = "BadInput: " if "BadInput: " in line else "\n"
+                line = line.rpartition(before)[2]
         print(f"error: {escaped(line.rstrip())}", file=sys.stderr)
         sys.exit(2)
     except KeyboardInterrupt:
