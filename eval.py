@@ -146,7 +146,9 @@ def open_data(args, meta, folder):
 def open_without_run(args):
     # -> the data set, and what a run would say of it
     d = Source("folder", args.root, None, args.split_file, cache=args.cache, need=())
-    if d.percentiles:  # colours do not matter here, only what is data
+    # Of the images only what is data matters here. Percentiles are not measured, since no train
+    # split is needed; any range does.
+    if d.percentiles:
         d.reading["input_range"] = [0.0, 1.0]
     d.names = [nfc(name) for name in d.names]
     args.split = args.split or d.reports
@@ -155,6 +157,7 @@ def open_without_run(args):
 
 
 def check_split(d, args, hint):
+    # hint: where the splits of the run are, if others are asked
     if args.split in d.description.get("unlabelled", ()) and args.split not in d.splits:
         raise BadInput(f"{d.root}: no masks for {args.split}; predict it: python predict.py "
                        f"{args.run} IMAGES, with --label-out train or raw as the grader wants")

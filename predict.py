@@ -350,7 +350,7 @@ def predict_table(args, images, rank, world, device):
     if rank == 0:
         out.mkdir(parents=True, exist_ok=True)  # fails now, not after the last image
         written.check(["predictions.csv", "montage.png"] if args.montage else ["predictions.csv"])
-    # An earlier montage may lie among the images.
+    # The folder of the images may be --out, with the montage of an earlier call in it.
     montage = (out / "montage.png").resolve()
     mine = [file for file in images if file.resolve() != montage][rank::world]
     rows, left_out, began = [], [], time.time()  # rows: file, probabilities, classes, both falling
