@@ -153,6 +153,7 @@ class Predictor(NamedTuple):
 
 
 def open_predictor(args, labels, values, device):
+    # values: class_values(), which the TIFFs carry along
     runs = dict(partners=args.partners, soup=args.soup, tta=args.tta)
     net, meta = ensemble.load_runs(args.run, args.weights, **runs)
     net.to(device)
@@ -314,7 +315,7 @@ def predict_masks(args, images, rank, world, device):
     numbers = run.over_ranks(torch.tensor([len(mine) - len(left_out), old], device=device))
     if rank == 0:
         write_summary(written, images, marks, labels.names)
-        say(said_of(*numbers.tolist(), ends, out))
+        say(last_line(*numbers.tolist(), ends, out))
     return left_out
 
 
@@ -328,7 +329,7 @@ def write_summary(written, images, marks, names):
     written.write("summary.json", area_summary(facts, names))
 
 
-def said_of(count, old, ends, out):
+def last_line(count, old, ends, out):
     # The last line: how many masks there are, and which files.
     kinds = {}  # a dict, not a set: it keeps their order
     for found in ends.values():
