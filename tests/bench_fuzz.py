@@ -1206,10 +1206,9 @@ def words(rng, folder):
         value = "off"
         argv = [*TRAIN, "--cache=off"]
     shown = value.encode("unicode_escape", "surrogateescape").decode() if value.isascii() else value
-    return Case(argv, must, [flag, *([value[:200]] if value.strip() else []), shown[:40],
-                             repr(value)[1:-1][:100],
+    return Case(argv, must, [flag, *([value[:200]] if value.strip() else []), shown[:40], repr(value)[1:-1][:100],
                              value.split(":")[-1].strip("/") or value.rstrip("/") or "/", "dataset.json"],
-                f"{flag} {value[:40]!r}")
+                             f"{flag} {value[:40]!r}")
 
 
 def names(rng, folder):
