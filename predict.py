@@ -275,7 +275,8 @@ def predict_masks(args, images, rank, world, device):
 
     p = open_predictor(args, labels, values, device)
     if (args.confidence or args.probabilities) and p.temperature is None:
-        say("note: no calibration.json of these weights: probabilities as the network says")
+        say("note: no calibration.json of these weights: probabilities as the network says; "
+            f"python eval.py {args.run} --split val --calibrate fits them")
     run.wait()  # what another rank writes from here on is no old file
     finished = Finished(out)
     if rank == 0 and (args.overwrite or not (out / "classes.json").exists()):
