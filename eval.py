@@ -86,9 +86,14 @@ def parse_args(argv=None):
     p.add_argument("--overwrite", action="store_true",
                    help="replace files of others, or changed by hand")
     args = p.parse_args(argv)
-    without_run = args.masks and args.root
-    if sum(map(bool, (args.run, args.summary, args.compare))) != 1 and not (
-            without_run and not (args.run or args.summary or args.compare)):
+    check_flags(p, args)
+    return args
+
+
+def check_flags(p, args):
+    asked = sum(map(bool, (args.run, args.summary, args.compare)))
+    masks_alone = args.masks and args.root
+    if asked > 1 or asked == 0 and not masks_alone:
         p.error("name one run folder, or several after --summary, two after --compare, or --masks "
                 "with --root")
     if args.masks and not args.mask_ids:
@@ -106,22 +111,22 @@ def parse_args(argv=None):
         p.error("--calibrate is of one run as it is; leave --tta, --with and --soup out")
     if args.features and (args.tta or args.partners):
         p.error("--features are of one network; leave --tta and --with out")
-    return args
 
 
 # ---- data
 
 def open_data(args, meta, folder):
     # -> the data set with the model's classes in the model's order
-    official = meta["source"] in public.SETS
-    split_file = args.split_file
+    public_set = meta["source"] in public.SETS
+    variant = args.variant
+    if public_set and not variant:
+        variant = meta["variant"]
+    # The run's own splits count while its data are read as in training.
     own = folder / "split.json"
+    split_file = args.split_file
     if not split_file and own.exists() and not (args.root or args.variant):
         split_file = own
-    variant = args.variant
-    if official and not variant:
-        variant = meta["variant"]
-    d = Source(meta["source"] if official else "folder", args.root or meta["root"], variant,
+    d = Source(meta["source"] if public_set else "folder", args.root or meta["root"], variant,
                split_file, cache=args.cache, need=())
     d.reading = meta["reading"]  # in numbers, whatever dataset.json says by now
     here = {nfc(c["name"]): c for c in d.labels.classes}
@@ -141,7 +146,9 @@ def open_data(args, meta, folder):
 def open_without_run(args):
     # -> the data set, and what a run would say of it
     d = Source("folder", args.root, None, args.split_file, cache=args.cache, need=())
-    if d.percentiles:  # colours do not matter here, only what is data
+    # Of the images only what is data matters here. Percentiles are not measured, since no train
+    # split is needed; any range does.
+    if d.percentiles:
         d.reading["input_range"] = [0.0, 1.0]
     d.names = [nfc(name) for name in d.names]
     args.split = args.split or d.reports
@@ -150,6 +157,7 @@ def open_without_run(args):
 
 
 def check_split(d, args, hint):
+    # hint: where the splits of the run are, if others are asked
     if args.split in d.description.get("unlabelled", ()) and args.split not in d.splits:
         raise BadInput(f"{d.root}: no masks for {args.split}; predict it: python predict.py "
                        f"{args.run} IMAGES, with --label-out train or raw as the grader wants")
@@ -165,15 +173,16 @@ def own_splits(run_folder, digest):
             if digest == meta.get("splits", {}).get(split)]
 
 
-def scenes(d, names):
-    # -> a scene per image: images of one scene resemble each other
+def scenes_for_intervals(d, names):
+    # -> a scene per image: images of one scene resemble each other and are drawn together
     try:
         found = scenes_of(names, d.description.get("scene"))
     except BadInput:  # written for the names of other splits
         found = {name: name for name in names}
     for name in names:
+        # A tile without another scene is of the scene of its image.
         image, _, *box = d.pairs[name]
-        if box and found[name] == name:  # a tile
+        if box and found[name] == name:
             found[name] = os.path.relpath(image, d.root)
     return [found[name] for name in names]
 
@@ -185,6 +194,7 @@ def check_calibration(args, d, meta, digest, folder):
     for split in (reported, "train"):
         if args.split == split or digest == meta["splits"].get(split):
             seen.add(split)
+    # Another split may hold some of these images.
     own = folder / "split.json"
     if own.exists() and d.name == meta["dataset"]:
         splits = read_json(own, dict[str, list[str]])
@@ -201,10 +211,10 @@ def check_calibration(args, d, meta, digest, folder):
     raise BadInput(f"--calibrate on {args.split}: its images are {what}; {advice}")
 
 
-# ---- answers: (name, labels, ids, logits or None), all (H, W) uint8
+# ---- answers: name, labels (H, W), ids (H, W), both uint8, and of a model logits (K, H, W)
 
-def answers_of_model(found):
-    for name, y, logits in found:
+def answers_of_model(predicted):
+    for name, y, logits in predicted:
         # max is ten times faster than argmax on a CPU.
         yield name, y.byte(), logits.max(0).indices.byte(), logits
 
@@ -273,6 +283,52 @@ def worst_rows(worst, data, counts):
     return rows
 
 
+def outputs(args, several):
+    # -> the files that are always written, and the folder of them below the run's
+    files = ["eval.json", "scenes.csv", "matrices.npz", "confusion.png", "worst.png"]
+    if not args.masks:
+        files.append("reliability.png")
+    if args.difficulty:
+        files.append("difficulty.json")
+    default = f"eval-{args.split}"
+    if args.masks and args.run:
+        default += "-masks"
+    for flag, value in ensemble.about(**several).items():
+        # Of runs there may be many: their names stand in eval.json.
+        default += f"-{value}" if flag == "tta" else f"-{flag}"
+    return files, default
+
+
+def protocol_of(args, d, meta, weights, temperature, window, several):
+    # -> all that a score depends on; data/compare.py asks it whether two can be compared
+    return dict(
+        run=args.run and str(args.run), weights=weights, masks=args.masks,
+        dataset=d.name, root=str(d.root), variant=d.description.get("variant"),
+        split=args.split, files=d.about()["splits"][args.split], images=len(d.splits[args.split]),
+        scene=d.description.get("scene"),
+        classes=d.names, ignore=d.labels.ignore, ignore_boundary=args.ignore_boundary,
+        boundary_iou=f"width {boundary.DILATION} of the diagonal",
+        boundary_f1=f"tolerance {boundary.TOLERANCE} pixels", temperature=temperature,
+        **meta["reading"], crop=meta["crop"], overlap=window["overlap"],
+        amp="bf16" if window["amp"] else "off",
+        **(dict(tta="none") | ensemble.about(**several)))
+
+
+def write_indexes(args, names, about, features):
+    # index.json says what lies in the folders of --probabilities and --features; both may be one.
+    indexes = {}
+    if args.probabilities:
+        indexes[args.probabilities] = about | dict(images={n: f"{n}.tif" for n in names})
+    if args.features:
+        save = partial(save_array, array=features)
+        Written(args.features, args.overwrite).replace("features.npy", save)
+        rows = dict(features="features.npy", names=names)
+        indexes[args.features] = indexes.get(args.features, about) | rows
+    for folder, content in indexes.items():
+        Written(folder, args.overwrite).write("index.json", content)
+        print(f"wrote {folder}/index.json and the files that it names")
+
+
 def main(args):
     if args.summary:
         print(summary(args.summary))
@@ -285,7 +341,7 @@ def main(args):
     say = print if rank == 0 else lambda *words, **how: None
 
     # ---- data
-    weights = temperature = None
+    weights = temperature = None  # of anybody's masks neither is known
     several = dict(partners=args.partners, soup=args.soup, tta=args.tta)
     if args.run:
         _, meta = load_weights(args.run, header_only=True)
@@ -313,15 +369,8 @@ def main(args):
     data = d.part(args.split, meta["norm"])
 
     # ---- what may be written, before any work
-    default = f"eval-{args.split}-masks" if args.masks and args.run else f"eval-{args.split}"
-    for flag, value in ensemble.about(**several).items():
-        default += f"-{value}" if flag == "tta" else f"-{flag}"
+    files, default = outputs(args, several)
     out = Written(args.out or folder / default, args.overwrite)
-    files = ["eval.json", "scenes.csv", "matrices.npz", "confusion.png", "worst.png"]
-    if not args.masks:
-        files.append("reliability.png")
-    if args.difficulty:
-        files.append("difficulty.json")
     out.check(files)
     if args.calibrate:
         check_calibration(args, d, meta, digest, folder)
@@ -331,17 +380,14 @@ def main(args):
         maps = Written(args.probabilities, args.overwrite)
         maps.check(["index.json", *(f"{name}.tif" for name in names)])
     if args.features:
-        vectors = Written(args.features, args.overwrite)
-        vectors.check(["index.json", "features.npy"])
+        Written(args.features, args.overwrite).check(["index.json", "features.npy"])
     run.wait()  # what another rank writes from here on is no old file
 
     # ---- network
     if not args.masks:
         net, meta = ensemble.load_runs(args.run, args.weights, **several)
         net.to(device)
-    amp = args.amp == "bf16"
-    if args.amp == "auto":
-        amp = meta["amp"] == "bf16" and run.fast_bf16(device)
+    amp = run.use_bf16(args.amp, meta["amp"], device)
     overlap = meta["overlap"] if args.overlap is None else args.overlap
     window = dict(crop=meta["crop"], overlap=overlap, batch=args.batch_size, amp=amp)
 
@@ -354,16 +400,16 @@ def main(args):
     counts = Counts(len(names), K, device, args.ignore_boundary, temperature)
     worst = Worst()
     sample = calibrate.PixelSample()
-    rows = []  # features of this rank's images
-    at = {name: i for i, name in enumerate(names)}
+    vectors = []  # features of this rank's images
+    number = {name: i for i, name in enumerate(names)}
     for name, y, pred, logits in found:
-        i = at[name]
+        i = number[name]
         counted = counts.add(i, y, pred, logits)
         worst.add(i, counts.matrices[i], pred)
         if args.calibrate:
             sample.add(logits, counted, i)
         if args.features:
-            rows.append(means.take().float())
+            vectors.append(means.take().float())
         if args.probabilities:
             p = calibrate.probabilities(logits, temperature or 1.0)
             maps.replace(f"{name}.tif", partial(write_map, p=p, classes=d.names,
@@ -377,26 +423,20 @@ def main(args):
         raise BadInput(f"{d.root}: every pixel of {args.split} is ignored; {check}")
 
     # ---- report
+    features = None
     if args.calibrate:
         pixels = sample.pixels()
     if args.features:
-        part = torch.stack(rows) if rows else torch.zeros(0, 0)
+        part = torch.stack(vectors) if vectors else torch.zeros(0, 0)
         features = run.gather(part, len(names), device).cpu().numpy()
     if rank == 0:
-        groups = scenes(d, names)
+        groups = scenes_for_intervals(d, names)
         report = dict(split=args.split, **counts.report(d.names, groups, meta["report"]))
         print(table(report))
         print(metrics.headline(report, meta["report"]))
         print(further(report))
-        protocol = dict(
-            run=args.run and str(args.run), weights=weights, masks=args.masks,
-            dataset=d.name, root=str(d.root), variant=d.description.get("variant"),
-            split=args.split, files=digest, images=len(names), scene=d.description.get("scene"),
-            classes=d.names, ignore=d.labels.ignore, ignore_boundary=args.ignore_boundary,
-            boundary_iou=f"width {boundary.DILATION} of the diagonal",
-            boundary_f1=f"tolerance {boundary.TOLERANCE} pixels", temperature=temperature,
-            **meta["reading"], crop=meta["crop"], overlap=overlap, amp="bf16" if amp else "off",
-            **(dict(tta="none") | ensemble.about(**several)), **run.facts(device, world))
+        protocol = protocol_of(args, d, meta, weights, temperature, window, several)
+        protocol |= run.facts(device, world)
         out.write("eval.json", report | dict(protocol=protocol))
         for file, content in beside(report, counts, worst, data, d, groups, args).items():
             out.write(file, content)
@@ -404,28 +444,19 @@ def main(args):
         if args.difficulty:
             print(f"for train_kd.py --sampler weighted --difficulty {out.folder}/difficulty.json")
         if args.calibrate:
-            about = fit_calibration(*pixels)
-            calibration.write("calibration.json", about | dict(
+            fit = fit_calibration(*pixels)
+            calibration.write("calibration.json", fit | dict(
                 weights=weights, split=args.split, images=len(names), files=digest,
                 overlap=overlap))
-            print(f"wrote {folder}/calibration.json: temperature {about['temperature']:.3f}, "
-                  f"calibration error {about['ece_before']:.4f} -> {about['ece_after']:.4f} on "
-                  f"{about['pixels']} pixels of {args.split}")
+            print(f"wrote {folder}/calibration.json: temperature {fit['temperature']:.3f}, "
+                  f"calibration error {fit['ece_before']:.4f} -> {fit['ece_after']:.4f} on "
+                  f"{fit['pixels']} pixels of {args.split}")
 
         # ---- for other programs, such as data.curate
         about = dict(run=str(folder), weights=weights, root=str(d.root), source=d.kind,
                      variant=d.description.get("variant"), reading=d.reading, split=args.split,
                      classes=d.names, temperature=temperature)
-        index = {}  # {folder: its index.json}; both may go into one
-        if args.probabilities:
-            index[args.probabilities] = about | dict(images={n: f"{n}.tif" for n in names})
-        if args.features:
-            vectors.replace("features.npy", partial(save_array, array=features))
-            more = dict(features="features.npy", names=names)
-            index[args.features] = index.get(args.features, about) | more
-        for where, content in index.items():
-            Written(where, args.overwrite).write("index.json", content)
-            print(f"wrote {where}/index.json and the files that it names")
+        write_indexes(args, names, about, features)
     run.end()
 
 

@@ -79,14 +79,16 @@ def read_scored(path: str | Path, split: str | None = None) -> Scored:
     folder = Path(path)
     if folder.name == "eval.json":
         folder = folder.parent
+    # A run folder: the results of one of its splits lie below it.
     if (folder / "protocol.json").exists() and not (folder / "eval.json").exists():
         split = split or read_json(folder / "protocol.json").get("reported")
         folder = folder / f"eval-{split}"
     report = read_json(folder / "eval.json") if (folder / "eval.json").exists() else {}
     file = folder / "matrices.npz"
     if not file.exists() or "protocol" not in report:
+        wanted = f" --split {split}" if split else ""
         raise BadInput(f"{folder}: no eval.json with a matrices.npz beside it; type python eval.py "
-                       f"{path}{f' --split {split}' if split else ''} first")
+                       f"{path}{wanted} first")
     check_file(file)
     try:
         with np.load(file, allow_pickle=False) as arrays:
@@ -135,37 +137,42 @@ def compare(a: Scored, b: Scored) -> str:
         raise BadInput(f"{a.path} and {b.path} cannot be compared, they differ in "
                        f"{'; '.join(found)}; score both with the same data, --split and flags")
     names = a.report["protocol"]["classes"]
-    pair = [a.matrices, in_order(b, names)]
+    matrices_of_both = [a.matrices, in_order(b, names)]
     # The same scenes are drawn for both. What makes a draw easy for one does so for the other and
     # cancels in the difference, which single intervals do not show.
     number = len(set(a.scenes))
-    draws = [torch.full((1, len(names)), torch.nan)] * 2
+    draws = [torch.full((1, len(names)), torch.nan)] * 2  # of one scene: no interval
     if number > 1:
-        draws = [metrics.bootstrap_iou(matrices, a.scenes) for matrices in pair]
-    ious = [metrics.iou(matrices.sum(0)) for matrices in pair]
+        draws = [metrics.bootstrap_iou(matrices, a.scenes) for matrices in matrices_of_both]
+    ious = [metrics.iou(matrices.sum(0)) for matrices in matrices_of_both]
 
     lines = [f"A {a.path}", f"B {b.path}",
              f"{len(a.images)} images, {number} scenes, drawn anew together for both"]
     if number < 2:
         lines[-1] = f"{len(a.images)} images of one scene: no intervals"
-    wide = max(map(len, ["mIoU", *names]))
-    lines.append(f"{'':{wide}}       A       B    B - A   95 % interval")
     rows = [("mIoU", [iou.nanmean() for iou in ious], draws[1].nanmean(1) - draws[0].nanmean(1))]
-    rows += [(name, [iou[i] for iou in ious], draws[1][:, i] - draws[0][:, i])
-             for i, name in enumerate(names)]
-    for name, (old, new), difference in rows:
-        scores = f"{old:7.4f} {new:7.4f}  {new - old:+.4f}".replace("+nan", "    nan")
-        lines.append(f"{name:{wide}} {scores}  {said(difference)}")
+    for i, name in enumerate(names):
+        rows.append((name, [iou[i] for iou in ious], draws[1][:, i] - draws[0][:, i]))
+
+    width = max(map(len, ["mIoU", *names]))
+    lines.append(f"{'':{width}}       A       B    B - A   95 % interval")
+    for name, (score_a, score_b), difference in rows:
+        scores = f"{score_a:7.4f} {score_b:7.4f}  {score_b - score_a:+.4f}"
+        # A class that neither has is nan, without a sign.
+        scores = scores.replace("+nan", "    nan")
+        lines.append(f"{name:{width}} {scores}  {verdict(difference)}")
     return "\n".join(lines)
 
 
-def said(difference: Tensor) -> str:
-    """"+0.0102 to +0.0300  B is better": the interval of a difference, and what it says."""
+def verdict(difference: Tensor) -> str:
+    """Drawn differences -> "+0.0102 to +0.0300  B is better"; nothing is better if 0 is inside."""
     found = metrics.interval(difference)
     if found is None:
         return "-"
     low, high = found
-    verdict = ""
-    if low > 0 or high < 0:
-        verdict = "  B is better" if low > 0 else "  A is better"
-    return f"{low:+.4f} to {high:+.4f}{verdict}"
+    better = ""
+    if low > 0:
+        better = "  B is better"
+    if high < 0:
+        better = "  A is better"
+    return f"{low:+.4f} to {high:+.4f}{better}"

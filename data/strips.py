@@ -27,19 +27,17 @@ class Strips:
     """
 
     def __init__(self, path: str | Path, **reading):
-        self.path, self.reading = Path(path), reading
+        self.path = Path(path)
+        self.reading = reading
         raster = open_raster(path)
         self.shape = raster.shape[:2]
         self.georef = raster.georef
         self.is_tiff = isinstance(raster, Tiff)
-        self.whole = None  # all pixels and what of them is data, of pictures
+        self.whole = None  # of a picture all pixels, and which of them are data
         if self.is_tiff:
             self.georef = self.georef or raster.position  # tie points alone give no transform
             raster.check_whole()
-            rows = raster.block[0]
-            if raster.compression == "none":
-                rows = min(rows, MANY_ROWS)  # any row can be read by itself
-            self.step = -(-MANY_ROWS // rows) * rows
+            self.step = rows_at_once(raster)
             self.alpha_is_mask = None
             bands = reading.get("bands") or []
             if raster.alpha and raster.alpha not in bands:
@@ -52,7 +50,8 @@ class Strips:
     def columns(self, left: int, width: int) -> None:
         """read() returns these from now on."""
         self.left, self.width = left, width
-        self.kept = 0, 0, np.zeros((0, width, 3), np.uint8), None  # rows from .. to, and both
+        # What read() has last unpacked: rows start..end, their pixels, which of them are data.
+        self.kept = 0, 0, np.zeros((0, width, 3), np.uint8), None
 
     def read(self, top: int, height: int) -> tuple[np.ndarray, np.ndarray | None]:
         """(height, width, 3) uint8 and (height, width) bool, or None where all pixels are data."""
@@ -65,16 +64,15 @@ class Strips:
             start = end = top
             image, valid = image[:0], None
         if top + height > end:
-            # Up to the end of a strip or tile.
+            # Rows above `top` are not asked for again. Read on to the end of a strip or tile.
             stop = min(-(-(top + height) // self.step) * self.step, self.shape[0])
             window = end, self.left, stop - end, self.width
             more, more_valid = read_valid(self.path, **self.reading, window=window,
                                           alpha_is_mask=self.alpha_is_mask)
-            above = image[top - start:]
             if valid is not None or more_valid is not None:
                 valid = np.concatenate([everywhere(valid, image)[top - start:],
                                         everywhere(more_valid, more)])
-            image = np.concatenate([above, more])
+            image = np.concatenate([image[top - start:], more])
             start = top
             self.kept = start, stop, image, valid
         rows = slice(top - start, top - start + height)
@@ -87,11 +85,19 @@ class Strips:
             return self.whole[0][::n, ::n]
         parts = []
         for top in range(0, self.shape[0], self.step):
-            first = -top % n  # the first row of this strip that counts
-            if top + first < min(top + self.step, self.shape[0]):
-                rows = min(self.step, self.shape[0] - top)
+            rows = min(self.step, self.shape[0] - top)
+            first = -top % n  # the first row of these that counts
+            if first < rows:
                 parts.append(self.read(top, rows)[0][first::n, ::n].copy())
         return np.concatenate(parts)
+
+
+def rows_at_once(raster: Tiff) -> int:
+    """Whole strips or tiles of at least MANY_ROWS rows, so that none is unpacked twice."""
+    rows = raster.block[0]
+    if raster.compression == "none":
+        rows = min(rows, MANY_ROWS)  # any row can be read by itself
+    return -(-MANY_ROWS // rows) * rows
 
 
 def everywhere(valid: np.ndarray | None, image: np.ndarray) -> np.ndarray:

@@ -26,8 +26,8 @@ from .weights import sha256
 
 # B batch, K classes, h w pixels of a window.
 
-# Mean cosine of the matrices of a backbone or head in two runs: demo runs of one start keep above
-# .3 over 1,200 steps from scratch, those of two seeds lie below .03.
+# Two runs with a lower mean cosine between their matrices did not start from the same weights. Demo
+# runs of one start keep above .3 over 1,200 steps from scratch, those of two seeds lie below .03.
 RELATED = 0.1
 
 
@@ -40,11 +40,14 @@ class Turn:
     mirrored: bool
 
     def there(self, x: Tensor) -> Tensor:
+        """(B, C, h, w) as it is shown to the network."""
         if self.mirrored:
             x = x.flip(3)
         return x.rot90(self.quarters, (2, 3))
 
     def back(self, logits: Tensor, size: tuple[int, int]) -> Tensor:
+        """The network's answer (B, K, ...) in the place of the image, of `size` (h, w)."""
+        # The other way round: what came last is undone first.
         logits = logits.rot90(-self.quarters, (2, 3))
         if self.mirrored:
             logits = logits.flip(3)
@@ -70,14 +73,15 @@ def resize(x: Tensor, size: tuple[int, int]) -> Tensor:
     return F.interpolate(x, size, mode="bilinear", align_corners=False)
 
 
-WHOLE = Turn(0, False)  # the image as it is
-FLIPS = [WHOLE, Turn(0, True), Turn(2, True), Turn(2, False)]  # Turn(2, True): upside down
+UNCHANGED = Turn(0, False)
+# Left to right; upside down, which is half a turn of the mirrored image; both.
+FLIPS = [UNCHANGED, Turn(0, True), Turn(2, True), Turn(2, False)]
 QUARTERS = [Turn(1, False), Turn(3, False), Turn(1, True), Turn(3, True)]
 # What --tta may name.
 VIEWS = {
     "flips": FLIPS,
     "d4": FLIPS + QUARTERS,
-    "scales": [Scale(0.75), WHOLE, Scale(1.25)],
+    "scales": [Scale(0.75), UNCHANGED, Scale(1.25)],
 }
 
 
@@ -100,6 +104,7 @@ class Member(nn.Module):
         order = [names.index(name) for name in class_names(first)]
         self.register_buffer("order", torch.tensor(order))
 
+        # x is normalised by the first run's mean1 and std1; this network wants its own.
         # ((x std1 + mean1) - mean) / std is one factor and one shift per channel.
         self.renormalises = meta["norm"] != first["norm"]
         mean, std = torch.tensor(NORMS[meta["norm"]], dtype=torch.float64)
@@ -159,13 +164,13 @@ def soup(states: list[dict[str, Tensor]]) -> dict[str, Tensor]:
     return mean
 
 
-def counted_apart(a: dict[str, Tensor], b: dict[str, Tensor]) -> bool:
+def statistics_differ(a: dict[str, Tensor], b: dict[str, Tensor]) -> bool:
     """Do two state dicts hold different statistics of BatchNorm?"""
     names = [name for name in a if name.endswith((".running_mean", ".running_var"))]
     return not all(torch.equal(a[name], b[name]) for name in names)
 
 
-def unrelated(a: dict[str, Tensor], b: dict[str, Tensor]) -> str | None:
+def unrelated_part(a: dict[str, Tensor], b: dict[str, Tensor]) -> str | None:
     """Name of a part, such as "head", that two runs did not learn from the same start, or None."""
     cosines = {}
     for name, t in a.items():
@@ -184,7 +189,7 @@ def class_names(meta: dict) -> list[str]:
     return [nfc(c["name"]) for c in meta["classes"]]
 
 
-def check_same(run: str | Path, meta: dict, first_run: str | Path, first: dict) -> None:
+def check_same_classes(run: str | Path, meta: dict, first_run: str | Path, first: dict) -> None:
     """BadInput unless two runs know the same classes and read images in the same way."""
     names, wanted = class_names(meta), class_names(first)
     if sorted(names) != sorted(wanted):
@@ -212,7 +217,7 @@ def load_other(run: str | Path, first_run: str | Path, first: dict,
     """A further run of the first one's classes -> network in eval mode, meta."""
     _, meta = load_weights(run, header_only=True)
     net, meta = load_run(run, backbone_for(meta, first, weights))
-    check_same(run, meta, first_run, first)
+    check_same_classes(run, meta, first_run, first)
     return net, meta
 
 
@@ -236,12 +241,13 @@ def average_weights(net: nn.Module, run: str | Path, meta: dict, others: list,
         if class_names(other_meta) != class_names(meta):
             raise BadInput(f"{other}: the classes of {run} in another order; {advice}")
         other_state = other_net.state_dict()
-        # They belong to each network's own activations; new ones need the training images.
-        if counted_apart(state, other_state):
+        # Statistics belong to each network's own activations; those of the mean network would have
+        # to be counted anew over the training images.
+        if statistics_differ(state, other_state):
             raise BadInput(f"{other}: its BatchNorm has other statistics than that of {run}, and "
                            f"no mean of them fits; {advice}")
         # Networks of two starts may do the same with their channels in another order.
-        part = unrelated(state, other_state)
+        part = unrelated_part(state, other_state)
         if part:
             raise BadInput(f"{other}: its {part} has nothing in common with that of {run}; a soup "
                            f"is of runs from one start, by --weights and --seed; {advice}")
@@ -270,7 +276,7 @@ def load_runs(run: str | Path, weights: str | None = None, partners: list | None
     if any(its["amp"] != "bf16" for _, its in runs):
         meta["amp"] = "off"
     meta["crop"] = crop
-    return Average(members, VIEWS.get(tta, [WHOLE])).eval(), meta
+    return Average(members, VIEWS.get(tta, [UNCHANGED])).eval(), meta
 
 
 def identity(run: str | Path, partners: list | None = None, soup: list | None = None,
@@ -281,7 +287,7 @@ def identity(run: str | Path, partners: list | None = None, soup: list | None = 
         return own
     parts = [own, f"tta {tta}"]
     for what, others in (("soup", soup), ("with", partners)):
-        # Their order changes nothing.
+        # The order of the runs changes no mean, so it must not change the sha256.
         parts += sorted(f"{what} {sha256(weights_file(other))}" for other in others or ())
     return hashlib.sha256("\n".join(parts).encode()).hexdigest()
 

@@ -1,7 +1,10 @@
-"""Sliding windows over images of any size, blended without seams, and the confusion matrix of a whole split.
+"""Sliding windows over images of any size, blended without seams, and the score of a whole split.
 
-    logits = slide(net, x, crop=512, overlap=0.25, batch=8, amp=False)     (3, H, W) -> (K, H, W) fp32
-    cm = evaluate(net, dataset, dict(crop=512, overlap=0.25, batch=8, amp=False))      (K, K) int64
+    window = dict(crop=512, overlap=0.25, batch=8, amp=False)
+    logits = slide(net, x, **window)          image (3, H, W) -> logits (K, H, W) fp32
+    cm = evaluate(net, dataset, window)       (K, K) int64 confusion matrix
+    for rows in slide_rows(net, scene.read, scene.shape, "imagenet", **window):
+        ids = rows.ids()                      an image of any size, from top to bottom
 """
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
@@ -19,9 +22,9 @@ from data.tiff import TILE
 
 from .run import keep_signals_from_worker, over_ranks
 
-ONE_PIECE = 2**22  # pixels up to which an image is blended at once
-LOGITS = 200_000_000  # bytes of the logits of one row of windows
-FEW_ROWS = 64  # whose probabilities are computed at a time
+ONE_PIECE = 2**22  # pixels: up to so many an image is blended at once
+LOGITS = 200_000_000  # bytes: at most so many for the logits of one row of windows
+FEW_ROWS = 64  # of which probabilities are computed at a time
 
 
 # ---- windows
@@ -30,7 +33,8 @@ def starts(n: int, size: int, overlap: float) -> list[int]:
     """Where windows of `size` begin along n pixels; the last one is shifted inwards."""
     if n <= size:
         return [0]
-    step = max(1, int(round(size * (1 - overlap), 6)))  # 20 * (1 - 0.9) is a little below 2
+    # 20 * (1 - 0.9) is a little below 2 in binary numbers: without round() the step would be 1.
+    step = max(1, int(round(size * (1 - overlap), 6)))
     return [*range(0, n - size, step), n - size]
 
 
@@ -55,41 +59,45 @@ def blend_weight(h: int, w: int) -> torch.Tensor:
 
 def slide(net: nn.Module, x: torch.Tensor, crop: int, overlap: float, batch: int,
           amp: bool, valid: torch.Tensor | None = None) -> torch.Tensor:
-    """Image (3, H, W) -> logits (K, H, W) fp32 on x's device, from blended windows, `batch` at a time.
+    """Image (3, H, W) -> logits (K, H, W) fp32 on x's device, from blended windows.
 
-    valid: (H, W) bool, True somewhere. Windows without a valid pixel are not computed: 0.
+    batch: windows that are computed at once. valid: (H, W) bool, True somewhere; windows without a
+    valid pixel are not computed: 0.
     """
     H, W = x.shape[-2:]
     boxes = windows(H, W, crop, overlap)
     if valid is not None:
         boxes = [(t, l, h, w) for t, l, h, w in boxes if valid[t:t + h, l:l + w].any()]
     device = next(net.parameters()).device
+    # All windows are of one size, and so have the same weights.
     weight = blend_weight(*boxes[0][2:]).to(x.device)
-    total = torch.zeros(H, W, device=x.device)
-    out = None
+    total = None  # (K, H, W), made when the network has told K
+    total_weight = torch.zeros(H, W, device=x.device)
     for i in range(0, len(boxes), batch):
-        some = boxes[i:i + batch]
-        tiles = torch.stack([x[:, t:t + h, l:l + w] for t, l, h, w in some])
+        group = boxes[i:i + batch]
+        tiles = torch.stack([x[:, t:t + h, l:l + w] for t, l, h, w in group])
         with torch.autocast(device.type, torch.bfloat16, enabled=amp):
             logits = net(tiles.to(device)).float().to(x.device)
-        if weight.shape == (H, W):  # one window is all
+        # One window is the whole image: nothing to blend.
+        if weight.shape == (H, W):
             return logits[0]
-        if out is None:
-            out = torch.zeros(logits.shape[1], H, W, device=x.device)
-        for (t, l, h, w), z in zip(some, logits):
-            out[:, t:t + h, l:l + w] += z * weight
-            total[t:t + h, l:l + w] += weight
+        if total is None:
+            total = torch.zeros(logits.shape[1], H, W, device=x.device)
+        for (t, l, h, w), z in zip(group, logits):
+            total[:, t:t + h, l:l + w] += z * weight
+            total_weight[t:t + h, l:l + w] += weight
+    # Where no window was computed the logits stay 0.
     if valid is not None:
-        total[total == 0] = 1
-    return out.div_(total)
+        total_weight[total_weight == 0] = 1
+    return total.div_(total_weight)
 
 
 # ---- images of any size
 
 @dataclass
-class Strip:
+class FinishedRows:
     """Rows of an image for which all windows have been computed; good until the next ones are."""
-    top: int
+    top: int  # number of the first row
     logits: torch.Tensor | None  # (K, n, W), times `weight`; None where no pixel is valid
     weight: torch.Tensor  # (n, 1), sum of the weights of the windows
     valid: np.ndarray | None  # (n, W) bool, None where all are
@@ -124,8 +132,10 @@ def panels(W: int, crop: int, overlap: float, classes: int) -> list[tuple[int, i
     The windows that touch the columns left..left + width span first..first + wide. Multiples of
     512, the tiles of the result. Windows at the border between two panels are computed twice.
     """
-    most = max(LOGITS // (4 * classes * crop), 4 * crop)
-    number = -(-W // most)
+    # A column of a row of windows takes 4 bytes for each class and row. Panels are at least four
+    # windows wide, or too many windows would be computed twice.
+    widest = max(LOGITS // (4 * classes * crop), 4 * crop)
+    number = -(-W // widest)
     width = -(-W // number // TILE) * TILE
     found = []
     for left in range(0, W, width):
@@ -139,7 +149,7 @@ def panels(W: int, crop: int, overlap: float, classes: int) -> list[tuple[int, i
 @torch.inference_mode()
 def slide_rows(net: nn.Module, read: Callable, size: tuple[int, int], norm: str, crop: int,
                overlap: float, batch: int, amp: bool, whole: int | None = None, first: int = 0,
-               skip_empty: bool = True) -> Iterator[Strip]:
+               skip_empty: bool = True) -> Iterator[FinishedRows]:
     """An image of any size (H, W) -> its rows from `first` on, as they are finished.
 
     read(top, h) -> rows of it (h, W, 3) uint8, and (h, W) bool or None: what of them is data. Above
@@ -149,44 +159,53 @@ def slide_rows(net: nn.Module, read: Callable, size: tuple[int, int], norm: str,
     H, W = size
     device = next(net.parameters()).device
     one_piece = H * W <= (ONE_PIECE if whole is None else whole)
-    n = H if one_piece else min(crop, H)  # rows that are computed at once
+    height = H if one_piece else min(crop, H)  # rows that are computed at once
     tops = [0] if one_piece else starts(H, crop, overlap)
-    held = held_weight = None  # logits below the finished rows, already weighted, and their weight
-    for top, below in zip(tops, [*tops[1:], H]):
-        if top + n <= first:
+    # Rows that the next windows reach too: the sum of their weighted logits, and of the weights.
+    held = held_weight = None
+    for top, next_top in zip(tops, [*tops[1:], H]):
+        if top + height <= first:
             continue
-        image, valid = read(top, n)
-        # A window's weight is row times column, so weighted rows of windows add up to the image's.
-        weight = (torch.ones(n) if one_piece else hann(n)).to(device)[:, None]
-        z = None
-        seen = torch.from_numpy(valid) if skip_empty and valid is not None else None
+        image, valid = read(top, height)
+        seen = None  # (height, W): where windows are computed; None: everywhere
+        if skip_empty and valid is not None:
+            seen = torch.from_numpy(valid)
+        logits = None  # (K, height, W); None: no pixel is data
         if seen is None or seen.any():
             x = normalise(image, norm).to(device)
-            z = slide(net, x, crop, overlap, batch, amp, seen)
-        if z is not None and not one_piece:
-            z.mul_(weight)
-        if z is not None and held is not None:
-            z[:, :held.shape[1]] += held
+            logits = slide(net, x, crop, overlap, batch, amp, seen)
+
+        # A window's weight is row times column. slide() has blended the columns; weighted by row,
+        # the rows of windows add up to the image's.
+        weight = (torch.ones(height) if one_piece else hann(height)).to(device)[:, None]
+        if logits is not None and not one_piece:
+            logits.mul_(weight)
+        if logits is not None and held is not None:
+            logits[:, :held.shape[1]] += held
         if held_weight is not None:
             weight[:len(held_weight)] += held_weight
 
-        rows = slice(max(first - top, 0), below - top)  # final from here on
-        if rows.start < rows.stop:
-            strip = Strip(top + rows.start, None if z is None else z[:, rows], weight[rows],
-                          None if valid is None else valid[rows])
-            yield strip
-            strip.logits = None  # or two rows of windows would be in memory
-        # Where no pixel is valid, nothing is held, and nobody asks for it.
-        held = None if z is None else z[:, rows.stop:].clone()
-        held_weight = weight[rows.stop:]
-        z = x = None
+        # No further window reaches the rows above the next one's top.
+        final = slice(max(first - top, 0), next_top - top)
+        if final.start < final.stop:
+            rows = FinishedRows(top + final.start, None, weight[final], None)
+            if logits is not None:
+                rows.logits = logits[:, final]
+            if valid is not None:
+                rows.valid = valid[final]
+            yield rows
+            rows.logits = None  # or two rows of windows would be in memory
+        # Where no pixel is data nothing is held: nobody asks for the logits of such rows.
+        held = None if logits is None else logits[:, final.stop:].clone()
+        held_weight = weight[final.stop:]
+        logits = x = None
 
 
 # ---- a whole split
 
 @torch.inference_mode()
 def examples(net: nn.Module, data: Dataset, window: dict, n: int) -> list[tuple]:
-    """(image, true ids, predicted ids, name) of n images spread over the data, as plots.samples draws them."""
+    """(image, true ids, predicted ids, name) of n images spread over the data."""
     net.eval()
     device = next(net.parameters()).device
     rows = []
@@ -201,11 +220,13 @@ def examples(net: nn.Module, data: Dataset, window: dict, n: int) -> list[tuple]
 @torch.inference_mode()
 def predictions(net: nn.Module, data: Dataset, window: dict, workers: int = 0,
                 what: str = "images") -> Iterator[tuple[str, torch.Tensor, torch.Tensor]]:
-    """(name, y (H, W), logits (K, H, W)) of every image of this rank's part of the data, on net's device.
+    """(name, y (H, W), logits (K, H, W)) of this rank's images of the data, on net's device.
 
     window: crop, overlap, batch and amp of slide().
     """
-    rank, world = (dist.get_rank(), dist.get_world_size()) if dist.is_initialized() else (0, 1)
+    rank, world = 0, 1
+    if dist.is_initialized():
+        rank, world = dist.get_rank(), dist.get_world_size()
     device = next(net.parameters()).device
     mine = range(rank, len(data), world)  # unpadded: no image is counted twice
     loader = DataLoader(data, batch_size=None, sampler=mine, num_workers=workers,
@@ -217,8 +238,9 @@ def predictions(net: nn.Module, data: Dataset, window: dict, workers: int = 0,
 
 @torch.inference_mode()
 def matrices(net: nn.Module, data: Dataset, window: dict, workers: int = 0,
-             classes: int | None = None, what: str = "images") -> Iterator[tuple[str, torch.Tensor]]:
-    """(name, (k, k) int64 confusion matrix, rows true) of every image of this rank's part of the data.
+             classes: int | None = None,
+             what: str = "images") -> Iterator[tuple[str, torch.Tensor]]:
+    """(name, (k, k) int64 confusion matrix, rows true) of this rank's images of the data.
 
     classes: k, where the network's are not the data's.
     """
@@ -230,11 +252,15 @@ def matrices(net: nn.Module, data: Dataset, window: dict, workers: int = 0,
 
 def evaluate(net: nn.Module, data: Dataset, window: dict, workers: int = 0,
              classes: int | None = None, what: str = "validation") -> torch.Tensor:
-    """(k, k) int64 confusion matrix of the whole data set on the CPU of every rank; leaves net's mode as it was."""
+    """(k, k) int64 confusion matrix of the whole data set, on the CPU of every rank.
+
+    Leaves net's mode as it was.
+    """
     was_training = net.training
     net.eval()
     if dist.is_initialized():
-        for statistics in net.buffers():  # BatchNorm's differ between ranks until DDP's next forward
+        # BatchNorm's statistics differ between ranks until DDP's next forward.
+        for statistics in net.buffers():
             dist.broadcast(statistics, 0)
     k = classes or len(data.labels.names)
     cm = torch.zeros(k, k, dtype=torch.int64, device=next(net.parameters()).device)

@@ -1,8 +1,8 @@
 """What surrounds a training loop: flags, processes, signals, the run folder, averaged weights.
 
-    rank, world, device = run.start(seed=0)     one process, or one of those that torchrun has started
+    rank, world, device = run.start(seed=0)     one process, or one of those of torchrun
     out = run.folder(args.out, "runs/demo", args.resume)
-    out = run.claim(out, args.out)              just before the first write; no second run gets it
+    out = run.claim(out, args.out, args.resume) just before the first write; no second run gets it
     stop = run.Stop()                           Ctrl-C and SIGTERM: finish the step, save, leave
     ...
     run.end()
@@ -76,16 +76,20 @@ REMOVED = {
 # ---- flags
 
 class Help(argparse.ArgumentDefaultsHelpFormatter, argparse.RawDescriptionHelpFormatter):
-    """Shows every default; flags whose default is made later give it in their help, in brackets."""
+    """Shows every default; one that depends on other flags stands in the help, in brackets."""
 
     def _get_help_string(self, action):
-        if any(action.default is none for none in (None, False, argparse.SUPPRESS)):
+        # `is`, because a default of 0 equals False and shall be shown.
+        if any(action.default is hidden for hidden in (None, False, argparse.SUPPRESS)):
             return action.help
         return f"{action.help} (default: %(default)s)"
 
 
 class MaxPixels(argparse.Action):
-    """--max-pixels goes into the environment, which reading processes inherit; a run does not keep it."""
+    """--max-pixels goes into the environment, which reading processes inherit.
+
+    It is no setting of a run, so args and last.pt do not have it.
+    """
 
     def __call__(self, parser, args, value, option_string=None):
         os.environ[PIXELS_VARIABLE] = str(value)
@@ -137,6 +141,7 @@ def between(low: float, high: float, kind: type = float) -> Callable[[str], floa
     return in_range
 
 
+# argparse types that many flags share.
 COUNT = between(1, 2**31, int)
 WHOLE = between(0, 2**31, int)
 SHARE = between(0, 1)
@@ -162,7 +167,7 @@ class InputRange(argparse.Action):
 
 
 def check_rising(parser: argparse.ArgumentParser, args: argparse.Namespace, *names: str) -> None:
-    """Ends the program unless each of these flags, if given, is two finite numbers, the lower one first."""
+    """Ends the program unless each of these flags, if given, is two finite rising numbers."""
     for name in names:
         pair = getattr(args, name)
         if not pair:
@@ -176,15 +181,18 @@ def only_with(parser: argparse.ArgumentParser, args: argparse.Namespace, owner: 
               *flags: str) -> None:
     """Ends the program where one of the flags was typed although --owner is not value."""
     chosen = getattr(args, owner)
+    # With --resume the defaults are those of the run, where the flags may have been typed.
+    if chosen == value or args.resume:
+        return
     for flag in flags:
-        if chosen != value and not args.resume and getattr(args, flag) != parser.get_default(flag):
+        if getattr(args, flag) != parser.get_default(flag):
             parser.error(f"--{flag.replace('_', '-')} goes with --{owner} {value}, not {chosen}; "
                          "leave it out")
 
 
 def parse(parser: Parser, argv: list[str] | None = None, movable: tuple[str, ...] = (),
           longer: str = "steps") -> argparse.Namespace:
-    """The flags; with --resume RUN those in RUN/last.pt are the defaults, so one that differs was typed.
+    """The flags. With --resume RUN the defaults are those in RUN/last.pt: what differs was typed.
 
     Only the flags in `movable` may differ then, and the one in `longer` may grow.
     """
@@ -194,8 +202,9 @@ def parse(parser: Parser, argv: list[str] | None = None, movable: tuple[str, ...
     check_saved(Path(args.resume))
     stored = load_state(Path(args.resume) / "last.pt").get("args")
     if not isinstance(stored, dict) or stored.keys() != vars(args).keys():
-        raise BadInput(f"{args.resume}/last.pt: of another script, or of an earlier version of this "
-                       "one; go on with the code that began it, or start a new run")
+        raise BadInput(f"{args.resume}/last.pt: of another script, or of an earlier version of "
+                       "this one; go on with the code that began it, or start a new run")
+    # last.pt comes from a file, and its flags go past argparse's checks.
     for action in parser._actions:
         value = stored.get(action.dest)
         if action.dest in stored and not could_be_typed(action, value):
@@ -214,14 +223,17 @@ def parse(parser: Parser, argv: list[str] | None = None, movable: tuple[str, ...
         if name == longer and now > was:
             continue
         more = f", and only more {longer}" if name == longer else ""
-        raise BadInput(f"{args.resume}: was trained with {name} = {was}, not {now}{more}; leave the "
-                       "flag out, or start a new run")
+        raise BadInput(f"{args.resume}: was trained with {name} = {was}, not {now}{more}; leave "
+                       "the flag out, or start a new run")
     return args
 
 
 def could_be_typed(action: argparse.Action, value) -> bool:
     """Is this a value that the flag can have, by its default, choices or type?"""
-    if value is None or type(value) is type(action.default) and value == action.default:
+    if value is None:
+        return True
+    # The type too: True == 1, and 1 == 1.0.
+    if type(value) is type(action.default) and value == action.default:
         return True
     if action.nargs == 0:
         return type(value) is bool
@@ -231,26 +243,30 @@ def could_be_typed(action: argparse.Action, value) -> bool:
         return isinstance(value, list) and are_bands(value)
     if isinstance(value, (list, tuple)) != (action.nargs is not None):
         return False
-    values = [value] if action.nargs is None else value
-    if isinstance(action.nargs, int) and len(values) != action.nargs:
+    words = [value] if action.nargs is None else value
+    if isinstance(action.nargs, int) and len(words) != action.nargs:
         return False
-    for one in values:
-        if action.choices and one not in action.choices:
-            return False
-        if action.type is None and not isinstance(one, str):
-            return False
-        try:
-            if action.type and action.type(str(one)) != one:
-                return False
-        except argparse.ArgumentTypeError:
-            return False
-    return True
+    return all(is_word(action, word) for word in words)
+
+
+def is_word(action: argparse.Action, value) -> bool:
+    """Could one word behind the flag have become this value?"""
+    if action.choices and value not in action.choices:
+        return False
+    if action.type is None:
+        return isinstance(value, str)
+    try:
+        return action.type(str(value)) == value
+    except argparse.ArgumentTypeError:
+        return False
 
 
 def check_saved(out: Path) -> None:
     """BadInput where a run was ended before its first last.pt: it is started again."""
-    if (out / "last.pt").exists() or not (out / ".lock").exists() or not is_free(out):
+    if (out / "last.pt").exists():
         return
+    if not (out / ".lock").exists() or not is_free(out):
+        return  # no run's folder; whoever reads its last.pt says so
     command = "its command without --resume"
     if (out / "protocol.json").exists():
         command = read_json(out / "protocol.json").get("command", command)
@@ -275,9 +291,11 @@ def one_line_errors(lower: str = "--batch-size"):
             raise  # a fault of the code
         if line is None:
             line = str(e) or repr(e)
-            # An error in a DataLoader worker arrives behind its traceback, and may have several lines.
+            # An error in a DataLoader worker arrives behind its traceback. Ours may have several
+            # lines, of others the last one is shown.
             if line.startswith("Caught "):
-                line = line.rpartition("BadInput: " if "BadInput: " in line else "\n")[2]
+                before = "BadInput: " if "BadInput: " in line else "\n"
+                line = line.rpartition(before)[2]
         print(f"error: {escaped(line.rstrip())}", file=sys.stderr)
         sys.exit(2)
     except KeyboardInterrupt:
@@ -325,7 +343,7 @@ def go_on(flags: str) -> str:
 # ---- processes
 
 def start(seed: int | None = None) -> tuple[int, int, torch.device]:
-    """-> rank, number of processes, device. Sets up the device and, under torchrun, the group of processes.
+    """-> rank, number of processes, device. Under torchrun it also joins the group of processes.
 
     A seed makes all ranks begin with the same random numbers, and so with the same network.
     """
@@ -362,7 +380,7 @@ def tune_cpu() -> None:
 
 
 def seed_torch(*numbers: int) -> None:
-    """Seeds torch's own random numbers with a function of these numbers, such as stream, seed, step, rank."""
+    """Seeds torch's own random numbers with a function of these, such as seed, step, rank."""
     rng = np.random.default_rng(numbers)
     torch.manual_seed(int(rng.integers(2**63)))
 
@@ -375,6 +393,13 @@ def fast_bf16(device: torch.device) -> bool:
     return getattr(torch.cpu, "_is_avx512_bf16_supported", bool)()
 
 
+def use_bf16(asked: str, trained: str, device: torch.device) -> bool:
+    """For a finished run: --amp auto, bf16 or off -> bf16? auto: as it was trained, where fast."""
+    if asked == "auto":
+        return trained == "bf16" and fast_bf16(device)
+    return asked == "bf16"
+
+
 def over_ranks(t: torch.Tensor) -> torch.Tensor:
     """Sum over ranks, in place."""
     if dist.is_initialized():
@@ -383,7 +408,7 @@ def over_ranks(t: torch.Tensor) -> torch.Tensor:
 
 
 def parallel(net: nn.Module, device: torch.device) -> nn.Module:
-    """The network, under torchrun in DDP: call it like the network, its gradients are means over ranks."""
+    """The network, under torchrun in DDP: called like it, its gradients are means over ranks."""
     if not dist.is_initialized():
         return net
     ids = [device.index] if device.type == "cuda" else None
@@ -398,7 +423,7 @@ def synchronise_norms(net: nn.Module, device: torch.device) -> nn.Module:
 
 
 def gather(part: torch.Tensor, n: int, device: torch.device) -> torch.Tensor:
-    """Rows rank, rank + world, ... of n from every rank -> all (n, D) fp32 rows on the CPU of every rank."""
+    """Rows rank, rank + world, ... of n from every rank -> all rows (n, D) fp32 on every CPU."""
     if not dist.is_initialized():
         return part
     rank, world = dist.get_rank(), dist.get_world_size()
@@ -427,7 +452,7 @@ def end() -> None:
 # ---- signals
 
 class Patient:
-    """A stream for print() whose reader may go away: what it would say of that is no error."""
+    """stdout or stderr whose reader may go away: that must not end a step before it is saved."""
 
     left = False  # has this program been told to stop?
 
@@ -492,7 +517,8 @@ class Stop:
 
 
 def keep_signals_from_worker(worker_id: int) -> None:
-    """For DataLoader's worker_init_fn: Ctrl-C goes to a group of processes; only the main one shall get it."""
+    """For DataLoader's worker_init_fn: only the main process shall get Ctrl-C."""
+    # A terminal sends it to a whole group of processes: a worker makes a group of its own.
     # Ignoring signals would not do: SIGTERM is how the main process ends its workers.
     if hasattr(os, "setpgid"):
         os.setpgid(0, 0)
@@ -523,8 +549,10 @@ def is_free(folder: Path) -> bool:
     # What Finder and Explorer leave belongs to nobody.
     left = {name for name in left if not is_temporary(name) and not name.startswith("._")}
     left = {name for name in left if name.lower() not in SYSTEM_FILES | {".ds_store"}}
+    if not left:
+        return True
     # Files of such names are only a run's beside its .lock.
-    return not left or ".lock" in left and left <= FIRST
+    return ".lock" in left and left <= FIRST
 
 
 def numbered(default: str) -> Path:
@@ -551,8 +579,12 @@ def refusal(out: Path) -> str | None:
 
 
 def folder(wanted: str | None, default: str, resume: str | None) -> Path:
-    """Where the run will write; makes nothing yet. A `wanted` one that holds something is a BadInput."""
-    if resume:  # locked before its last.pt is read
+    """Where the run will write. A `wanted` folder that holds something is a BadInput.
+
+    Makes nothing yet, so that an error in the flags leaves no folder; see claim().
+    """
+    # A run to go on with is locked at once, before its last.pt is read.
+    if resume:
         return claim(Path(resume), None, resume)
 
     def choose():
@@ -561,8 +593,9 @@ def folder(wanted: str | None, default: str, resume: str | None) -> Path:
         if as_text(nfc(wanted)) != nfc(wanted):
             raise BadInput(f"{wanted}: safetensors cannot open a path that is not UTF-8; name "
                            "another --out")
-        if why := refusal(Path(wanted)):
-            raise BadInput(why)
+        why_not = refusal(Path(wanted))
+        if why_not:
+            raise BadInput(why_not)
         return Path(wanted)
 
     return from_rank_0(choose)
@@ -627,13 +660,17 @@ def lock(out: Path, going_on: bool) -> bool:
     out.mkdir(parents=True, exist_ok=True)
     file = open(out / ".lock", "a")
     locked = try_lock(file)
+    usable = locked is not False  # None: the system has no locks
     # Another run may have come and gone since the look above.
-    if locked is False or not going_on and not is_free(out):
+    if not going_on and not is_free(out):
+        usable = False
+    if not usable:
         file.close()
         return False
     LOCKS.append(file)
+    # Half-written files of a run that was killed; without a lock its writer may still live.
     if locked:
-        for old in out.iterdir():  # of a killed run
+        for old in out.iterdir():
             if is_temporary(old.name):
                 old.unlink()
     return True
@@ -671,7 +708,7 @@ def again(out: Path) -> str:
 
 
 def check_same(out: Path, last: dict, same: dict) -> None:
-    """BadInput unless last.pt holds what `same` holds under each key: processes, weights, classes, teacher."""
+    """BadInput unless last.pt holds under each key what `same` holds, such as sha256 of weights."""
     advice = dict(world="start it with as many: torchrun --nproc_per_node={was}, or plain python "
                         "for 1",
                   amp="choose it by --amp bf16 or off",
@@ -704,7 +741,7 @@ def facts(device: torch.device, world: int) -> dict:
 # ---- averaged weights
 
 class Ema:
-    """Exponential moving average of a network's weights: evaluate and keep .net instead of the network."""
+    """Exponential moving average of a network's weights: .net is what to evaluate and to keep."""
 
     def __init__(self, net: nn.Module, decay: float):
         self.live, self.decay = net, decay

@@ -27,8 +27,9 @@ COLUMNS = {"iou": "IoU", "f1": "F1", "precision": "prec.", "recall": "recall",
 
 
 class Counts:
-    """ignore_boundary: pixels so near to another label do not count, but in the scores of borders.
+    """Whole numbers per image, class and bin of confidence, of which every score is made.
 
+    ignore_boundary: pixels so near to another label count in the scores of borders only.
     temperature: of a calibrated model, for a second calibration error.
     """
 
@@ -38,8 +39,8 @@ class Counts:
             return torch.zeros(shape, dtype=torch.int64, device=device)
 
         self.matrices = zeros(images, classes, classes)
-        self.edges = zeros(classes, 7)  # of boundary_counts()
-        self.bins = zeros(metrics.BINS, 3)  # of confidence_bins()
+        self.edges = zeros(classes, 7)  # columns of boundary.boundary_counts()
+        self.bins = zeros(metrics.BINS, 3)  # columns of metrics.confidence_bins()
         self.calibrated_bins = zeros(metrics.BINS, 3)
         self.ignore_boundary = ignore_boundary
         self.temperature = temperature
@@ -78,6 +79,7 @@ class Counts:
             report[f"mean_{key}"] = or_none(values.nanmean().item())
             report[key] = metrics.by_class(names, values)
         for key, bins in (("ece", self.bins), ("ece_calibrated", self.calibrated_bins)):
+            # Masks come without confidence: nothing was counted.
             report[key] = or_none(metrics.ece(bins)) if bins.any() else None
         report["interval"] = intervals(self.matrices, scenes, names)
         return report
@@ -93,7 +95,7 @@ class Worst:
 
     def __init__(self, n: int = 6):
         self.n = n
-        self.rows = []  # (mIoU, number of the image, predicted ids)
+        self.rows = []  # (mIoU, number of the image, predicted ids), the worst first
 
     def add(self, i: int, cm: Tensor, pred: Tensor) -> None:
         """Image number i, its matrix (k, k) and its ids (H, W); left out if no pixel counts."""
@@ -102,10 +104,12 @@ class Worst:
             return
         if len(self.rows) == self.n and miou > self.rows[-1][0]:
             return
+        # Kept at the size of the picture: six scenes as they are may not fit into memory.
         small = plots.scaled(pred.cpu().numpy(), plots.PANEL, is_mask=True)
         self.keep([*self.rows, (miou, i, np.asarray(small))])
 
     def keep(self, rows: list[tuple]) -> None:
+        # Of equal mIoU the first image of the split, so that ranks change nothing.
         self.rows = sorted(rows, key=lambda row: row[:2])[:self.n]
 
     def over_ranks(self) -> None:
@@ -130,15 +134,15 @@ def table(report: dict) -> str:
             value = report[key][name]
             cells.append("   nan" if value is None else f"{value:6.3f}")
         share = report["pixels"][name] / total
-        found = between(report["interval"]["iou"][name])
-        lines.append(f"{name:{width}} {' '.join(cells)} {share:7.2%}   {found}")
+        interval = interval_text(report["interval"]["iou"][name])
+        lines.append(f"{name:{width}} {' '.join(cells)} {share:7.2%}   {interval}")
     return "\n".join(lines)
 
 
 def further(report: dict) -> str:
     """A line: the scores of all classes that the headline does not have."""
     interval = report["interval"]
-    parts = [f"mIoU 95 % interval {between(interval['miou'])} ({interval['scenes']} scenes)"]
+    parts = [f"mIoU 95 % interval {interval_text(interval['miou'])} ({interval['scenes']} scenes)"]
     titles = {"kappa": "kappa", "mean_boundary_iou": "boundary IoU", "mean_boundary_f1": "F1",
               "ece": "calibration error", "ece_calibrated": "calibrated"}
     for key, title in titles.items():
@@ -147,5 +151,5 @@ def further(report: dict) -> str:
     return "    " + ", ".join(parts)
 
 
-def between(pair: list[float] | None) -> str:
+def interval_text(pair: list[float] | None) -> str:
     return "-" if pair is None else f"{pair[0]:.3f} to {pair[1]:.3f}"

@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 import rasterio
 
-from data.results import Finished, areas, mark_of, qml, summary
+from data.results import Finished, area_summary, areas, mark_of, qml
 from data.tiff import Tiff
 
 
@@ -53,17 +53,33 @@ def test_areas_by_class_in_pixels_metres_and_hectares(tmp_path):
         pass
     a = areas(counted(_0=2000, _1=30, _255=7), Tiff(tmp_path / "a.tif").georef)
     b = areas(counted(_1=100), None)
-    found = json.loads(json.dumps(summary(dict(a=a), ["land", "sea"])))
+    found = json.loads(json.dumps(area_summary(dict(a=a), ["land", "sea"])))
     assert found["images"]["a"] == dict(
         pixels=dict(land=2000, sea=30), without_class=7, pixel_m2=10.0, m2=dict(land=20000, sea=300),
         hectares=dict(land=2.0, sea=0.03))
-    assert found["total"]["hectares"] == dict(land=2.0, sea=0.03)
-    found = summary(dict(a=a, b=b), ["land", "sea"])
+    assert found["total"] == dict(pixels=dict(land=2000, sea=30), without_class=7, m2=dict(land=20000, sea=300),
+                                  hectares=dict(land=2.0, sea=0.03))
+    found = area_summary(dict(a=a, b=b), ["land", "sea"])
     assert found["images"]["b"]["area"] == "not known: no georeference"
     assert found["total"] == dict(
         pixels=dict(land=2000, sea=130), without_class=7, area="not known: b: no georeference")
     b["pixel_m2"] = 1.0
-    assert summary(dict(a=a, b=b), ["land", "sea"])["total"]["m2"] == dict(land=20000, sea=400)
+    assert area_summary(dict(a=a, b=b), ["land", "sea"])["total"]["m2"] == dict(land=20000, sea=400)
+
+
+def test_areas_carry_no_noise_and_sums_are_of_what_was_not_rounded():
+    """0.1 m x 0.1 m: 7 pixels are 0.07 m2; in binary 0.1 * 0.1 * 7 is 0.07000000000000002."""
+    facts = dict(pixels=counted(_0=7, _1=123_456_789).tolist(), pixel_m2=0.1 * 0.1, unknown="")
+    found = area_summary(dict(a=facts), ["land", "sea"])
+    assert found["images"]["a"]["pixel_m2"] == 0.01
+    for table in (found["images"]["a"], found["total"]):
+        assert table["m2"] == dict(land=0.07, sea=1234567.89)
+        assert table["hectares"] == dict(land=0.000007, sea=123.456789)
+    # Of four images with a third of 0.0001 m2 each, none of them has one, all together have.
+    third = dict(pixels=counted(_0=1).tolist(), pixel_m2=0.0001 / 3, unknown="")
+    found = area_summary(dict.fromkeys("abcd", third), ["land"])
+    assert [table["m2"]["land"] for table in found["images"].values()] == [0, 0, 0, 0]
+    assert found["total"]["m2"] == dict(land=0.0001)
 
 
 def test_the_style_names_and_colours_every_value():

@@ -20,6 +20,7 @@ from .predicted import Predicted, curate_command, open_source, read_index
 # ---- wrong labels
 
 def make_folds(args) -> None:
+    """Split files, and the commands that train and score by them."""
     source = Source(args.dataset, args.root, args.variant, cache="off", need=("train",))
     out = Written(args.out, args.overwrite)
     splits = folds.fold_splits(source, args.number, args.seed)
@@ -32,6 +33,7 @@ def make_folds(args) -> None:
 
 
 def find_suspects(args) -> None:
+    """suspects.csv, suspects.json, images.csv and suspects.png of one or more models."""
     out = Written(args.out or Path(args.folders[0]) / "suspects", args.overwrite)
     files = ["suspects.csv", "suspects.json", "images.csv", "suspects.png"]
     out.check(files)
@@ -55,6 +57,7 @@ def find_suspects(args) -> None:
 
 
 def make_page(args) -> None:
+    """review.html beside suspects.json."""
     out = Written(args.suspects.parent, args.overwrite)
     out.check(["review.html"])
     found = review.read_suspects(args.suspects)
@@ -73,6 +76,7 @@ def make_page(args) -> None:
 
 
 def apply_decisions(args) -> None:
+    """A new folder of masks, and what to write into dataset.json."""
     decisions = masks.read_decisions(args.decisions)
     source = open_source(decisions, args.root)
     manifest = masks.plan(decisions, source, args.out, args.including_heldout)
@@ -101,11 +105,13 @@ def apply_decisions(args) -> None:
 
 
 def revert_decisions(args) -> None:
+    """Regions of a folder of masks as they were."""
     count = masks.revert(args.masks, args.region)
     print(f"{args.masks}: {count} regions as they were")
 
 
 def verify_masks(args) -> None:
+    """A line for each file that is not as it was written; then it is a BadInput."""
     faults = masks.verify(args.masks)
     for line in faults:
         print(line)
@@ -117,6 +123,7 @@ def verify_masks(args) -> None:
 # ---- what to label next
 
 def choose_next(args) -> None:
+    """next.txt, next.csv and next.png: images in the order in which to label them."""
     if args.budget < 1:
         raise BadInput(f"--budget {args.budget}: expected a number of images from 1")
     out = Written(args.out or Path(args.folders[0]) / "next", args.overwrite)
@@ -164,6 +171,7 @@ def data_flags(args) -> str:
 
 
 def write_stats(args) -> None:
+    """shares.csv, stats.json and stats.png, and a line for each rare class."""
     out = Written(args.out, args.overwrite)
     files = ["shares.csv", "stats.json", "stats.png"]
     out.check(files)
@@ -179,6 +187,7 @@ def write_stats(args) -> None:
 
 
 def filter_images(args) -> None:
+    """split.json without some training images, and record.json that names them."""
     out = Written(args.out, args.overwrite)
     out.check(["split.json", "record.json"])
     splits, removed = shares.without(counted_classes(args), args.name, args.at_most)
@@ -191,6 +200,7 @@ def filter_images(args) -> None:
 
 
 def replicate_images(args) -> None:
+    """replicated.txt for --replicate, and record.json."""
     out = Written(args.out, args.overwrite)
     out.check(["replicated.txt", "record.json"])
     names = shares.with_at_least(counted_classes(args), args.names, args.share)
@@ -202,6 +212,7 @@ def replicate_images(args) -> None:
 
 
 def cut_tiles(args) -> None:
+    """A data set of tiles: images, masks, lists of splits, tiles.csv and dataset.json."""
     if not 0 <= args.overlap < args.side:
         raise BadInput(f"--side {args.side} --overlap {args.overlap}: expected an overlap from 0 "
                        "to less than the side")
@@ -239,6 +250,7 @@ def cut_tiles(args) -> None:
 
 
 def merge_sets(args) -> None:
+    """A data set of several: links to images, masks, lists of splits, dataset.json and a record."""
     sources = [Source(root=root, cache="off", need=()) for root in args.roots]
     merge.check_alike(sources)
     class_map = merge.read_map(args.map, sources)
