@@ -125,7 +125,8 @@ def test_what_is_no_json_or_of_another_shape_is_one_short_line(tmp_path, content
     (tmp_path / "a.json").write_bytes(content)
     with pytest.raises(BadInput, match=f"a.json: .*{said}") as e:
         read_json(tmp_path / "a.json")
-    assert "\n" not in str(e.value) and len(str(e.value)) < 300
+    told = str(e.value).removeprefix(str(tmp_path))
+    assert "\n" not in told and len(told) < 260
 
 
 def test_what_is_no_file_is_named(tmp_path, monkeypatch):
