@@ -76,7 +76,8 @@ def label_programs(add) -> None:
 
     q = add("apply", programs.apply_decisions,
             "carry decisions out in a new folder of masks; the originals stay")
-    q.add_argument("decisions", type=Path, help="decisions.json")
+    q.add_argument("decisions", type=Path,
+                   help="what the page exports: regions with verdict accept, keep, skip or other")
     q.add_argument("--out", type=Path, required=True, help="new folder for all masks")
     q.add_argument("--root", help="data folder (as when suspects were searched)")
     q.add_argument("--dry-run", action="store_true", help="say what would change, write nothing")

@@ -24,7 +24,7 @@ def check_region(row: dict, where: str | Path, **more: type) -> None:
         value = row.get(key)
         if not fits(value, kind) or key == "box" and (len(value) != 4 or min(value) < 0):
             raise BadInput(f"{where}: {key!r} of a region is {reprlib.repr(value)}; expected a "
-                           "file that data.curate has written")
+                           "file that suspects, or the page of review, has written")
 
 
 def to_runs(inside: np.ndarray) -> list[int]:
