@@ -15,8 +15,6 @@ is named and left out; exit code 2. Killed, the same command goes on where it st
 are replaced that predict.py wrote and nobody has changed since. Of a classification run it writes
 OUT/predictions.csv (file, class, probability, next classes) and montage.png.
 """
-import csv
-import io
 import os
 import sys
 import time
@@ -33,7 +31,7 @@ from PIL import Image
 from torch import nn
 
 from data import plots
-from data.common import IGNORE, BadInput, Written, escaped, minutes, progress
+from data.common import IGNORE, BadInput, Written, csv_text, escaped, minutes, progress
 from data.datasets import NORMS
 from data.files import SUFFIXES, image_name, images_in, is_image, not_used, typed
 from data.io import Labels, read_image
@@ -400,15 +398,13 @@ def table_text(rows, top):
     header = ["file"]
     for i in range(top):
         header += [f"class_{i + 1}", f"probability_{i + 1}"]
-    text = io.StringIO()
-    table = csv.writer(text, lineterminator="\n")
-    table.writerow(header)
+    table = [header]
     for file, ps, cs in rows:
         cells = [file]
         for c, p in zip(cs[:top], ps):
             cells += [c, f"{p:.4f}"]
-        table.writerow(cells)
-    return text.getvalue()
+        table.append(cells)
+    return csv_text(table)
 
 
 def surest(rows, names, n, load):

@@ -12,6 +12,7 @@ patterns of the user, escaped() and print_anything() for names that go to a term
 """
 import codecs
 import contextlib
+import csv
 import hashlib
 import io
 import json
@@ -302,6 +303,13 @@ def without_nan(value):
     if isinstance(value, float) and not math.isfinite(value):
         return None
     return value
+
+
+def csv_text(rows: Iterable[Iterable]) -> str:
+    """The rows as text, cells with commas between them."""
+    text = io.StringIO()
+    csv.writer(text, lineterminator="\n").writerows(rows)
+    return text.getvalue()
 
 
 def json_lines(rows: list[dict]) -> str:

@@ -5,7 +5,6 @@
     write("matrices.npz", pack_matrices(...))      what compare() reads
     print(compare(read_scored("runs/a"), read_scored("runs/b")))     which is better, how surely
 """
-import csv
 import io
 import zipfile
 from pathlib import Path
@@ -16,7 +15,7 @@ import torch
 from torch import Tensor
 
 from . import metrics
-from .common import BadInput, check_file, read_json
+from .common import BadInput, check_file, csv_text, read_json
 
 # What two results must have in common to be compared, in eval.json's protocol.
 SAME = {
@@ -40,14 +39,12 @@ def intervals(matrices: Tensor, scenes: list[str], names: list[str]) -> dict:
 
 def scene_table(images: list[str], scenes: list[str], matrices: Tensor, names: list[str]) -> str:
     """CSV: image, scene, mIoU of the classes in it, OA, pixels, IoU of each class or nothing."""
-    text = io.StringIO()
-    table = csv.writer(text, lineterminator="\n")
-    table.writerow(["image", "scene", "mIoU", "OA", "pixels", *(f"IoU {name}" for name in names)])
+    table = [["image", "scene", "mIoU", "OA", "pixels", *(f"IoU {name}" for name in names)]]
     for image, scene, cm in zip(images, scenes, matrices):
         ious = metrics.iou(cm)
         cells = [image, scene, digits(ious.nanmean().item()), digits(metrics.oa(cm)), int(cm.sum())]
-        table.writerow([*cells, *map(digits, ious.tolist())])
-    return text.getvalue()
+        table.append([*cells, *map(digits, ious.tolist())])
+    return csv_text(table)
 
 
 def digits(value: float) -> str:

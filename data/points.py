@@ -30,7 +30,8 @@ import numpy as np
 import torch
 from numpy.random import Generator
 
-from .common import IGNORE, SHORT, BadInput, as_bytes, nfc, number, read_json, read_text, write
+from .common import (
+    IGNORE, SHORT, BadInput, as_bytes, csv_text, nfc, number, read_json, read_text, write)
 from .crops import nearest
 from .datasets import SegDataset, normalise
 from .files import Names, about_encoding
@@ -335,9 +336,7 @@ def write_points(path: str | Path, points: Points, names: list[str]) -> None:
     for image, drawn in points.items():
         rows += [(image, int(x), int(y), names[c]) for x, y, c in drawn]
     if Path(path).suffix.lower() not in GEOJSON:
-        text = io.StringIO()
-        csv.writer(text, lineterminator="\n").writerows([COLUMNS, *rows])
-        write(path, text.getvalue())
+        write(path, csv_text([COLUMNS, *rows]))
         return
     features = []
     for image, x, y, label in rows:

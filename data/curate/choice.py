@@ -7,8 +7,6 @@
 Greedy k-centre (Sener and Savarese, ICLR 2018), weighted: each next image has the largest product
 of doubt and distance to the nearest image that is labelled or chosen already.
 """
-import csv
-import io
 import math
 from pathlib import Path
 from typing import NamedTuple
@@ -16,7 +14,7 @@ from typing import NamedTuple
 import numpy as np
 
 from .. import plots
-from ..common import BadInput, check_file, read_json
+from ..common import BadInput, check_file, csv_text, read_json
 from ..datasets import in_threads, part_of
 from ..files import match
 from ..io import read_valid
@@ -135,12 +133,10 @@ def choose(doubt: np.ndarray, features: np.ndarray, budget: int,
 
 def table(pool: Pool, doubt: np.ndarray, order: list[int], distances: list[float]) -> str:
     """next.csv: the images in the order in which to label them."""
-    text = io.StringIO()
-    rows = csv.writer(text, lineterminator="\n")
-    rows.writerow(["rank", "image", "entropy", "distance"])
+    rows = [["rank", "image", "entropy", "distance"]]
     for rank, (i, distance) in enumerate(zip(order, distances), 1):
-        rows.writerow([rank, pool.names[i], f"{doubt[i]:.4f}", f"{distance:.4f}"])
-    return text.getvalue()
+        rows.append([rank, pool.names[i], f"{doubt[i]:.4f}", f"{distance:.4f}"])
+    return csv_text(rows)
 
 
 def sheet(pool: Pool, doubt: np.ndarray, order: list[int], root: str | None) -> plots.Picture:

@@ -5,15 +5,13 @@
     splits, removed = without(counted, "water", 0.5)    train without images of more than 50 % water
     names = with_at_least(counted, ["pool"], 0.05)      training images to show more often
 """
-import csv
-import io
 from typing import NamedTuple
 
 import numpy as np
 from PIL import ImageDraw
 
 from .. import plots
-from ..common import BadInput, nfc
+from ..common import BadInput, csv_text, nfc
 from ..datasets import count_ids, in_threads, part_of
 from ..samplers import rich
 from ..source import Source, rare_classes
@@ -67,13 +65,11 @@ def shares_of(pixels: np.ndarray) -> np.ndarray:
 
 def csv_table(counted: Counted) -> str:
     """shares.csv: an image a line."""
-    text = io.StringIO()
-    table = csv.writer(text, lineterminator="\n")
-    table.writerow(["image", "split", *counted.source.names, "ignored pixels", "pixels"])
+    table = [["image", "split", *counted.source.names, "ignored pixels", "pixels"]]
     for name, row, share in zip(counted.images, counted.rows, shares_of(counted.rows)):
         digits = [f"{v:.6f}" for v in share]
-        table.writerow([name, counted.splits[name], *digits, row[-1], row.sum()])
-    return text.getvalue()
+        table.append([name, counted.splits[name], *digits, row[-1], row.sum()])
+    return csv_text(table)
 
 
 def by_name(counted: Counted, values: np.ndarray) -> dict:

@@ -8,8 +8,6 @@ A pixel is suspect where the most likely class is another one than the label, an
 likely as that class is on average where it is the label: the rule of confident learning (Northcutt
 et al., JAIR 2021). Suspect pixels of one label and one proposal that touch are a region.
 """
-import csv
-import io
 import zlib
 from collections import Counter
 from typing import NamedTuple
@@ -17,7 +15,7 @@ from typing import NamedTuple
 import numpy as np
 
 from .. import plots
-from ..common import IGNORE, even_sample
+from ..common import IGNORE, csv_text, even_sample
 from ..datasets import in_threads
 from ..points import components
 from .predicted import Predicted, read_sample
@@ -224,14 +222,12 @@ def as_rows(regions: list[Region], names: list[str]) -> list[dict]:
 
 def as_csv(rows: list[dict]) -> str:
     """suspects.csv: a line per region, by falling score."""
-    text = io.StringIO()
-    table = csv.writer(text, lineterminator="\n")
-    table.writerow(["image", "region", "top", "left", "height", "width", "pixels", "label",
-                    "proposed", "confidence", "score"])
+    table = [["image", "region", "top", "left", "height", "width", "pixels", "label", "proposed",
+              "confidence", "score"]]
     for row in rows:
-        table.writerow([row["image"], row["id"], *row["box"], row["pixels"], row["label"],
-                        row["proposed"], row["confidence"], row["score"]])
-    return text.getvalue()
+        table.append([row["image"], row["id"], *row["box"], row["pixels"], row["label"],
+                      row["proposed"], row["confidence"], row["score"]])
+    return csv_text(table)
 
 
 def images_csv(found: Suspects) -> str:
@@ -241,12 +237,10 @@ def images_csv(found: Suspects) -> str:
     for region in found.regions:
         regions[region.image] += 1
         pixels[region.image] += region.pixels
-    text = io.StringIO()
-    table = csv.writer(text, lineterminator="\n")
-    table.writerow(["image", "score", "regions", "suspect pixels"])
+    table = [["image", "score", "regions", "suspect pixels"]]
     for name, score in sorted(found.images.items(), key=lambda item: item[1]):
-        table.writerow([name, f"{score:.6f}", regions[name], pixels[name]])
-    return text.getvalue()
+        table.append([name, f"{score:.6f}", regions[name], pixels[name]])
+    return csv_text(table)
 
 
 def surroundings(box: list[int], size: tuple[int, int]) -> list[int]:

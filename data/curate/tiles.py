@@ -6,8 +6,6 @@
 
 Tiles are GeoTIFFs images/SCENE/NAME/TOP_LEFT.tif and masks/...; masks hold ids 0, 1, ... and 255.
 """
-import csv
-import io
 from collections import defaultdict
 from collections.abc import Iterator
 from pathlib import Path
@@ -16,7 +14,7 @@ from typing import NamedTuple
 import numpy as np
 
 from ..check.ground import footprint, overlaps
-from ..common import IGNORE, BadInput
+from ..common import IGNORE, BadInput, csv_text
 from ..datasets import part_of, scenes_of
 from ..io import stored_colours
 from ..raster import open_raster
@@ -162,12 +160,10 @@ def save_mask(path: str, tile: Tile, colors: np.ndarray, info: dict[str, str]) -
 
 def tile_table(rows: list[tuple]) -> str:
     """tiles.csv: where each tile is from; rows of (tile, split, image, window)."""
-    text = io.StringIO()
-    table = csv.writer(text, lineterminator="\n")
-    table.writerow(["tile", "split", "image", "top", "left", "height", "width"])
+    table = [["tile", "split", "image", "top", "left", "height", "width"]]
     for name, split, image, window in rows:
-        table.writerow([name, split, image, *window])
-    return text.getvalue()
+        table.append([name, split, image, *window])
+    return csv_text(table)
 
 
 def description_of(source: Source, splits: list[str]) -> dict:
