@@ -48,9 +48,7 @@ def from_runs(runs: list[int], size: tuple[int, int]) -> np.ndarray:
     return np.repeat(inside, runs).reshape(h, w)
 
 
-def part(box: list[int], offset: tuple[int, int] = (0, 0)) -> tuple[slice, slice]:
-    """A box (top, left, h, w), moved by `offset`, as an index of an array (H, W)."""
+def part(box: list[int]) -> tuple[slice, slice]:
+    """A box (top, left, h, w) as an index of an array (H, W)."""
     top, left, h, w = box
-    top += offset[0]
-    left += offset[1]
     return slice(top, top + h), slice(left, left + w)
