@@ -124,8 +124,6 @@ def verify_masks(args) -> None:
 
 def choose_next(args) -> None:
     """next.txt, next.csv and next.png: images in the order in which to label them."""
-    if args.budget < 1:
-        raise BadInput(f"--budget {args.budget}: expected a number of images from 1")
     out = Written(args.out or Path(args.folders[0]) / "next", args.overwrite)
     pool = choice.read_pool(args.folders)
     files = ["next.txt", "next.csv"]
