@@ -221,10 +221,10 @@ def applied(manifest: dict, out: Path) -> bool:
     return there.get("complete", False)
 
 
-def carry_out(manifest: dict, out: Path) -> None:
-    """Write all masks into `out`. Killed and called again with the same plan it finishes."""
+def carry_out(manifest: dict, out: Path) -> bool:
+    """Write all masks into `out`; False: they are there. Killed and called again it finishes."""
     if applied(manifest, out):
-        return
+        return False
     # Not complete: verify and revert refuse it, and apply begins anew.
     write(out / MANIFEST, manifest)
     labels = Labels.of(manifest["labels"])
@@ -237,6 +237,7 @@ def carry_out(manifest: dict, out: Path) -> None:
             if re.search(r"\.\d+\.tmp$", file.name):
                 file.unlink()
     write(out / MANIFEST, manifest | {"complete": True})
+    return True
 
 
 def write_new(path: Path, original: Path, regions: list[dict], labels: Labels) -> None:

@@ -89,10 +89,9 @@ def apply_decisions(args) -> None:
     if args.dry_run:
         print("nothing was written; leave --dry-run out to write")
         return
-    if masks.applied(manifest, args.out):
+    if not masks.carry_out(manifest, args.out):
         print(f"{args.out}: written already by these decisions; nothing to do")
         return
-    masks.carry_out(manifest, args.out)
     print(f"wrote {args.out}/: {len(manifest['masks'])} masks and manifest.json")
     patterns = masks.new_patterns(source, args.out)
     value = json.dumps(patterns[0] if len(patterns) == 1 else patterns, ensure_ascii=False)
