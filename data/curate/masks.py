@@ -26,13 +26,12 @@ from ..files import is_image, match, star_key
 from ..io import Labels
 from ..raster import open_raster
 from ..source import Source
-from ..tiff import mask_beside
+from ..tiff import KEY_TAGS, MODEL_TAGS, Tag, mask_beside
 from .regions import check_region, from_runs, part
 
 HELD_OUT = {"val", "test", "select"}
 MANIFEST = "manifest.json"
-PLACE_TAGS = (33550, 33922, 34264, 34735, 34736, 34737)  # of GeoTIFF; 42112 and 42113 are GDAL's
-KEPT_TAGS = (*PLACE_TAGS, 42112, 42113)
+KEPT_TAGS = (*MODEL_TAGS, *KEY_TAGS, Tag.GDALMetadata, Tag.GDALNoData)
 
 
 # ---- what is to be done
