@@ -132,24 +132,34 @@ class Written:
         def save_and_list(temporary):
             save(temporary)
             # Listed before the new name: if the process is killed here, the old file still counts
-            # by its older line. One short write to the end, so that processes do not mix lines.
-            line = json.dumps({"file": name, "sha256": file_sha256(temporary)})
-            with open(self.list, "ab", buffering=0) as f:
-                f.write(b"\n" + line.encode())
+            # by its older line.
+            add_row(self.list, dict(file=name, sha256=file_sha256(temporary)))
 
         replace(self.folder / name, save_and_list)
 
     def read_list(self) -> set[tuple[str, str]]:
         """(name, sha256) of every file ever written."""
-        if not self.list.exists():
-            return set()
-        found = set()
-        for line in self.list.read_bytes().splitlines():
-            # Lines begin with their line break: one that a full disk cut off spoils no other.
-            with contextlib.suppress(ValueError, LookupError, TypeError):
-                row = json.loads(line)
-                found.add((row["file"], row["sha256"]))
-        return found
+        rows = read_rows(self.list, file=str, sha256=str)
+        return {(row["file"], row["sha256"]) for row in rows}
+
+
+def add_row(path: Path, row: dict) -> None:
+    """One more row in a list that processes share."""
+    # One short write to the end, so that they do not mix lines. A line begins with its line break:
+    # one that a full disk or the end of a process cut off spoils no other.
+    with open(path, "ab", buffering=0) as f:
+        f.write(b"\n" + json.dumps(row).encode())
+
+
+def read_rows(path: Path, **fields: type) -> list[dict]:
+    """What add_row() has written, if anything; rows that lack one of `fields` are passed over."""
+    rows = []
+    for line in path.read_bytes().splitlines() if path.exists() else ():
+        with contextlib.suppress(ValueError):
+            row = json.loads(line)
+            if fits(row, dict) and all(fits(row.get(key), kind) for key, kind in fields.items()):
+                rows.append(row)
+    return rows
 
 
 def file_sha256(path: str | Path) -> str:

@@ -22,7 +22,7 @@ from xml.sax.saxutils import quoteattr
 import numpy as np
 from PIL import Image
 
-from .common import IGNORE, BadInput, Written, file_sha256, read_json
+from .common import IGNORE, BadInput, Written, add_row, file_sha256, read_json, read_rows
 from .files import with_companions
 from .io import Labels, id_image
 from .strips import Strips
@@ -192,12 +192,8 @@ class Finished:
         self.folder = Path(folder)
         self.list = self.folder / ".finished.jsonl"
         self.rows = {}
-        lines = self.list.read_bytes().splitlines() if self.list.exists() else []
-        for line in lines:
-            # A killed process or a full disk leaves half a line.
-            with contextlib.suppress(ValueError, LookupError, TypeError):
-                row = json.loads(line)
-                self.rows[row["image"]] = {key: row[key] for key in ("mark", "files", "facts")}
+        for row in read_rows(self.list, image=str, mark=str, files=dict[str, str], facts=dict):
+            self.rows[row["image"]] = row
 
     def find(self, image: str, mark: str) -> dict | None:
         """The facts of an image, if its files of this mark are there and unchanged."""
@@ -213,10 +209,8 @@ class Finished:
     def add(self, image: str, mark: str, names: list[str], facts: dict) -> None:
         """All files of an image are written."""
         digests = {name: file_sha256(self.folder / name) for name in names}
-        row = dict(mark=mark, files=digests, facts=facts)
-        # One short write to the end, so that processes do not mix lines.
-        with open(self.list, "ab", buffering=0) as f:
-            f.write(b"\n" + json.dumps(dict(image=image, **row)).encode())
+        row = dict(image=image, mark=mark, files=digests, facts=facts)
+        add_row(self.list, row)
         self.rows[image] = row
 
 
