@@ -422,13 +422,21 @@ def synchronise_norms(net: nn.Module, device: torch.device) -> nn.Module:
     return net
 
 
+def of_ranks(part) -> list:
+    """What every rank has, first that of rank 0: [part] without torchrun."""
+    if not dist.is_initialized():
+        return [part]
+    found = [None] * dist.get_world_size()
+    dist.all_gather_object(found, part)
+    return found
+
+
 def gather(part: torch.Tensor, n: int, device: torch.device) -> torch.Tensor:
     """Rows rank, rank + world, ... of n from every rank -> all rows (n, D) fp32 on every CPU."""
     if not dist.is_initialized():
         return part
     rank, world = dist.get_rank(), dist.get_world_size()
-    widths = [0] * world
-    dist.all_gather_object(widths, part.shape[1])  # 0 where a rank had no row
+    widths = of_ranks(part.shape[1])  # 0 where a rank had no row
     whole = torch.zeros(n, max(widths), device=device)
     if len(part):
         whole[rank::world] = part.to(device)
