@@ -256,6 +256,11 @@ def parse_color(text: str) -> tuple[int, int, int]:
         raise BadInput(f"colour {text!r}; expected six hex digits such as '#3C1098'") from None
 
 
+def color_text(color: np.ndarray) -> str:
+    """(3,) uint8, [60 16 152] -> '#3c1098'."""
+    return "#" + color.tobytes().hex()
+
+
 def pack(color: np.ndarray) -> np.ndarray:
     """(..., 3) -> (...) int32: one number per colour, 0xRRGGBB."""
     r, g, b = np.moveaxis(color.astype(np.int32), -1, 0)

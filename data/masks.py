@@ -13,7 +13,7 @@ import numpy as np
 from .common import IGNORE, BadInput, nfc, progress
 from .datasets import SegDataset
 from .files import check_folder, image_name, walk
-from .io import Labels
+from .io import Labels, color_text
 
 LOSSLESS = (".png", ".tif", ".tiff", ".bmp")  # a JPEG does not keep ids
 BLACK = "#000000"  # no class, in masks of colours
@@ -63,7 +63,7 @@ def mask_table(values: str, labels: Labels) -> Labels:
     ignored = [IGNORE]
     classes = [dict(name=name, id=i) for i, name in enumerate(labels.names)]
     if values == "color":
-        colors = [f"#{r:02X}{g:02X}{b:02X}" for r, g, b in labels.colors.tolist()]
+        colors = [color_text(color) for color in labels.colors]
         classes = [dict(name=name, color=color) for name, color in zip(labels.names, colors)]
         ignored = [] if BLACK in colors else [BLACK]
     return Labels(classes, ignored)

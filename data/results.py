@@ -24,7 +24,7 @@ from PIL import Image
 
 from .common import IGNORE, BadInput, Written, add_row, file_sha256, read_json, read_rows
 from .files import with_companions
-from .io import Labels, id_image
+from .io import Labels, color_text, id_image
 from .strips import Strips
 from .tiff import Georef, Tiff, TiffWriter, world_files
 
@@ -286,8 +286,8 @@ def by_class(m2: np.ndarray, names: list[str]) -> dict:
 def qml(names: list[str], values: list[int], colors: np.ndarray) -> str:
     """A style that QGIS takes with NAME.tif by itself: the values' names and colours."""
     entries = []
-    for name, value, color in zip(names, values, colors.tolist()):
-        code = "#" + bytes(color).hex()
+    for name, value, color in zip(names, values, colors):
+        code = color_text(color)
         entries.append(f'     <paletteEntry value="{value}" color="{code}" alpha="255" '
                        f"label={quoteattr(name)}/>\n")
     return ("<!DOCTYPE qgis PUBLIC 'http://mrcc.com/qgis.dtd' 'SYSTEM'>\n"

@@ -14,6 +14,7 @@ import numpy as np
 
 from ..common import IGNORE, BadInput, nfc, read_json
 from ..files import is_image
+from ..io import color_text
 from ..source import Source
 from .masks import beside
 from .predicted import curate_command
@@ -62,7 +63,7 @@ def merged_classes(sources: list[Source], class_map: Map) -> tuple[list[dict], l
     for source in sources:
         for i, to in enumerate(class_map[source.name].values()):
             if to is not None:
-                colors.setdefault(to, "#" + source.labels.colors[i].tobytes().hex())
+                colors.setdefault(to, color_text(source.labels.colors[i]))
     names = list(colors)
     tables = []
     for source in sources:

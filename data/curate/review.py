@@ -19,7 +19,7 @@ from PIL import Image
 
 from ..common import BadInput, file_sha256, read_json
 from ..datasets import in_threads
-from ..io import id_image
+from ..io import color_text, id_image
 from ..source import Source
 from .predicted import read_sample
 from .regions import check_region, from_runs, part
@@ -63,7 +63,7 @@ def page_of(suspects: dict, source: Source, limit: int, controls: int, seed: int
     about = {key: suspects.get(key) for key in KEPT}
     about |= {"suspects": suspects["sha256"], "seed": seed}
     drawn = json.dumps([suspects["sha256"], limit, controls, seed])
-    colors = ["#" + color.tobytes().hex() for color in source.labels.colors]
+    colors = [color_text(color) for color in source.labels.colors]
     return dict(
         key="nanors-review-" + hashlib.sha256(drawn.encode()).hexdigest()[:16],
         about=about, classes=source.names, colors=dict(zip(source.names, colors)),

@@ -16,7 +16,7 @@ import numpy as np
 from ..check.ground import footprint, overlaps
 from ..common import IGNORE, BadInput, csv_text
 from ..datasets import part_of, scenes_of
-from ..io import stored_colours
+from ..io import color_text, stored_colours
 from ..raster import open_raster
 from ..source import Source
 from ..tiff import MODEL_TAGS, Georef, Window, write_tiff
@@ -170,8 +170,7 @@ def description_of(source: Source, splits: list[str]) -> dict:
     """dataset.json of the tiles, whose splits are listed in SPLIT.txt."""
     classes = []
     for i, c in enumerate(source.labels.classes):
-        color = "#" + source.labels.colors[i].tobytes().hex()
-        classes.append({"name": c["name"], "id": i, "color": color})
+        classes.append(dict(name=c["name"], id=i, color=color_text(source.labels.colors[i])))
     kept = {key: source.description[key] for key in KEPT if key in source.description}
     return {"name": f"{source.name}-tiles", "images": "images/**/*.tif", "masks": "masks/**/*.tif",
             "classes": classes, "ignore": [IGNORE], "scene": "images/([^/]*)/",
