@@ -10,7 +10,7 @@ import numpy as np
 from ..common import BadInput
 from ..datasets import scenes_of, script_command
 from ..source import Source
-from .predicted import curate_command
+from .predicted import curate_command, data_flags
 
 
 def groups_of_train(source: Source) -> dict[str, str]:
@@ -55,11 +55,7 @@ def fold_splits(source: Source, number: int, seed: int) -> list[dict[str, list[s
 
 def commands(source: Source, out: Path, number: int) -> list[str]:
     """What to type: a training and a scoring for each fold, then the search for suspects."""
-    data = f"--root {quote(str(source.root))}"
-    if source.kind != "folder":
-        data = f"--dataset {source.kind} {data}"
-        if source.description.get("variant"):
-            data += f" --variant {source.description['variant']}"
+    data = data_flags(source.root, source.kind, source.description.get("variant"))
     if not source.splits.get("val") and not source.splits.get("select"):
         data += " --final"  # nothing to choose weights by
     lines = []

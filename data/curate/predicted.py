@@ -6,6 +6,7 @@
 """
 from collections.abc import Iterator
 from pathlib import Path
+from shlex import quote
 
 import numpy as np
 
@@ -25,6 +26,16 @@ def curate_command(words: str) -> str:
     if Path.cwd() == PROJECT:
         return f"python -m data.curate {words}"
     return f"{script_command('data/curate')} {words}"
+
+
+def data_flags(root: str | Path, kind: str, variant: str | None) -> str:
+    """The flags by which a script finds this data set."""
+    flags = f"--root {quote(str(root))}"
+    if kind != "folder":
+        flags = f"--dataset {kind} {flags}"
+        if variant:
+            flags += f" --variant {quote(variant)}"
+    return flags
 
 
 def read_index(folder: str | Path, need: str) -> dict:

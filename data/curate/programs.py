@@ -14,7 +14,7 @@ from ..datasets import check_command, script_command
 from ..io import id_image, parse_color
 from ..source import Source
 from . import choice, folds, masks, merge, review, shares, suspects, tiles
-from .predicted import Predicted, curate_command, open_source, read_index
+from .predicted import Predicted, curate_command, data_flags, open_source, read_index
 
 
 # ---- wrong labels
@@ -157,16 +157,6 @@ def counted_classes(args) -> shares.Counted:
     return shares.count_classes(Source(args.dataset, args.root, args.variant, cache="off", need=()))
 
 
-def data_flags(args) -> str:
-    # -> what training commands repeat
-    flags = f"--root {quote(str(args.root))}"
-    if args.dataset != "folder":
-        flags = f"--dataset {args.dataset} {flags}"
-    if args.variant:
-        flags += f" --variant {quote(args.variant)}"
-    return flags
-
-
 def write_stats(args) -> None:
     """shares.csv, stats.json and stats.png, and a line for each rare class."""
     out = Written(args.out, args.overwrite)
@@ -191,8 +181,9 @@ def filter_images(args) -> None:
     out.write("split.json", splits)
     out.write("record.json", dict(root=str(args.root), at_most={args.name: args.at_most},
                                   removed=removed))
+    data = data_flags(args.root, args.dataset, args.variant)
     print(f"train without {len(removed)} images, {len(splits['train'])} left; now type: "
-          f"{script_command('train_seg.py')} {data_flags(args)} --split-file "
+          f"{script_command('train_seg.py')} {data} --split-file "
           f"{quote(str(out.folder / 'split.json'))}")
 
 
@@ -204,8 +195,9 @@ def replicate_images(args) -> None:
     out.write("replicated.txt", "".join(f"{name}\n" for name in names))
     out.write("record.json", dict(root=str(args.root), at_least={n: args.share for n in args.names},
                                   images=names))
+    data = data_flags(args.root, args.dataset, args.variant)
     print(f"{len(names)} training images to repeat; now type: {script_command('train_kd.py')} "
-          f"{data_flags(args)} --replicate {quote(str(out.folder / 'replicated.txt'))}")
+          f"{data} --replicate {quote(str(out.folder / 'replicated.txt'))}")
 
 
 def cut_tiles(args) -> None:
