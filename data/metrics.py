@@ -169,11 +169,12 @@ def report(cm: Tensor, names: list[str], without: dict[str, list[str]] = {}) -> 
 
 def by_class(names: list[str], values: Tensor) -> dict[str, float | None]:
     """{class: score}, None for NaN."""
-    out = {}
-    for name, value in zip(names, values.tolist()):
-        # Six digits: the files stay readable.
-        out[name] = None if np.isnan(value) else round(value, 6)
-    return out
+    return {name: or_none(value) for name, value in zip(names, values.tolist())}
+
+
+def or_none(value: float) -> float | None:
+    """Six digits, so that the files stay readable; JSON has no NaN."""
+    return None if np.isnan(value) else round(value, 6)
 
 
 def headline(r: dict, without: dict[str, list[str]] = {}) -> str:

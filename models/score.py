@@ -70,23 +70,18 @@ class Counts:
         """metrics.report(), and kappa, borders, calibration and intervals; NaN as None."""
         cm = self.matrices.sum(0)
         report = metrics.report(cm, names, without)
-        report["kappa"] = or_none(metrics.kappa(cm))
+        report["kappa"] = metrics.or_none(metrics.kappa(cm))
         report["specificity"] = metrics.by_class(names, metrics.specificity(cm))
         edges = {"boundary_iou": boundary.boundary_iou(self.edges),
                  "boundary_f1": boundary.boundary_f1(self.edges)}
         for key, values in edges.items():
-            report[f"mean_{key}"] = or_none(values.nanmean().item())
+            report[f"mean_{key}"] = metrics.or_none(values.nanmean().item())
             report[key] = metrics.by_class(names, values)
         for key, bins in (("ece", self.bins), ("ece_calibrated", self.calibrated_bins)):
             # Masks come without confidence: nothing was counted.
-            report[key] = or_none(metrics.ece(bins)) if bins.any() else None
+            report[key] = metrics.or_none(metrics.ece(bins)) if bins.any() else None
         report["interval"] = intervals(self.matrices, scenes, names)
         return report
-
-
-def or_none(value: float) -> float | None:
-    """Six digits; JSON has no NaN."""
-    return None if math.isnan(value) else round(value, 6)
 
 
 class Worst:
