@@ -253,7 +253,7 @@ def area_summary(facts: dict[str, dict], names: list[str]) -> dict:
         why, image = next(iter(unknown.items()), ("no image", ""))
         total["area"] = f"not known: {image}: {why}"
     else:
-        total |= by_class(m2, names)
+        total |= areas_by_class(m2, names)
     return dict(images=images, total=total)
 
 
@@ -264,7 +264,7 @@ def area_table(pixels: np.ndarray, pixel_m2: float | None, unknown: str, names: 
         return table | dict(area=f"not known: {unknown}")
     # A pixel of 0.1 x 0.1 m has 0.010000000000000002 m2 in binary numbers.
     shown = float(f"{pixel_m2:.12g}")
-    return table | dict(pixel_m2=shown) | by_class(pixels * pixel_m2, names)
+    return table | dict(pixel_m2=shown) | areas_by_class(pixels * pixel_m2, names)
 
 
 def pixel_table(pixels: np.ndarray, names: list[str]) -> dict:
@@ -274,7 +274,7 @@ def pixel_table(pixels: np.ndarray, names: list[str]) -> dict:
     return dict(pixels=by_name, without_class=int(pixels[k:].sum()))
 
 
-def by_class(m2: np.ndarray, names: list[str]) -> dict:
+def areas_by_class(m2: np.ndarray, names: list[str]) -> dict:
     """Square metres of every id -> m2 and hectares by names of classes."""
     # To a square centimetre, and to a hundred of them: further digits are noise of binary numbers.
     hectares = (m2 / HECTARE).round(6).tolist()

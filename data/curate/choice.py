@@ -1,7 +1,7 @@
 """Which images to label next: those that a model is unsure of and that look like no others.
 
     pool = read_pool(["runs/a-pool"])           names, files of probabilities, features
-    doubt = entropies(pool)                     (N,) from 0 (sure) to 1 (every class is as likely)
+    doubt, shares = entropies(pool)             (N,) from 0 (sure) to 1 (every class is as likely)
     order, distance = choose(doubt, pool.features, 50, labelled)
 
 Greedy k-centre (Sener and Savarese, ICLR 2018), weighted: each next image has the largest product
