@@ -301,8 +301,8 @@ def predict_masks(args, images, rank, world, device):
             left_out.append(file)
         else:
             counts = write_scene(p, written, name, scene, writers, ends[file])
-            names = [f"{name}{end}" for end in ends[file]]
-            finished.add(name, mark, names, areas(counts, scene.georef))
+            digests = {f"{name}{end}": written.digests[f"{name}{end}"] for end in ends[file]}
+            finished.add(name, mark, digests, areas(counts, scene.georef))
             rest = minutes((time.time() - began) / (i + 1) * (len(mine) - i - 1))
             size = f"{scene.shape[0]} x {scene.shape[1]}"
             say(f"{i + 1} of {len(mine)}  {escaped(name)}  {size}  ETA {rest}", flush=True)

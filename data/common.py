@@ -104,6 +104,7 @@ class Written:
         self.overwrite = overwrite
         self.list = self.folder / ".written.jsonl"
         self.checked = set()
+        self.digests = {}  # {name: sha256} of what was written here
 
     def check(self, names: Iterable[str]) -> None:
         """BadInput for the first of these files that may not be replaced: before any long work."""
@@ -133,7 +134,8 @@ class Written:
             save(temporary)
             # Listed before the new name: if the process is killed here, the old file still counts
             # by its older line.
-            add_row(self.list, dict(file=name, sha256=file_sha256(temporary)))
+            self.digests[name] = file_sha256(temporary)
+            add_row(self.list, dict(file=name, sha256=self.digests[name]))
 
         replace(self.folder / name, save_and_list)
 

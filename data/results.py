@@ -3,7 +3,7 @@
     check_outputs(written, images, ends, values)      before any work: what may not be overwritten
     writers = open_writers(scene, "predictions/a", ends, labels, raw=False, info={}, mark=mark)
     finished = Finished("predictions")
-    finished.add("a", mark, ["a.tif", "a.qml"], dict(pixels=[...]))
+    finished.add("a", mark, {"a.tif": sha256, ...}, dict(pixels=[...]))
     finished.find("a", mark)                 what add() was given, if the files are still the same
     area_summary(facts, names)               pixels, m2 and hectares of every class
     qml(names, values, colors)               text of NAME.qml
@@ -206,10 +206,9 @@ class Finished:
                 return None
         return row["facts"]
 
-    def add(self, image: str, mark: str, names: list[str], facts: dict) -> None:
-        """All files of an image are written."""
-        digests = {name: file_sha256(self.folder / name) for name in names}
-        row = dict(image=image, mark=mark, files=digests, facts=facts)
+    def add(self, image: str, mark: str, files: dict[str, str], facts: dict) -> None:
+        """All files of an image are written: {name: sha256}."""
+        row = dict(image=image, mark=mark, files=files, facts=facts)
         add_row(self.list, row)
         self.rows[image] = row
 

@@ -1,4 +1,5 @@
 """data/results.py: what is finished, areas of classes, the style for QGIS."""
+import hashlib
 import json
 import xml.etree.ElementTree as ElementTree
 
@@ -15,8 +16,9 @@ def test_an_image_is_finished_while_its_files_are_the_same(tmp_path):
         (tmp_path / name).write_text(name)
     done = Finished(tmp_path)
     assert done.find("a", "x") is None
-    done.add("a", "x", ["a.tif", "a.qml"], dict(pixels=[1]))
-    Finished(tmp_path).add("b", "x", ["b.tif"], dict(pixels=[2]))
+    digests = {name: hashlib.sha256(name.encode()).hexdigest() for name in ("a.tif", "a.qml", "b.tif")}
+    done.add("a", "x", {name: digests[name] for name in ("a.tif", "a.qml")}, dict(pixels=[1]))
+    Finished(tmp_path).add("b", "x", {"b.tif": digests["b.tif"]}, dict(pixels=[2]))
     with open(tmp_path / ".finished.jsonl", "a") as f:
         f.write('\n{"image": "b", "ma')  # killed here
     again = Finished(tmp_path)
