@@ -132,13 +132,11 @@ def child(argv, cwd, log):
         import traceback
         traceback.print_exc()
     finally:
-        with open(os.devnull, "w") as nothing:
-            for stream in (sys.stdout, sys.stderr):
-                try:
-                    stream.flush()
-                except Exception:
-                    pass
-            del nothing
+        for stream in (sys.stdout, sys.stderr):
+            try:
+                stream.flush()
+            except Exception:
+                pass
         os._exit(code)
 
 
@@ -241,7 +239,6 @@ def make_base(base, log, trained=True):
               for image, x, y, name in (row.split(",") for row in rows)]
     put(base / "points.geojson", {"type": "FeatureCollection", "features": points})
     (base / "repeat.txt").write_text("images/1\nimages/1\n")
-    from PIL import TiffImagePlugin  # noqa: F401
     big = np.add.outer(np.arange(48), np.arange(40)).astype(np.uint16) * 30
     Image.fromarray((big >> 4).astype(np.uint8)).save(base / "grey.tif", compression="tiff_deflate")
     Image.fromarray(rng.integers(0, 255, (40, 48, 3), dtype=np.uint8)).save(base / "lzw.tif", compression="tiff_lzw")
