@@ -43,7 +43,8 @@ def count_classes(source: Source) -> Counted:
     k = len(source.names)
     members = {}  # {mask: images}; tiles share one
     for name in splits:
-        members.setdefault(source.pairs[name][1], []).append(name)
+        mask = source.pairs[name][1]
+        members.setdefault(mask, []).append(name)
 
     def count(mask):
         ids = source.labels.load(mask)
@@ -111,9 +112,10 @@ def chart(counted: Counted) -> plots.Picture:
         draw = ImageDraw.Draw(bars)
         for i, split in enumerate(splits):
             y = i * (HIGH + 2)
-            long = round(BAR * shares[i][c])
+            share = shares[i][c]
+            long = round(BAR * share)
             draw.rectangle((0, y, long, y + HIGH - 1), colors[split])
-            plots.write_at(bars, long + 6, y + HIGH // 2, f"{shares[i][c]:.2%}", "lm", 11)
+            plots.write_at(bars, long + 6, y + HIGH // 2, f"{share:.2%}", "lm", 11)
         title = plots.cell(plots.line(name, 180), 190, bars.height)
         parts.append(plots.row([title, bars]))
     return plots.page(parts)
