@@ -22,8 +22,7 @@ from data.datasets import NORMS, are_bands
 from data.io import Labels
 from data.ranges import is_range
 
-from .weights import BadWeights, read, run_meta, short
-from .weights import fits as fits_type
+from .weights import BadWeights, fits_type, read, run_meta, short
 
 FORMAT = 1
 
