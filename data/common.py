@@ -293,6 +293,14 @@ def fits(value, shape: type) -> bool:
     return all(fits(part, get_args(shape)[-1]) for part in parts)
 
 
+def follows(value, is_right: Callable) -> bool:
+    """Does a value of unknown type pass a rule that is written for one type?"""
+    try:
+        return bool(is_right(value))
+    except TypeError:  # a number where a list should be, or the like
+        return False
+
+
 def nfc(text: str) -> str:
     """A name as text with composed accents: macOS writes e and an accent, others one letter for both.
 

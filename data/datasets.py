@@ -45,7 +45,7 @@ from shlex import quote
 import numpy as np
 import torch
 
-from .common import (IGNORE, SHORT, BadInput, as_text, even_sample, in_time, nfc, progress,
+from .common import (IGNORE, SHORT, BadInput, as_text, even_sample, follows, in_time, nfc, progress,
                       read_json, read_text)
 from .files import (FILE_NAME, MATCH_TIME, SUFFIXES, Names, about_encoding, check_folder, is_file_name,
                     is_image, match)
@@ -164,13 +164,7 @@ def check_optional_keys(d: dict, names: list[str], path: Path) -> None:
                                   'for each band, or percentiles such as "p2-98"'),
         "report": (lambda v: are_means(v, names), 'names with lists of names from "classes"')}
     for key, (is_good, expected) in rules.items():
-        if key not in d:
-            continue
-        try:
-            good = is_good(d[key])
-        except TypeError:  # a number where a list should be, or the like
-            good = False
-        if not good:
+        if key in d and not follows(d[key], is_good):
             raise BadInput(f'{path}: "{key}" is {SHORT.repr(d[key])}; expected {expected}')
 
 

@@ -17,13 +17,12 @@ from safetensors import SafetensorError
 from safetensors.torch import save_file
 from torch import nn
 
-from data.common import BadInput, check_file, fits, json_text, replace
+from data.common import BadInput, check_file, fits, follows, json_text, replace
 from data.datasets import NORMS, are_bands
 from data.io import Labels
 from data.ranges import is_range
 
-from .weights import BadWeights, read, run_meta, short
-from .weights import fits as fits_type
+from .weights import BadWeights, fits_type, read, run_meta, short
 
 FORMAT = 1
 
@@ -118,13 +117,7 @@ class Header(dict):
 def check_header(path: Path, meta: dict) -> None:
     """Nobody vouches for a file: a field of another type or size is a BadWeights."""
     for name, is_right in RULES.items():
-        if name not in meta:
-            continue
-        try:
-            right = is_right(meta[name])
-        except TypeError:  # a number where a list should be, or the like
-            right = False
-        if not right:
+        if name in meta and not follows(meta[name], is_right):
             raise BadWeights(f"{path}: {name} in its header is {str(meta[name])[:60]!r}, which no "
                              "run writes; copy the file from its run again")
     outputs = meta.get("model", {}).get("classes")
