@@ -724,11 +724,6 @@ def check_same(out: Path, last: dict, same: dict) -> None:
                            f"{advice[key].format(was=was)}, or start a new run")
 
 
-def finite(row: dict) -> dict:
-    """The row with None for NaN and infinity, which JSON does not have."""
-    return {key: value if math.isfinite(value) else None for key, value in row.items()}
-
-
 def facts(device: torch.device, world: int) -> dict:
     """What protocol.json tells of the command and the machine."""
     name = f"{torch.get_num_threads()} CPU threads"
