@@ -804,7 +804,7 @@ def fill(net: torch.nn.Module, state: dict, info: dict) -> None:
             unknown.append(origin.get(k, k))
     common = [k for k in want if k in state]
     wrong = [k for k in common if state[k].shape != want[k].shape]
-    other_type = [k for k in common if not fits(state[k].dtype, want[k].dtype)]
+    other_type = [k for k in common if not same_kind(state[k].dtype, want[k].dtype)]
 
     faults = []
     if missing:
@@ -830,7 +830,7 @@ def fill(net: torch.nn.Module, state: dict, info: dict) -> None:
     net.load_state_dict(state)
 
 
-def fits(found: torch.dtype, want: torch.dtype) -> bool:
+def same_kind(found: torch.dtype, want: torch.dtype) -> bool:
     """Floats fit floats, whole numbers fit whole numbers; bool, complex and others fit nothing."""
     if want.is_floating_point:
         return found in FLOATS
