@@ -20,6 +20,7 @@ from data.common import IGNORE, BadInput, even_sample, progress
 from data.datasets import normalise
 from data.tiff import TILE
 
+from . import calibrate
 from .run import keep_signals_from_worker, over_ranks
 
 ONE_PIECE = 2**22  # pixels: up to so many an image is blended at once
@@ -119,8 +120,7 @@ class FinishedRows:
             if self.logits is None:
                 yield np.zeros((*self.valid[rows].shape, classes), np.uint8)
                 continue
-            z = self.logits[:, rows] / (self.weight[rows] * temperature)
-            p = z.softmax(0).mul_(255).round_().byte().movedim(0, -1).cpu().numpy()
+            p = calibrate.probabilities(self.logits[:, rows], self.weight[rows] * temperature)
             if self.valid is not None:
                 p = p * self.valid[rows, :, None]
             yield p
