@@ -16,14 +16,15 @@ from torch import Tensor
 
 from data.common import IGNORE, BadInput, read_json
 
+from .checkpoint import weights_file
+
 PIXELS = 2**18  # of a split that the temperature is fitted on
 LOWEST, HIGHEST = 0.02, 50  # temperatures beyond are a matter of a few pixels
 
 
 def read_temperature(run: Path, sha256: str) -> float | None:
     """Of RUN/calibration.json; None without one, or where it is of weights of another sha256."""
-    folder = run if run.is_dir() else run.parent
-    file = folder / "calibration.json"
+    file = weights_file(run).parent / "calibration.json"
     if not file.exists():
         return None
     found = read_json(file)
