@@ -28,7 +28,6 @@ os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
 
 import numpy as np
 import torch
-import torch.distributed as dist
 from PIL import Image
 from torch import nn
 
@@ -378,9 +377,7 @@ def predict_table(args, images, rank, world, device):
         for file, ps, cs in zip(loaded, p.tolist(), order.tolist()):
             rows.append((file, ps, [names[c] for c in cs]))
     if world > 1:
-        parts = [None] * world
-        dist.all_gather_object(parts, rows)
-        rows = sorted((row for part in parts for row in part), key=lambda row: row[0])
+        rows = sorted(run.from_all_ranks(rows), key=lambda row: row[0])
     if rank > 0:
         return left_out
 

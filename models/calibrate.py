@@ -11,12 +11,12 @@ from pathlib import Path
 
 import numpy as np
 import torch
-import torch.distributed as dist
 from torch import Tensor
 
 from data.common import IGNORE, BadInput, read_json
 
 from .checkpoint import weights_file
+from .run import from_all_ranks
 
 PIXELS = 2**18  # of a split that the temperature is fitted on
 LOWEST, HIGHEST = 0.02, 50  # temperatures beyond are a matter of a few pixels
@@ -71,11 +71,7 @@ class PixelSample:
     def pixels(self) -> tuple[Tensor, Tensor]:
         """Logits (m, K) and labels (m,) of the sample of all ranks, the same on every one."""
         parts = [self.lowest(self.parts)] if self.parts else []
-        if dist.is_initialized():
-            found = [None] * dist.get_world_size()
-            dist.all_gather_object(found, parts)
-            parts = [part for rank in found for part in rank]
-        _, z, y = self.lowest(parts)
+        _, z, y = self.lowest(from_all_ranks(parts))
         return z, y
 
 

@@ -422,13 +422,21 @@ def synchronise_norms(net: nn.Module, device: torch.device) -> nn.Module:
     return net
 
 
+def from_all_ranks(items: list) -> list:
+    """The items of every rank, those of rank 0 first, on every rank."""
+    if not dist.is_initialized():
+        return items
+    parts = [None] * dist.get_world_size()
+    dist.all_gather_object(parts, items)
+    return [item for part in parts for item in part]
+
+
 def gather(part: torch.Tensor, n: int, device: torch.device) -> torch.Tensor:
     """Rows rank, rank + world, ... of n from every rank -> all rows (n, D) fp32 on every CPU."""
     if not dist.is_initialized():
         return part
     rank, world = dist.get_rank(), dist.get_world_size()
-    widths = [0] * world
-    dist.all_gather_object(widths, part.shape[1])  # 0 where a rank had no row
+    widths = from_all_ranks([part.shape[1]])  # 0 where a rank had no row
     whole = torch.zeros(n, max(widths), device=device)
     if len(part):
         whole[rank::world] = part.to(device)

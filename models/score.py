@@ -12,7 +12,6 @@ import math
 
 import numpy as np
 import torch
-import torch.distributed as dist
 from torch import Tensor
 
 from data import boundary, metrics, plots
@@ -114,10 +113,7 @@ class Worst:
 
     def over_ranks(self) -> None:
         """The worst of all ranks."""
-        if dist.is_initialized():
-            found = [None] * dist.get_world_size()
-            dist.all_gather_object(found, self.rows)
-            self.keep([row for rows in found for row in rows])
+        self.keep(run.from_all_ranks(self.rows))
 
 
 # ---- text
