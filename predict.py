@@ -32,7 +32,7 @@ from PIL import Image
 from torch import nn
 
 from data import plots
-from data.common import IGNORE, BadInput, Written, escaped, minutes, progress
+from data.common import IGNORE, SILENT, BadInput, Written, escaped, minutes, progress
 from data.datasets import NORMS
 from data.files import SUFFIXES, image_name, images_in, is_image, not_used, typed
 from data.io import Labels, read_image
@@ -53,7 +53,6 @@ from models.run import COUNT, WHOLE, between
 # GeoTIFF is for a quick look.
 JPEG_SIDE = 60_000
 LOOK_SIDE = 2048
-SILENT = 10.0  # seconds between lines about one image
 
 
 def parse_args(argv=None):

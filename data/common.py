@@ -34,7 +34,7 @@ import numpy as np
 from PIL import Image
 
 IGNORE = 255  # the one ignore index: unlabelled, void, padding
-SILENT = 10.0  # seconds before progress() says anything
+SILENT = 10.0  # seconds before a program says how far it is, and between such lines
 SHORT = reprlib.Repr()  # of user's values in messages, which may be of any length and depth
 SHORT.maxstring = SHORT.maxother = 200
 MAX_TEXT = 2**30  # bytes; an image or a weight file given for a list would fill the memory
