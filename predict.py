@@ -376,7 +376,8 @@ def predict_table(args, images, rank, world, device):
         for file, ps, cs in zip(loaded, p.tolist(), order.tolist()):
             rows.append((file, ps, [names[c] for c in cs]))
     if world > 1:
-        rows = sorted(run.from_all_ranks(rows), key=lambda row: row[0])
+        rows = run.from_all_ranks(rows)
+        rows.sort(key=lambda row: row[0])
     if rank > 0:
         return left_out
 

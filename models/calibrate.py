@@ -24,7 +24,8 @@ LOWEST, HIGHEST = 0.02, 50  # temperatures beyond are a matter of a few pixels
 
 def read_temperature(run: Path, sha256: str) -> float | None:
     """Of RUN/calibration.json; None without one, or where it is of weights of another sha256."""
-    file = weights_file(run).parent / "calibration.json"
+    folder = weights_file(run).parent
+    file = folder / "calibration.json"
     if not file.exists():
         return None
     found = read_json(file)
@@ -71,7 +72,8 @@ class PixelSample:
     def pixels(self) -> tuple[Tensor, Tensor]:
         """Logits (m, K) and labels (m,) of the sample of all ranks, the same on every one."""
         parts = [self.lowest(self.parts)] if self.parts else []
-        _, z, y = self.lowest(from_all_ranks(parts))
+        parts = from_all_ranks(parts)
+        _, z, y = self.lowest(parts)
         return z, y
 
 
