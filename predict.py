@@ -30,7 +30,7 @@ from PIL import Image
 from torch import nn
 
 from data import plots
-from data.common import IGNORE, BadInput, Written, csv_text, escaped, minutes, progress
+from data.common import IGNORE, SILENT, BadInput, Written, csv_text, escaped, minutes, progress
 from data.datasets import NORMS
 from data.files import SUFFIXES, image_name, images_in, is_image, not_used, typed
 from data.io import Labels, read_image
@@ -51,7 +51,6 @@ from models.run import COUNT, WHOLE, between
 # GeoTIFF is for a quick look.
 JPEG_SIDE = 60_000
 LOOK_SIDE = 2048
-SILENT = 10.0  # seconds between lines about one image
 
 
 def parse_args(argv=None):
@@ -375,8 +374,8 @@ def predict_table(args, images, rank, world, device):
         for file, ps, cs in zip(loaded, p.tolist(), order.tolist()):
             rows.append((file, ps, [names[c] for c in cs]))
     if world > 1:
-        everywhere = [row for part in run.of_ranks(rows) for row in part]
-        rows = sorted(everywhere, key=lambda row: row[0])
+        rows = run.from_all_ranks(rows)
+        rows.sort(key=lambda row: row[0])
     if rank > 0:
         return left_out
 

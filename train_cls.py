@@ -28,7 +28,7 @@ import torch.distributed as dist
 import torch.nn.functional as F
 
 from data import augment, metrics, plots
-from data.common import BadInput, escaped, json_lines, minutes, write
+from data.common import BadInput, escaped, json_lines, minutes, without_nan, write
 from data.datasets import NORMS
 from data.samplers import StepSampler
 from data.scenes import Scenes, augment_scenes, prepare
@@ -351,7 +351,7 @@ def train(args, d, net, here, s):
         last_step = s.step == steps
         if s.step % args.log_every == 0 or last_step:
             row = dict(loss=total, lr=lr_at(step, args, steps, warmup), grad_norm=grad_norm)
-            s.history.append(dict(step=s.step, **run.finite(row)))
+            s.history.append(without_nan(dict(step=s.step, **row)))
             rest = minutes(s.seconds / s.step * (steps - s.step))
             say(f"step {s.step:5d} of {steps}  loss {total:.4f}  |g| {grad_norm:.3f}  "
                 f"lr {row['lr']:.2e}  {s.speed:.0f} images/s  ETA {rest}", flush=True)

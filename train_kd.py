@@ -30,7 +30,7 @@ import torch
 from torch.utils.data import DataLoader
 
 from data import augment, classmap, metrics, plots, public, samplers
-from data.common import IGNORE, BadInput, even_sample, json_lines, minutes, write
+from data.common import IGNORE, BadInput, even_sample, json_lines, minutes, without_nan, write
 from data.crops import random_crop
 from data.datasets import NORMS, renormalise
 from data.ranges import reading_flags
@@ -519,7 +519,7 @@ def main(args):
             row = dict(loss=kd + hard, lr=lr_at(step, args), grad_norm=grad_norm)
             if teacher:
                 row |= dict(kd=kd, hard=hard)
-            s.history.append(dict(step=s.step, **run.finite(row)))
+            s.history.append(without_nan(dict(step=s.step, **row)))
             rest = minutes(s.seconds / s.step * (args.steps - s.step))
             say(f"step {s.step:5d} of {args.steps}  loss {kd + hard:.4f} = {kd:.4f} KD + {hard:.4f} "
                 f"hard  |g| {grad_norm:.3f}  lr {row['lr']:.2e}  ETA {rest}", flush=True)

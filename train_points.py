@@ -29,7 +29,7 @@ import torch.nn.functional as F
 from torch.utils.data import DataLoader
 
 from data import augment, crops, metrics, plots, points, public
-from data.common import IGNORE, BadInput, json_lines, minutes, write
+from data.common import IGNORE, BadInput, json_lines, minutes, without_nan, write
 from data.datasets import NORMS, match_pairs
 from data.points import UNLABELLED, PointSet
 from data.samplers import StepSampler
@@ -485,7 +485,7 @@ def main(args):
             row = dict(loss=total, lr=lr_at(step, args), grad_norm=grad_norm)
             if growing:
                 row["sure"] = sure
-            s.history.append(dict(step=s.step, **run.finite(row)))
+            s.history.append(without_nan(dict(step=s.step, **row)))
             rest = minutes(s.seconds / s.step * (args.steps - s.step))
             say(f"step {s.step:5d} of {args.steps}  loss {total:.4f}  |g| {grad_norm:.3f}  "
                 f"sure {sure:.1%}  lr {row['lr']:.2e}  ETA {rest}", flush=True)

@@ -28,7 +28,7 @@ import torch
 from torch.utils.data import DataLoader
 
 from data import augment, metrics, plots, public
-from data.common import IGNORE, BadInput, json_lines, minutes, write
+from data.common import IGNORE, BadInput, json_lines, minutes, without_nan, write
 from data.crops import random_crop
 from data.datasets import NORMS
 from data.samplers import StepSampler
@@ -381,7 +381,7 @@ def main(args):
         # once in a while: log, validate, save, stop
         if log:
             row = dict(loss=step_loss, lr=lr_at(step, args), grad_norm=grad_norm)
-            s.history.append(dict(step=s.step, **run.finite(row)))
+            s.history.append(without_nan(dict(step=s.step, **row)))
             rest = minutes(s.seconds / s.step * (args.steps - s.step))
             say(f"step {s.step:5d} of {args.steps}  loss {step_loss:.4f}  |g| {grad_norm:.3f}  "
                 f"lr {row['lr']:.2e}  ETA {rest}", flush=True)

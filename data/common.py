@@ -35,7 +35,7 @@ import numpy as np
 from PIL import Image
 
 IGNORE = 255  # the one ignore index: unlabelled, void, padding
-SILENT = 10.0  # seconds before progress() says anything
+SILENT = 10.0  # seconds before a program says how far it is, and between such lines
 SHORT = reprlib.Repr()  # of user's values in messages, which may be of any length and depth
 SHORT.maxstring = SHORT.maxother = 200
 MAX_TEXT = 2**30  # bytes; an image or a weight file given for a list would fill the memory
@@ -164,12 +164,13 @@ def read_rows(path: Path, **fields: type) -> list[dict]:
     return rows
 
 
-def file_sha256(path: str | Path) -> str:
-    """Of a file of any size, as hexadecimal digits."""
+def file_sha256(*paths: str | Path) -> str:
+    """Of a file of any size, or of several one behind the other, as hexadecimal digits."""
     digest = hashlib.sha256()
-    with open(path, "rb") as f:
-        while block := f.read(2**20):
-            digest.update(block)
+    for path in paths:
+        with open(path, "rb") as f:
+            while block := f.read(2**20):
+                digest.update(block)
     return digest.hexdigest()
 
 

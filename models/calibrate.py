@@ -15,7 +15,8 @@ from torch import Tensor
 
 from data.common import IGNORE, BadInput, read_json
 
-from .run import of_ranks
+from .checkpoint import weights_file
+from .run import from_all_ranks
 
 PIXELS = 2**18  # of a split that the temperature is fitted on
 LOWEST, HIGHEST = 0.02, 50  # temperatures beyond are a matter of a few pixels
@@ -23,7 +24,7 @@ LOWEST, HIGHEST = 0.02, 50  # temperatures beyond are a matter of a few pixels
 
 def read_temperature(run: Path, sha256: str) -> float | None:
     """Of RUN/calibration.json; None without one, or where it is of weights of another sha256."""
-    folder = run if run.is_dir() else run.parent
+    folder = weights_file(run).parent
     file = folder / "calibration.json"
     if not file.exists():
         return None
@@ -71,7 +72,7 @@ class PixelSample:
     def pixels(self) -> tuple[Tensor, Tensor]:
         """Logits (m, K) and labels (m,) of the sample of all ranks, the same on every one."""
         parts = [self.lowest(self.parts)] if self.parts else []
-        _, z, y = self.lowest([part for rank in of_ranks(parts) for part in rank])
+        _, z, y = self.lowest(from_all_ranks(parts))
         return z, y
 
 
@@ -107,7 +108,10 @@ def confidence(logits: Tensor, temperature: float = 1.0) -> Tensor:
     return z.exp_().sum(0).reciprocal()
 
 
-def probabilities(logits: Tensor, temperature: float = 1.0) -> np.ndarray:
-    """Logits (K, H, W) -> (H, W, K) uint8, 255 times the probabilities."""
+def probabilities(logits: Tensor, temperature: float | Tensor = 1.0) -> np.ndarray:
+    """Logits (K, H, W) -> (H, W, K) uint8, 255 times the probabilities.
+
+    temperature: one for all pixels, or one for each row, (H, 1).
+    """
     p = (logits / temperature).softmax(0)
-    return (255 * p).round().byte().permute(1, 2, 0).cpu().numpy()
+    return p.mul_(255).round_().byte().permute(1, 2, 0).cpu().numpy()

@@ -22,7 +22,7 @@ from data.datasets import NORMS, are_bands
 from data.io import Labels
 from data.ranges import is_range
 
-from .weights import BadWeights, fits_type, read, run_meta, short
+from .weights import BadWeights, read, run_meta, same_kind, short
 
 FORMAT = 1
 
@@ -204,7 +204,7 @@ def check_tensors(state: dict[str, torch.Tensor], own: dict[str, torch.Tensor]) 
         if not isinstance(t, torch.Tensor) or t.shape != own[name].shape:
             raise BadWeights(f"last.pt: {name} has another shape than in this network; start a new "
                              "run")
-        if not fits_type(t.dtype, own[name].dtype) or not t.isfinite().all():
+        if not same_kind(t.dtype, own[name].dtype) or not t.isfinite().all():
             raise BadWeights(f"last.pt: {name} is {t.dtype}, or holds NaN or infinity; start a new "
                              "run")
 

@@ -20,6 +20,7 @@ from data.common import IGNORE, BadInput, even_sample, progress
 from data.datasets import normalise
 from data.tiff import TILE
 
+from . import calibrate
 from .run import keep_signals_from_worker, over_ranks
 
 ONE_PIECE = 2**22  # pixels: up to so many an image is blended at once
@@ -119,8 +120,7 @@ class FinishedRows:
             if self.logits is None:
                 yield np.zeros((*self.valid[rows].shape, classes), np.uint8)
                 continue
-            z = self.logits[:, rows] / (self.weight[rows] * temperature)
-            p = z.softmax(0).mul_(255).round_().byte().movedim(0, -1).cpu().numpy()
+            p = calibrate.probabilities(self.logits[:, rows], self.weight[rows] * temperature)
             if self.valid is not None:
                 p = p * self.valid[rows, :, None]
             yield p
@@ -236,25 +236,11 @@ def predictions(net: nn.Module, data: Dataset, window: dict, workers: int = 0,
         yield name, y.to(device), slide(net, x.to(device), **window)
 
 
-@torch.inference_mode()
-def matrices(net: nn.Module, data: Dataset, window: dict, workers: int = 0,
-             classes: int | None = None,
-             what: str = "images") -> Iterator[tuple[str, torch.Tensor]]:
-    """(name, (k, k) int64 confusion matrix, rows true) of this rank's images of the data.
-
-    classes: k, where the network's are not the data's.
-    """
-    k = classes or len(data.labels.names)
-    for name, y, logits in predictions(net, data, window, workers, what):
-        pred = logits.max(0).indices  # ten times faster than argmax on a CPU
-        yield name, metrics.confusion(pred, y, k)
-
-
 def evaluate(net: nn.Module, data: Dataset, window: dict, workers: int = 0,
              classes: int | None = None, what: str = "validation") -> torch.Tensor:
-    """(k, k) int64 confusion matrix of the whole data set, on the CPU of every rank.
+    """(k, k) int64 confusion matrix, rows true, of the whole data set, on every rank's CPU.
 
-    Leaves net's mode as it was.
+    classes: k, where the network's are not the data's. Leaves net's mode as it was.
     """
     was_training = net.training
     net.eval()
@@ -264,8 +250,9 @@ def evaluate(net: nn.Module, data: Dataset, window: dict, workers: int = 0,
             dist.broadcast(statistics, 0)
     k = classes or len(data.labels.names)
     cm = torch.zeros(k, k, dtype=torch.int64, device=next(net.parameters()).device)
-    for _, one in matrices(net, data, window, workers, classes, what):
-        cm += one
+    for _, y, logits in predictions(net, data, window, workers, what):
+        pred = logits.max(0).indices  # ten times faster than argmax on a CPU
+        cm += metrics.confusion(pred, y, k)
     over_ranks(cm)  # not in the loop: ranks may have unequal numbers of images
     if not cm.any():
         raise BadInput(f"{data.names[0]} and {len(data) - 1} more: every pixel is ignored; correct "

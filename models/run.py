@@ -422,13 +422,13 @@ def synchronise_norms(net: nn.Module, device: torch.device) -> nn.Module:
     return net
 
 
-def of_ranks(part) -> list:
-    """What every rank has, first that of rank 0: [part] without torchrun."""
+def from_all_ranks(items: list) -> list:
+    """The items of every rank, those of rank 0 first, on every rank."""
     if not dist.is_initialized():
-        return [part]
-    found = [None] * dist.get_world_size()
-    dist.all_gather_object(found, part)
-    return found
+        return items
+    parts = [None] * dist.get_world_size()
+    dist.all_gather_object(parts, items)
+    return [item for part in parts for item in part]
 
 
 def gather(part: torch.Tensor, n: int, device: torch.device) -> torch.Tensor:
@@ -436,7 +436,7 @@ def gather(part: torch.Tensor, n: int, device: torch.device) -> torch.Tensor:
     if not dist.is_initialized():
         return part
     rank, world = dist.get_rank(), dist.get_world_size()
-    widths = of_ranks(part.shape[1])  # 0 where a rank had no row
+    widths = from_all_ranks([part.shape[1]])  # 0 where a rank had no row
     whole = torch.zeros(n, max(widths), device=device)
     if len(part):
         whole[rank::world] = part.to(device)
@@ -730,11 +730,6 @@ def check_same(out: Path, last: dict, same: dict) -> None:
             what = "processes" if key == "world" else key
             raise BadInput(f"{out}: was trained with {what} {was}, not {now}; "
                            f"{advice[key].format(was=was)}, or start a new run")
-
-
-def finite(row: dict) -> dict:
-    """The row with None for NaN and infinity, which JSON does not have."""
-    return {key: value if math.isfinite(value) else None for key, value in row.items()}
 
 
 def facts(device: torch.device, world: int) -> dict:

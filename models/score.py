@@ -108,7 +108,7 @@ class Worst:
 
     def over_ranks(self) -> None:
         """The worst of all ranks."""
-        self.keep([row for rows in run.of_ranks(self.rows) for row in rows])
+        self.keep(run.from_all_ranks(self.rows))
 
 
 # ---- text

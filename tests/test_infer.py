@@ -6,11 +6,12 @@ from gloo import on_ranks
 from PIL import Image
 from torch import nn
 
+from data import metrics
 from data.common import IGNORE, BadInput
 from data.datasets import NORMS, SegDataset, normalise
 from data.io import Labels
 from models.infer import (
-    blend_weight, evaluate, examples, hann, matrices, panels, slide, slide_rows, starts, windows)
+    blend_weight, evaluate, examples, hann, panels, predictions, slide, slide_rows, starts, windows)
 
 SIZES = [(1, 1), (5, 200), (31, 33), (32, 32), (33, 65), (64, 65), (100, 47)]
 
@@ -285,7 +286,9 @@ def test_the_matrix_counts_every_pixel_once(data, how, workers):
 
 
 def test_each_image_has_its_matrix_and_its_name(data):
-    found = dict(matrices(Pixelwise(), data, WINDOW))
+    found = {}
+    for name, y, logits in predictions(Pixelwise(), data, WINDOW):
+        found[name] = metrics.confusion(logits.max(0).indices, y, len(data.labels.names))
     assert list(found) == data.names
     for i, name in enumerate(data.names):
         assert found[name].tolist() == by_hand(data, [i])

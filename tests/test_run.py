@@ -25,7 +25,7 @@ import train_cls
 import train_kd
 import train_points
 import train_seg
-from data.common import BadInput, replace, write
+from data.common import BadInput, replace, without_nan, write
 from data.io import read_image
 from models import run
 from models.checkpoint import save_state
@@ -756,7 +756,7 @@ def test_what_would_make_it_another_run_is_named(tmp_path, key, was, said):
 
 
 def test_what_json_does_not_have_becomes_none():
-    row = run.finite(dict(a=1.5, b=math.nan, c=math.inf, d=-math.inf, e=0))
+    row = without_nan(dict(a=1.5, b=math.nan, c=math.inf, d=-math.inf, e=0))
     assert json.loads(json.dumps(row, allow_nan=False)) == dict(a=1.5, b=None, c=None, d=None, e=0)
 
 
