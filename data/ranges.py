@@ -5,12 +5,13 @@
     "input_range": "p2-98"                            the percentiles 2 and 98 of each
 
     wanted = parse_range(["p2-98"])                   the same as words behind --input-range
-    pairs, notes = percentile_range("p2-98", [(image, None)], bands=[4, 1, 2])
+    pairs, notes = percentile_range("p2-98", [(image, mask)], bands=[4, 1, 2])
 
 Percentiles are measured once, before training; a run keeps the numbers, and so do its weights.
 """
 import math
 import re
+from collections.abc import Iterable
 from pathlib import Path
 
 import numpy as np
@@ -93,12 +94,17 @@ def is_pair(value) -> bool:
 
 # ---- percentiles
 
-def percentile_range(word: str, images: list[tuple[Path, Window | None]],
+def percentile_range(word: str, files: Iterable[tuple],
                      bands: list[int] | None) -> tuple[Pairs, list[str]]:
     """The percentiles of each band over the valid pixels of images, or of a box in each; and notes.
 
-    An even sample of images is read. One that cannot be read is for others to complain of.
+    files: (image, mask) or (image, mask, box), as data/datasets.py has them. An even sample is
+    read. An image that cannot be read is for others to complain of.
     """
+    images = {}  # {(image, box): None}, each once
+    for image, _, *box in files:
+        images[image, box[0] if box else None] = None
+    images = list(images)
     parts, faults = [], []
     for image, box in progress(even_sample(images, IMAGES), "input range"):
         try:
