@@ -18,7 +18,7 @@ import numpy as np
 
 from .common import BadInput, even_sample, number, progress, read_json
 from .io import is_mask_band, stored_colours
-from .raster import open_raster
+from .raster import open_raster, part_of
 from .tiff import Tiff, Window
 
 # What percentiles are measured on: all pixels of small images, of large ones a grid of windows.
@@ -154,10 +154,9 @@ def some_pixels(image: Path, box: Window | None, bands: list[int] | None) -> np.
     else:  # Pillow decodes whole files
         a, valid = stored_colours(image, bands)
         parts = []
-        for top, left, h, w in windows:
-            rows, columns = slice(top, top + h), slice(left, left + w)
-            seen = None if valid is None else valid[rows, columns]
-            parts.append((a[rows, columns], seen))
+        for window in windows:
+            seen = None if valid is None else part_of(valid, window)
+            parts.append((part_of(a, window), seen))
     return np.concatenate([a.reshape(-1, 3) if valid is None else a[valid] for a, valid in parts])
 
 
