@@ -151,12 +151,13 @@ class Written:
         return found
 
 
-def file_sha256(path: str | Path) -> str:
-    """Of a file of any size, as hexadecimal digits."""
+def file_sha256(*paths: str | Path) -> str:
+    """Of a file of any size, or of several one behind the other, as hexadecimal digits."""
     digest = hashlib.sha256()
-    with open(path, "rb") as f:
-        while block := f.read(2**20):
-            digest.update(block)
+    for path in paths:
+        with open(path, "rb") as f:
+            while block := f.read(2**20):
+                digest.update(block)
     return digest.hexdigest()
 
 

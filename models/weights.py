@@ -25,7 +25,8 @@ import torch
 import torch.nn.functional as F
 from safetensors import safe_open
 
-from data.common import BadInput, check_file, parse_json, progress, read_json, replace
+from data.common import (
+    BadInput, check_file, file_sha256, parse_json, progress, read_json, replace)
 
 # One row per parameter: the file's name and ours (= Meta DINOv3). * is the block number, + is
 # weight and bias. A block's q, k and v are joined to qkv after renaming. None = not part of the
@@ -426,12 +427,7 @@ def sha256(path: Path) -> str:
     if not path.is_file():
         found = [p for p in path.iterdir() if p.is_file()]
         files = sorted(p for p in found if p.suffix in (".safetensors", ".bin"))
-    digest = hashlib.sha256()
-    for file in files:
-        with open(file, "rb") as f:
-            while chunk := f.read(1 << 24):
-                digest.update(chunk)
-    return digest.hexdigest()
+    return file_sha256(*files)
 
 
 def checked_sha256(file: Path, name: str) -> tuple[str, bool]:
