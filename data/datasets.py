@@ -51,6 +51,7 @@ from .files import (FILE_NAME, MATCH_TIME, SUFFIXES, Names, about_encoding, chec
                     is_image, match)
 from .io import Labels, read_valid, size_of
 from .ranges import is_range
+from .raster import part_of
 
 # Mean and standard deviation of red, green and blue that the weights were trained with.
 NORMS = {
@@ -308,14 +309,6 @@ def tiles_of(pairs: dict[str, tuple[Path, Path | None]], side: int) -> dict[str,
     if not tiles:
         raise BadInput(f'"tiles": {side} in dataset.json, and no image is that large; correct it')
     return tiles
-
-
-def part_of(a: np.ndarray, box: tuple[int, int, int, int] | None = None) -> np.ndarray:
-    """The part (top, left, h, w) of an array (H, W, ...), or all of it."""
-    if box is None:
-        return a
-    top, left, h, w = box
-    return a[top:top + h, left:left + w]
 
 
 # ---- splits

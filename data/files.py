@@ -15,7 +15,7 @@ from collections import Counter
 from collections.abc import Iterable, Iterator
 from pathlib import Path, PurePosixPath
 
-from .common import SHORT, BadInput, escaped, in_time, nfc
+from .common import SHORT, BadInput, as_bytes, escaped, in_time, nfc
 
 SUFFIXES = (".png", ".jpg", ".jpeg", ".tif", ".tiff", ".bmp", ".webp")  # what counts as a picture
 # Images of GIS programs that are not read here, and that GDAL turns into TIFFs.
@@ -163,7 +163,7 @@ def is_file_name(value) -> bool:
         return False
     if set(value) & set("/\\") or any(ord(letter) < 32 for letter in value):
         return False
-    return len(value.encode("utf-8", "surrogateescape")) <= 200  # systems allow 255, with -kd-2 behind
+    return len(as_bytes(value)) <= 200  # systems allow 255, with -kd-2 behind
 
 
 # ---- patterns

@@ -14,7 +14,7 @@ import os
 from collections.abc import Iterable
 from pathlib import Path
 
-from .common import BadInput, check_file, read_json
+from .common import BadInput, check_file, file_sha256, read_json
 from .datasets import in_threads
 
 WHOLE = 2**29  # bytes of all files together
@@ -25,14 +25,12 @@ LEAST = 2**13  # bytes of them together, whatever the number of files
 def digest(file: Path, share: int) -> str:
     """The hash of a file of up to `share` bytes, or of PARTS blocks of it."""
     check_file(file)
+    size = os.stat(file).st_size
+    if size <= share:
+        return file_sha256(file)
     h = hashlib.sha256()
+    block = share // PARTS
     with open(file, "rb") as f:
-        size = os.fstat(f.fileno()).st_size
-        if size <= share:
-            while data := f.read(2**20):
-                h.update(data)
-            return h.hexdigest()
-        block = share // PARTS
         for i in range(PARTS):
             f.seek(i * (size - block) // (PARTS - 1))
             h.update(f.read(block))

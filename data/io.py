@@ -12,7 +12,7 @@ from PIL import Image
 
 from .common import IGNORE, BadInput, check_pixels, escaped
 from .raster import open_raster, valid_pixels
-from .tiff import Window
+from .tiff import Window, both
 
 UNKNOWN = 254  # marks mask values that no class and no ignore entry names; never leaves this file
 
@@ -101,7 +101,7 @@ def chosen_bands(raster, bands: list[int] | None, window: Window | None,
         a = a[..., :len(wanted)]
     valid = valid_pixels(raster, a, window, wanted)
     if is_mask:
-        valid = veil > 0 if valid is None else valid & (veil > 0)
+        valid = both(valid, veil > 0)
     return a, valid, n
 
 
@@ -119,8 +119,8 @@ def paint(raster, index: np.ndarray, bands: list[int] | None, valid: np.ndarray 
         return a, valid, 3
     # As of any alpha band: only 0 and 255 make a mask.
     seen = opacity[index]
-    if np.isin(seen, (0, 255)).all():
-        return a, seen > 0 if valid is None else valid & (seen > 0), 3
+    if is_mask_band(seen):
+        return a, both(valid, seen > 0), 3
     if bands and max(bands) <= 3:
         return a, valid, 4
     return np.dstack([a, seen]), valid, 4
@@ -180,9 +180,8 @@ def read_labels(path: str | Path) -> tuple[np.ndarray, np.ndarray | None, np.nda
             raster.nodata = None  # a value of the table, "ignore" names it
         valid = valid_pixels(raster, a)
     if raster.alpha and raster.alpha == a.shape[2]:
-        shown = a[..., -1] > 0
+        valid = both(valid, a[..., -1] > 0)
         a = a[..., :-1]
-        valid = shown if valid is None else valid & shown
     if a.shape[2] not in (1, 3):
         raise BadInput(f"{path}: a mask of {a.shape[2]} bands; "
                        "expected one band of ids or three of colours")

@@ -5,19 +5,20 @@
     "input_range": "p2-98"                            the percentiles 2 and 98 of each
 
     wanted = parse_range(["p2-98"])                   the same as words behind --input-range
-    pairs, notes = percentile_range("p2-98", [(image, None)], bands=[4, 1, 2])
+    pairs, notes = percentile_range("p2-98", [(image, mask)], bands=[4, 1, 2])
 
 Percentiles are measured once, before training; a run keeps the numbers, and so do its weights.
 """
 import math
 import re
+from collections.abc import Iterable
 from pathlib import Path
 
 import numpy as np
 
 from .common import BadInput, even_sample, number, progress, read_json
 from .io import is_mask_band, stored_colours
-from .raster import open_raster
+from .raster import open_raster, part_of
 from .tiff import Tiff, Window
 
 # What percentiles are measured on: all pixels of small images, of large ones a grid of windows.
@@ -93,12 +94,17 @@ def is_pair(value) -> bool:
 
 # ---- percentiles
 
-def percentile_range(word: str, images: list[tuple[Path, Window | None]],
+def percentile_range(word: str, files: Iterable[tuple],
                      bands: list[int] | None) -> tuple[Pairs, list[str]]:
     """The percentiles of each band over the valid pixels of images, or of a box in each; and notes.
 
-    An even sample of images is read. One that cannot be read is for others to complain of.
+    files: (image, mask) or (image, mask, box), as data/datasets.py has them. An even sample is
+    read. An image that cannot be read is for others to complain of.
     """
+    images = {}  # {(image, box): None}, each once
+    for image, _, *box in files:
+        images[image, box[0] if box else None] = None
+    images = list(images)
     parts, faults = [], []
     for image, box in progress(even_sample(images, IMAGES), "input range"):
         try:
@@ -148,10 +154,9 @@ def some_pixels(image: Path, box: Window | None, bands: list[int] | None) -> np.
     else:  # Pillow decodes whole files
         a, valid = stored_colours(image, bands)
         parts = []
-        for top, left, h, w in windows:
-            rows, columns = slice(top, top + h), slice(left, left + w)
-            seen = None if valid is None else valid[rows, columns]
-            parts.append((a[rows, columns], seen))
+        for window in windows:
+            seen = None if valid is None else part_of(valid, window)
+            parts.append((part_of(a, window), seen))
     return np.concatenate([a.reshape(-1, 3) if valid is None else a[valid] for a, valid in parts])
 
 

@@ -109,7 +109,7 @@ class Picture:
         # By all bands, whichever are asked for. Of colours of 16 bits nobody has seen one.
         if self.key is not None and not self.indexed and self.dtype != np.uint16:
             self.opaque = (a != np.array(self.key, np.int64)).any(-1)
-        a = part(a, window)
+        a = part_of(a, window)
         return a if bands is None else a[..., [b - 1 for b in bands]]
 
     def decode(self) -> np.ndarray:
@@ -137,9 +137,9 @@ class Picture:
         return Georef(transform, None, {}) if transform else None
 
 
-def part(a: np.ndarray, window: Window | None) -> np.ndarray:
-    """The window of an array (H, W, ...), or all of it."""
-    if not window:
+def part_of(a: np.ndarray, window: Window | None = None) -> np.ndarray:
+    """The part (top, left, h, w) of an array (H, W, ...), or all of it."""
+    if window is None:
         return a
     top, left, h, w = window
     return a[top:top + h, left:left + w]
@@ -156,7 +156,7 @@ def valid_pixels(raster: "Tiff | Picture", pixels: np.ndarray,
     seen = raster.mask(window or (0, 0, *raster.shape[:2]))
     valid = data_pixels(pixels, seen, of_bands(raster.nodata, bands))
     opaque = getattr(raster, "opaque", None)
-    return valid if opaque is None else both(valid, part(opaque, window))
+    return valid if opaque is None else both(valid, part_of(opaque, window))
 
 
 # ---- what Pillow does not tell
@@ -180,7 +180,6 @@ def check_png(path: str | Path) -> None:
                 length -= len(part)
             if file.read(4) != struct.pack(">I", digest):
                 raise ValueError(f"the checksum of its chunk {name!r} is wrong")
-
 
 
 def opacity_of(key: int | bytes) -> np.ndarray:

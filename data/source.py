@@ -118,11 +118,8 @@ class Source:
 
     def measure_range(self) -> None:
         """Puts numbers in the place of percentiles: those of the training images."""
-        images = {}  # {(file, box): None}
-        for image, _, *box in self.files("train").values():
-            images[image, box[0] if box else None] = None
         self.reading["input_range"], notes = percentile_range(
-            self.percentiles, list(images), self.reading["bands"])
+            self.percentiles, self.files("train").values(), self.reading["bands"])
         self.notes += notes
 
     def leave_out_bad(self, need_masks: bool) -> None:

@@ -13,7 +13,7 @@ from pathlib import Path
 import numpy as np
 
 from .io import is_mask_band, read_valid
-from .raster import open_raster
+from .raster import open_raster, part_of
 from .tiff import Tiff
 
 MANY_ROWS = 256  # at least so many are read at once
@@ -57,8 +57,8 @@ class Strips:
         """(height, width, 3) uint8 and (height, width) bool, or None where all pixels are data."""
         if self.whole is not None:
             image, valid = self.whole
-            part = slice(top, top + height), slice(self.left, self.left + self.width)
-            return image[part], None if valid is None else valid[part]
+            window = top, self.left, height, self.width
+            return part_of(image, window), None if valid is None else part_of(valid, window)
         start, end, image, valid = self.kept
         if not start <= top <= end:
             start = end = top

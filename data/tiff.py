@@ -33,7 +33,7 @@ from PIL import Image, features
 from PIL.TiffImagePlugin import COMPRESSION_INFO, TiffImageFile
 from PIL.WebPImagePlugin import WebPImageFile
 
-from .common import BadInput, check_file, read_text, replace
+from .common import BadInput, as_bytes, check_file, read_text, replace
 
 # A damaged header may ask for any size. What is larger than this is refused. Pillow's own limit is
 # lower than what large strips hold.
@@ -1277,4 +1277,4 @@ def metadata_xml(info: dict[str, str], bands: list[str]) -> str:
 
 def ascii_field(text: str) -> np.ndarray:
     """Text as a value of a tag, which ends with a zero."""
-    return np.frombuffer(text.encode("utf-8", "surrogateescape") + b"\0", "S1")
+    return np.frombuffer(as_bytes(text) + b"\0", "S1")

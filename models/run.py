@@ -31,12 +31,13 @@ import torch.distributed as dist
 from torch import nn
 from torch.nn.parallel import DistributedDataParallel
 
+from data.check import flags
 from data.common import (
-    MAX_PIXELS, PIXELS_VARIABLE, BadInput, as_text, check_words, escaped, nfc, number,
-    print_anything, read_json)
+    MAX_PIXELS, PIXELS_VARIABLE, BadInput, as_text, escaped, nfc, number, print_anything,
+    read_json)
 from data.datasets import are_bands
 from data.files import SYSTEM_FILES
-from data.ranges import band_numbers, is_range, parse_range
+from data.ranges import is_range, parse_range
 
 from .checkpoint import load_state
 from .weights import BadWeights
@@ -95,8 +96,8 @@ class MaxPixels(argparse.Action):
         os.environ[PIXELS_VARIABLE] = str(value)
 
 
-class Parser(argparse.ArgumentParser):
-    """argparse whose errors are one line, and which answers flags of earlier versions."""
+class Parser(flags.Parser):
+    """The parser of data/, which also answers flags of earlier versions."""
 
     def __init__(self, description: str):
         super().__init__(description=description, formatter_class=Help, allow_abbrev=False)
@@ -104,21 +105,16 @@ class Parser(argparse.ArgumentParser):
                           metavar="N", default=argparse.SUPPRESS,
                           help=f"larger images are not read as a whole ({MAX_PIXELS})")
 
-    def error(self, message):
-        self.exit(2, f"error: {escaped(message)}\n")
-
-    def parse_known_args(self, args=None, namespace=None):
-        """As argparse's, behind a look for flags that are gone and values that are none."""
-        known = self._option_string_actions
-        words = sys.argv[1:] if args is None else args
-        try:
-            check_words(words, known)
-        except BadInput as e:
-            self.error(str(e))
+    def check_line(self, words: list[str]) -> None:
+        """Also an error for flags that are gone."""
+        super().check_line(words)
         for word in words:
             flag = word.split("=")[0]
-            if flag in REMOVED and flag not in known:
+            if flag in REMOVED and flag not in self._option_string_actions:
                 self.error(f"{flag} is gone: {REMOVED[flag]}; leave it out")
+
+    def parse_known_args(self, args=None, namespace=None):
+        """As argparse's, behind which values that are none are errors."""
         found, rest = super().parse_known_args(args, namespace)
         for name, value in vars(found).items():
             if value == "":
@@ -146,14 +142,7 @@ COUNT = between(1, 2**31, int)
 WHOLE = between(0, 2**31, int)
 SHARE = between(0, 1)
 RATE = between(0, 10)
-
-
-def bands(text: str) -> list[int]:
-    """An argparse type: "4,1,2" -> [4, 1, 2]."""
-    try:
-        return band_numbers(text)
-    except BadInput as e:
-        raise argparse.ArgumentTypeError(str(e)) from None
+bands = flags.bands
 
 
 class InputRange(argparse.Action):

@@ -96,11 +96,8 @@ def reading_of(description: dict, tiles: dict[str, tuple], homes: dict[str, list
     reading = {key: description.get(key) for key in ("bands", "input_range")}
     word = reading["input_range"]
     if isinstance(word, str):
-        images = {}  # {(file, box): None}
-        for n in names_in("train", homes):
-            image, _, *box = tiles[n]
-            images[image, box[0] if box else None] = None
-        found = attempt(percentile_range, word, list(images), reading["bands"])
+        train = [tiles[n] for n in names_in("train", homes)]
+        found = attempt(percentile_range, word, train, reading["bands"])
         reading["input_range"] = None
         if isinstance(found, BadInput):
             complaints.error("range", found)

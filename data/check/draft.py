@@ -36,7 +36,7 @@ def draft(root: Path, limit: int | None, masks: str | None, typed: dict) -> int:
     parts = attempt(lambda: load_splits(root, description | splits, pairs, need=()))
     train = [] if isinstance(parts, BadInput) else parts.get("train", [])
     reading, flags = draft_reading([image for image, _ in pairs.values()],
-                                   [(pairs[n][0], None) for n in train], typed, complaints)
+                                   [pairs[n] for n in train], typed, complaints)
     description |= reading
     description |= splits
     if "ann_dir" in str(description["masks"]):

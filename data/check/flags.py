@@ -1,4 +1,4 @@
-"""Flags of the programs in data/: every error in one line, one rule for numbers.
+"""Flags of all programs: every error in one line, one rule for numbers.
 
     p = Parser(description=__doc__, prog="python -m data.check")
     p.add_argument("--limit", type=count)
@@ -18,11 +18,15 @@ class Parser(argparse.ArgumentParser):
 
     def parse_known_args(self, args=None, namespace=None):
         """As argparse's."""
+        self.check_line(sys.argv[1:] if args is None else args)
+        return super().parse_known_args(args, namespace)
+
+    def check_line(self, words: list[str]) -> None:
+        """An error for words that can be none of a command line."""
         try:
-            check_words(sys.argv[1:] if args is None else args, self._option_string_actions)
+            check_words(words, self._option_string_actions)
         except BadInput as e:
             self.error(str(e))
-        return super().parse_known_args(args, namespace)
 
 
 def count(text: str) -> int:

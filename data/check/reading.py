@@ -9,17 +9,17 @@ from ..common import BadInput, even_sample
 from ..datasets import in_threads
 from ..ranges import IMAGES, percentile_range, reading_flags, some_pixels
 from ..raster import Picture, open_raster
-from ..tiff import Tiff, Window
+from ..tiff import Tiff
 from .complaints import Complaints, attempt
 
 RANGE = "p2-98"  # of images of more than 8 bits
 
 
-def draft_reading(images: list[Path], train: list[tuple[Path, Window | None]], typed: dict,
+def draft_reading(images: list[Path], train: list[tuple], typed: dict,
                   complaints: Complaints) -> tuple[dict, list[str]]:
     """"bands" and "input_range" where images need them, and what to type if the files do not say.
 
-    `train`: images, each with None for its box. `typed`: both, where the flags gave them.
+    `train`: files as of percentile_range(). `typed`: both, where the flags gave them.
     """
     found = in_threads(lambda image: attempt(open_raster, image), images, "images")
     rasters = [r for r in found if not isinstance(r, BadInput)]

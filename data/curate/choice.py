@@ -15,10 +15,10 @@ import numpy as np
 
 from .. import plots
 from ..common import BadInput, check_file, csv_text, read_json
-from ..datasets import in_threads, part_of
+from ..datasets import in_threads
 from ..files import match
 from ..io import read_valid
-from ..raster import open_raster
+from ..raster import open_raster, part_of
 from .predicted import EVAL, ROWS, open_source, read_index
 
 ENDING = "_probabilities.tif"  # of the files that predict.py --probabilities writes

@@ -12,7 +12,8 @@ from PIL import ImageDraw
 
 from .. import plots
 from ..common import BadInput, csv_text, nfc
-from ..datasets import count_ids, in_threads, part_of
+from ..datasets import count_ids, in_threads
+from ..raster import part_of
 from ..samplers import rich
 from ..source import Source, rare_classes
 

@@ -15,7 +15,7 @@ from typing import NamedTuple
 import numpy as np
 
 from .. import plots
-from ..common import IGNORE, csv_text, even_sample
+from ..common import IGNORE, as_bytes, csv_text, even_sample
 from ..datasets import in_threads
 from ..points import components
 from .predicted import Predicted, read_sample
@@ -154,7 +154,7 @@ def controls_of(name: str, seen: Opinion, regions: list[Region]) -> list[Region]
     `label` is a class that is not there. A reviewer who cannot tell is wrong there.
     """
     # Of the image alone, whatever else is looked at.
-    rng = np.random.default_rng(zlib.crc32(name.encode("utf-8", "surrogateescape")))
+    rng = np.random.default_rng(zlib.crc32(as_bytes(name)))
     H, W = seen.labels.shape
     found = []
     for i in rng.permutation(len(regions)):

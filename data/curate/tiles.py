@@ -15,9 +15,9 @@ import numpy as np
 
 from ..check.ground import footprint, overlaps
 from ..common import IGNORE, BadInput, csv_text
-from ..datasets import part_of, scenes_of
+from ..datasets import scenes_of
 from ..io import color_text, stored_colours
-from ..raster import open_raster
+from ..raster import open_raster, part_of
 from ..source import Source
 from ..tiff import MODEL_TAGS, Georef, Window, write_tiff
 
