@@ -211,19 +211,13 @@ def check_calibration(args, d, meta, digest, folder):
     raise BadInput(f"--calibrate on {args.split}: its images are {what}; {advice}")
 
 
-# ---- answers: name, labels (H, W), ids (H, W), both uint8, and of a model logits (K, H, W)
-
-def answers_of_model(predicted):
-    for name, y, logits in predicted:
-        # max is ten times faster than argmax on a CPU.
-        yield name, y.byte(), logits.max(0).indices.byte(), logits
-
+# ---- answers: name, labels (H, W) uint8, and ids (H, W) uint8, or a model's logits by rows
 
 def answers_of_masks(args, d, data, rank, world, device):
     files = find_masks(args.masks, data.names)
     values = mask_table(args.mask_ids, d.labels)
     for name, y, ids in read_masks(files, values, data, rank, world):
-        yield name, torch.from_numpy(y.copy()).to(device), torch.from_numpy(ids).to(device), None
+        yield name, torch.from_numpy(y.copy()).to(device), torch.from_numpy(ids).to(device)
 
 
 # ---- files for other programs
@@ -396,23 +390,35 @@ def main(args):
         found = answers_of_masks(args, d, data, rank, world, device)
     else:
         means = MeanFeatures(net) if args.features else None
-        found = answers_of_model(predictions(net, data, window, args.workers, args.split))
+        found = predictions(net, data, window, args.workers, args.split)
     counts = Counts(len(names), K, device, args.ignore_boundary, temperature)
     worst = Worst()
     sample = calibrate.PixelSample()
     vectors = []  # features of this rank's images
     number = {name: i for i, name in enumerate(names)}
-    for name, y, pred, logits in found:
+    for name, y, answer in found:
         i = number[name]
-        counted = counts.add(i, y, pred, logits)
+        counted = counts.labels(y)
+        if args.masks:
+            pred = answer
+        else:
+            pred = torch.empty_like(y)
+            keys = sample.keys(counted, i) if args.calibrate else None
+            p = []  # probabilities of some rows after the other
+            for rows, logits in answer:
+                # max is ten times faster than argmax on a CPU.
+                pred[rows] = logits.max(0).indices.byte()
+                counts.add_confidence(logits, y[rows], counted[rows], pred[rows])
+                if args.calibrate:
+                    sample.add(logits, counted[rows], keys[rows])
+                if args.probabilities:
+                    p.append(calibrate.probabilities(logits, temperature or 1.0))
+        counts.add(i, y, counted, pred)
         worst.add(i, counts.matrices[i], pred)
-        if args.calibrate:
-            sample.add(logits, counted, i)
         if args.features:
             vectors.append(means.take().float())
         if args.probabilities:
-            p = calibrate.probabilities(logits, temperature or 1.0)
-            maps.replace(f"{name}.tif", partial(write_map, p=p, classes=d.names,
+            maps.replace(f"{name}.tif", partial(write_map, p=np.concatenate(p), classes=d.names,
                                                 pair=d.pairs[name]))
     counts.over_ranks()
     worst.over_ranks()

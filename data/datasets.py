@@ -588,9 +588,13 @@ def class_counts(pairs: dict, labels: Labels, limit: int | None = None) -> np.nd
 
 def normalise(image: np.ndarray, norm: str) -> torch.Tensor:
     """(H, W, 3) uint8 -> (3, H, W) float32 by a name of NORMS."""
-    mean, std = (torch.tensor(v).view(3, 1, 1) for v in NORMS[norm])
     # Transposed as bytes, which are a quarter of the floats.
-    x = torch.from_numpy(np.ascontiguousarray(image.transpose(2, 0, 1)))
+    return normalised(torch.from_numpy(np.ascontiguousarray(image.transpose(2, 0, 1))), norm)
+
+
+def normalised(x: torch.Tensor, norm: str) -> torch.Tensor:
+    """(..., 3, H, W) uint8 on any device -> float32 by a name of NORMS."""
+    mean, std = (torch.tensor(v, device=x.device).view(3, 1, 1) for v in NORMS[norm])
     return x.float().div_(255).sub_(mean).div_(std)
 
 
@@ -656,13 +660,17 @@ class SegDataset(torch.utils.data.Dataset):
             mask[~valid] = IGNORE
         return image, mask
 
+    def sample(self, i: int, draw: int = 0) -> tuple[np.ndarray, np.ndarray]:
+        """As read(), but augmented."""
+        if self.augment is None:
+            return self.read(i)
+        # The 2 keeps these draws apart from those of other purposes.
+        rng = np.random.default_rng((2, self.seed, draw))
+        return self.augment(*self.read_lazily(i), rng)
+
     def __getitem__(self, key):
         i, draw = key if isinstance(key, tuple) else (key, 0)
-        image, mask = self.read(i) if self.augment is None else self.read_lazily(i)
-        if self.augment is not None:
-            # The 2 keeps these draws apart from those of other purposes.
-            rng = np.random.default_rng((2, self.seed, draw))
-            image, mask = self.augment(image, mask, rng)
+        image, mask = self.sample(i, draw)
         return normalise(image, self.norm), torch.from_numpy(mask.astype(np.int64)), self.names[i]
 
 

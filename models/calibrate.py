@@ -1,7 +1,7 @@
 """How sure a network really is: the temperature that its logits are divided by before the softmax.
 
     temperature = read_temperature(Path("runs/a"), sha256(Path("runs/a/best.safetensors")))
-    sample.add(logits, y, i)                  a fair sample of the pixels of a split, image by image
+    sample.add(logits, y, sample.keys(y, i))  a fair sample of the pixels of a split, image by image
     temperature = fit_temperature(*sample.pixels())
 
 Guo et al., "On Calibration of Modern Neural Networks", ICML 2017. One number for all pixels: the
@@ -46,19 +46,29 @@ class PixelSample:
         self.parts = []  # (keys (m,), logits (m, K), labels (m,)) of images
         self.held = 0
 
-    def add(self, logits: Tensor, y: Tensor, image: int) -> None:
-        """Logits (K, H, W), labels (H, W) with IGNORE of an image, and its number in the split."""
-        where = (y != IGNORE).flatten().nonzero()[:, 0].cpu()
+    def keys(self, y: Tensor, image: int) -> Tensor:
+        """Labels (H, W) with IGNORE of an image, and its number in the split -> (H, W) float64.
+
+        The keys of its pixels, on the CPU; infinity where one cannot be of the sample.
+        """
+        labelled = (y != IGNORE).cpu()
         # The 10 keeps these draws apart from all others. A pixel's key depends on nothing but its
         # image, and the pixels with the n lowest keys of all are the sample.
-        keys = torch.from_numpy(np.random.default_rng((10, image)).random(len(where)))
-        if len(keys) > self.n:
-            keys, chosen = keys.topk(self.n, largest=False)
-            where = where[chosen]
+        drawn = np.random.default_rng((10, image)).random(int(labelled.sum()))
+        if len(drawn) > self.n:
+            drawn[drawn > np.partition(drawn, self.n - 1)[self.n - 1]] = np.inf
+        keys = torch.full(y.shape, torch.inf, dtype=torch.float64)
+        keys[labelled] = torch.from_numpy(drawn)
+        return keys
+
+    def add(self, logits: Tensor, y: Tensor, keys: Tensor) -> None:
+        """Logits (K, H, W), labels (H, W) and their keys(), of an image or of some of its rows."""
+        keys = keys.flatten()
+        where = keys.isfinite().nonzero()[:, 0]
         here = where.to(logits.device)
         z = logits.flatten(1)[:, here].T.float().cpu()
-        self.parts.append((keys, z, y.flatten()[here].long().cpu()))
-        self.held += len(keys)
+        self.parts.append((keys[where], z, y.flatten()[here].long().cpu()))
+        self.held += len(where)
         if self.held > 2 * self.n:
             self.parts = [self.lowest(self.parts)]
             self.held = len(self.parts[0][0])

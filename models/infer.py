@@ -2,6 +2,7 @@
 
     window = dict(crop=512, overlap=0.25, batch=8, amp=False)
     logits = slide(net, x, **window)          image (3, H, W) -> logits (K, H, W) fp32
+    for rows, logits in slide_down(net, x, **window):    the same, some rows after the other
     cm = evaluate(net, dataset, window)       (K, K) int64 confusion matrix
     for rows in slide_rows(net, scene.read, scene.shape, "imagenet", **window):
         ids = rows.ids()                      an image of any size, from top to bottom
@@ -17,11 +18,11 @@ from torch.utils.data import DataLoader, Dataset
 
 from data import metrics
 from data.common import IGNORE, BadInput, even_sample, progress
-from data.datasets import normalise
+from data.datasets import normalise, normalised
 from data.tiff import TILE
 
 from . import calibrate
-from .run import keep_signals_from_worker, over_ranks
+from .run import keep_signals_from_worker, over_ranks, to_device
 
 ONE_PIECE = 2**22  # pixels: up to so many an image is blended at once
 LOGITS = 200_000_000  # bytes: at most so many for the logits of one row of windows
@@ -60,37 +61,75 @@ def blend_weight(h: int, w: int) -> torch.Tensor:
 
 def slide(net: nn.Module, x: torch.Tensor, crop: int, overlap: float, batch: int,
           amp: bool, valid: torch.Tensor | None = None) -> torch.Tensor:
-    """Image (3, H, W) -> logits (K, H, W) fp32 on x's device, from blended windows.
+    """Image (3, H, W) -> logits (K, H, W) fp32 on net's device, from blended windows.
 
     batch: windows that are computed at once. valid: (H, W) bool, True somewhere; windows without a
     valid pixel are not computed: 0.
+    """
+    _, logits = next(slide_down(net, x, crop, overlap, batch, amp, valid, whole=True))
+    return logits
+
+
+@torch.inference_mode()
+def slide_down(net: nn.Module, x: torch.Tensor, crop: int, overlap: float, batch: int, amp: bool,
+               valid: torch.Tensor | None = None, whole: bool = False,
+               norm: str | None = None) -> Iterator[tuple[slice, torch.Tensor]]:
+    """As slide(), but (rows, logits (K, n, W)) of some rows after the other, from top to bottom.
+
+    Memory depends on the width of the image, not on its height. The logits are good until the next
+    ones are asked for. x may lie on the CPU: only windows are moved. whole: all rows at once.
+    norm: of an x in uint8, to be normalised by this name of NORMS.
     """
     H, W = x.shape[-2:]
     boxes = windows(H, W, crop, overlap)
     if valid is not None:
         boxes = [(t, l, h, w) for t, l, h, w in boxes if valid[t:t + h, l:l + w].any()]
-    device = next(net.parameters()).device
     # All windows are of one size, and so have the same weights.
-    weight = blend_weight(*boxes[0][2:]).to(x.device)
-    total = None  # (K, H, W), made when the network has told K
-    total_weight = torch.zeros(H, W, device=x.device)
-    for i in range(0, len(boxes), batch):
-        group = boxes[i:i + batch]
-        tiles = torch.stack([x[:, t:t + h, l:l + w] for t, l, h, w in group])
+    h, w = boxes[0][2:]
+    device = next(net.parameters()).device
+    weight = blend_weight(h, w).to(device)
+
+    # Of each batch of windows: the first row that is not finished before it, the first one that is
+    # not finished behind it, and the row below its windows. What lies between is held.
+    groups = [boxes[i:i + batch] for i in range(0, len(boxes), batch)]
+    tops = [0 if whole else group[0][0] for group in groups]
+    tops[0] = 0
+    next_tops = [*tops[1:], H]
+    bottoms = [max(group[-1][0] + h, end) for group, end in zip(groups, next_tops)]
+    height = max(bottom - top for top, bottom in zip(tops, bottoms))
+    total = None  # (K, height, W), made when the network has told K
+    total_weight = torch.zeros(height, W, device=device)
+    for group, top, next_top, bottom in zip(groups, tops, next_tops, bottoms):
+        tiles = torch.stack([x[:, t:t + h, l:l + w] for t, l, _, _ in group])
+        tiles = to_device(tiles.contiguous(), device)
+        if norm is not None:
+            tiles = normalised(tiles, norm)
         with torch.autocast(device.type, torch.bfloat16, enabled=amp):
-            logits = net(tiles.to(device)).float().to(x.device)
+            logits = net(tiles).float()
         # One window is the whole image: nothing to blend.
-        if weight.shape == (H, W):
-            return logits[0]
+        if (h, w) == (H, W):
+            yield slice(0, H), logits[0]
+            return
         if total is None:
-            total = torch.zeros(logits.shape[1], H, W, device=x.device)
-        for (t, l, h, w), z in zip(group, logits):
-            total[:, t:t + h, l:l + w] += z * weight
-            total_weight[t:t + h, l:l + w] += weight
-    # Where no window was computed the logits stay 0.
-    if valid is not None:
-        total_weight[total_weight == 0] = 1
-    return total.div_(total_weight)
+            total = torch.zeros(logits.shape[1], height, W, device=device)
+        for (t, l, _, _), z in zip(group, logits):
+            rows = slice(t - top, t - top + h)
+            total[:, rows, l:l + w] += z * weight
+            total_weight[rows, l:l + w] += weight
+
+        # No further window reaches the rows above the next one's top.
+        n = next_top - top
+        if n == 0:
+            continue
+        # Where no window was computed the logits stay 0.
+        share = total_weight[:n]
+        share[share == 0] = 1
+        yield slice(top, next_top), total[:, :n].div_(share)
+        # The rows that are held move up.
+        for sums in (total, total_weight):
+            kept = sums[..., n:bottom - top, :].clone()
+            sums.zero_()
+            sums[..., :kept.shape[-2], :] = kept
 
 
 # ---- images of any size
@@ -203,37 +242,62 @@ def slide_rows(net: nn.Module, read: Callable, size: tuple[int, int], norm: str,
 
 # ---- a whole split
 
-@torch.inference_mode()
+def ids_of(strips: Iterator[tuple[slice, torch.Tensor]]) -> torch.Tensor:
+    """What slide_down() yields -> (H, W) uint8 classes."""
+    # max is ten times faster than argmax on a CPU.
+    return torch.cat([logits.max(0).indices.byte() for _, logits in strips])
+
+
 def examples(net: nn.Module, data: Dataset, window: dict, n: int) -> list[tuple]:
     """(image, true ids, predicted ids, name) of n images spread over the data."""
     net.eval()
-    device = next(net.parameters()).device
     rows = []
     for i in even_sample(range(len(data)), n):
         image, mask = data.read(i)
-        logits = slide(net, normalise(image, data.norm).to(device), **window)
-        ids = logits.max(0).indices.byte().cpu().numpy()
-        rows.append((image, mask, ids, data.names[i]))
+        strips = slide_down(net, as_tensor(image), **window, norm=data.norm)
+        rows.append((image, mask, ids_of(strips).cpu().numpy(), data.names[i]))
     return rows
 
 
-@torch.inference_mode()
-def predictions(net: nn.Module, data: Dataset, window: dict, workers: int = 0,
-                what: str = "images") -> Iterator[tuple[str, torch.Tensor, torch.Tensor]]:
-    """(name, y (H, W), logits (K, H, W)) of this rank's images of the data, on net's device.
+def as_tensor(image: np.ndarray) -> torch.Tensor:
+    """(H, W, 3) uint8 -> (3, H, W), the same bytes."""
+    return torch.from_numpy(image).permute(2, 0, 1)
 
-    window: crop, overlap, batch and amp of slide().
+
+class Bytes(Dataset):
+    """Images (3, H, W) and labels (H, W) of a data set, both uint8, and their names.
+
+    A fifth of what data[i] takes, which matters for scenes that several processes read.
+    """
+
+    def __init__(self, data: Dataset):
+        self.data = data
+
+    def __len__(self):
+        return len(self.data)
+
+    def __getitem__(self, i):
+        image, mask = self.data.sample(i)
+        # The cache's are read-only, which torch does not know.
+        return as_tensor(np.array(image)), torch.from_numpy(np.array(mask)), self.data.names[i]
+
+
+def predictions(net: nn.Module, data: Dataset, window: dict, workers: int = 0,
+                what: str = "images") -> Iterator[tuple[str, torch.Tensor, Iterator]]:
+    """(name, labels (H, W) uint8, strips of slide_down()) of this rank's images of the data.
+
+    All lies on net's device. window: crop, overlap, batch and amp of slide_down().
     """
     rank, world = 0, 1
     if dist.is_initialized():
         rank, world = dist.get_rank(), dist.get_world_size()
     device = next(net.parameters()).device
     mine = range(rank, len(data), world)  # unpadded: no image is counted twice
-    loader = DataLoader(data, batch_size=None, sampler=mine, num_workers=workers,
+    loader = DataLoader(Bytes(data), batch_size=None, sampler=mine, num_workers=workers,
                         prefetch_factor=1 if workers else None,
                         worker_init_fn=keep_signals_from_worker)
     for x, y, name in progress(loader, what):
-        yield name, y.to(device), slide(net, x.to(device), **window)
+        yield name, y.to(device), slide_down(net, x, **window, norm=data.norm)
 
 
 def evaluate(net: nn.Module, data: Dataset, window: dict, workers: int = 0,
@@ -250,9 +314,9 @@ def evaluate(net: nn.Module, data: Dataset, window: dict, workers: int = 0,
             dist.broadcast(statistics, 0)
     k = classes or len(data.labels.names)
     cm = torch.zeros(k, k, dtype=torch.int64, device=next(net.parameters()).device)
-    for _, y, logits in predictions(net, data, window, workers, what):
-        pred = logits.max(0).indices  # ten times faster than argmax on a CPU
-        cm += metrics.confusion(pred, y, k)
+    for _, y, strips in predictions(net, data, window, workers, what):
+        for rows, logits in strips:
+            cm += metrics.confusion(logits.max(0).indices, y[rows], k)
     over_ranks(cm)  # not in the loop: ranks may have unequal numbers of images
     if not cm.any():
         raise BadInput(f"{data.names[0]} and {len(data) - 1} more: every pixel is ignored; correct "

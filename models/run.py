@@ -389,6 +389,14 @@ def use_bf16(asked: str, trained: str, device: torch.device) -> bool:
     return asked == "bf16"
 
 
+def to_device(t: torch.Tensor, device: torch.device) -> torch.Tensor:
+    """A CPU tensor on its way to the device; the program does not wait until it is there."""
+    # From memory that is not pinned CUDA would first finish all that it has been told to do.
+    if device.type == "cuda" and t.device.type == "cpu":
+        t = t.pin_memory()
+    return t.to(device, non_blocking=True)
+
+
 def over_ranks(t: torch.Tensor) -> torch.Tensor:
     """Sum over ranks, in place."""
     if dist.is_initialized():

@@ -1,7 +1,8 @@
 """All that eval.py counts of a split, image by image, and what it reports of that.
 
     counts = Counts(images=24, classes=8, device=device)
-    counts.add(i, y, pred, logits)            (H, W) uint8 labels and ids; (K, H, W) of a model
+    counts.add(i, y, counts.labels(y), pred)  (H, W) uint8 labels and ids
+    counts.add_confidence(logits, y, counts.labels(y), pred)    and of a model (K, H, W)
     counts.over_ranks()
     report = counts.report(names, scenes, {})  plain dict for eval.json
     print(table(report))
@@ -44,22 +45,25 @@ class Counts:
         self.ignore_boundary = ignore_boundary
         self.temperature = temperature
 
-    def add(self, i: int, y: Tensor, pred: Tensor, logits: Tensor | None = None) -> Tensor:
-        """Image number i -> its labels that count: IGNORE also near borders, if that is wanted."""
+    def labels(self, y: Tensor) -> Tensor:
+        """(H, W) labels -> those that count: IGNORE also near borders, if that is wanted."""
+        return boundary.ignore_borders(y, self.ignore_boundary) if self.ignore_boundary else y
+
+    def add(self, i: int, y: Tensor, counted: Tensor, pred: Tensor) -> None:
+        """Image number i: its labels as they are, its labels(), and its ids."""
         k = len(self.edges)
         # Borders by the labels as they are: --ignore-boundary takes away what is measured here.
         self.edges += boundary.boundary_counts(pred, y, k)
-        if self.ignore_boundary:
-            y = boundary.ignore_borders(y, self.ignore_boundary)
-        self.matrices[i] = metrics.confusion(pred, y, k)
-        if logits is not None:
-            right = pred == y
-            counted = y != IGNORE
-            self.bins += metrics.confidence_bins(confidence(logits), right, counted)
-            if self.temperature:
-                sure = confidence(logits, self.temperature)
-                self.calibrated_bins += metrics.confidence_bins(sure, right, counted)
-        return y
+        self.matrices[i] = metrics.confusion(pred, counted, k)
+
+    def add_confidence(self, logits: Tensor, y: Tensor, counted: Tensor, pred: Tensor) -> None:
+        """Logits (K, n, W) of some rows of an image, and the same rows of what add() takes."""
+        right = pred == y
+        there = counted != IGNORE
+        self.bins += metrics.confidence_bins(confidence(logits), right, there)
+        if self.temperature:
+            sure = confidence(logits, self.temperature)
+            self.calibrated_bins += metrics.confidence_bins(sure, right, there)
 
     def over_ranks(self) -> None:
         """Adds what the other ranks have counted, and moves all to the CPU."""

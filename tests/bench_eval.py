@@ -41,14 +41,19 @@ def main():
     fields = torch.randint(0, args.classes, (args.side // 32,) * 2, dtype=torch.uint8)
     y = fields.repeat_interleave(32, 0).repeat_interleave(32, 1)
     pred = y.roll((3, 2), (0, 1))
+
+    def count(temperature):
+        counts = Counts(1, args.classes, "cpu", 0, temperature)
+        counts.add(0, y, y, pred)
+        counts.add_confidence(logits, y, y, pred)
+
     network = least(lambda: slide(net, x, 256, 0.25, 8, False), 2)
     rows = {
         "network": network,
         "confusion matrix": least(lambda: metrics.confusion(pred, y, args.classes)),
         "borders": least(lambda: boundary.boundary_counts(pred, y, args.classes)),
-        "all counts": least(lambda: Counts(1, args.classes, "cpu").add(0, y, pred, logits)),
-        "all counts, calibrated": least(
-            lambda: Counts(1, args.classes, "cpu", 0, 1.5).add(0, y, pred, logits)),
+        "all counts": least(lambda: count(None)),
+        "all counts, calibrated": least(lambda: count(1.5)),
     }
     for name, seconds in rows.items():
         print(f"{name:24} {seconds:7.3f} s  {seconds / network:6.1%} of the network")

@@ -57,11 +57,18 @@ def images(n=5):
         yield torch.stack([number, 0 * number, 0 * number]), y
 
 
+def add_in_two(sample, z, y, i):
+    """Image number i, its last rows first."""
+    keys = sample.keys(y, i)
+    for rows in (slice(1, None), slice(0, 1)):
+        sample.add(z[:, rows], y[rows], keys[rows])
+
+
 def sampled(n, start=0, step=1):
     sample = PixelSample(n)
     for i, (z, y) in enumerate(images()):
         if i % step == start:
-            sample.add(z, y, i)
+            add_in_two(sample, z, y, i)
     z, y = sample.pixels()
     return z[:, 0].int().tolist(), y.tolist()
 
@@ -79,7 +86,8 @@ def test_each_pixel_is_as_likely_as_any_other():
     sample = PixelSample(4000)
     for i, size in enumerate((2000, 14000)):  # images of unequal size
         z = torch.stack([torch.full((1, size), float(i)), torch.arange(size).view(1, -1) / size])
-        sample.add(z, torch.zeros(1, size, dtype=torch.uint8), i)
+        y = torch.zeros(1, size, dtype=torch.uint8)
+        sample.add(z, y, sample.keys(y, i))
     z, _ = sample.pixels()
     share, place = z.mean(0).tolist()
     assert share == pytest.approx(14 / 16, abs=0.02)

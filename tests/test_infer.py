@@ -11,7 +11,8 @@ from data.common import IGNORE, BadInput
 from data.datasets import NORMS, SegDataset, normalise
 from data.io import Labels
 from models.infer import (
-    blend_weight, evaluate, examples, hann, panels, predictions, slide, slide_rows, starts, windows)
+    as_tensor, blend_weight, evaluate, examples, hann, ids_of, panels, predictions, slide, slide_down, slide_rows,
+    starts, windows)
 
 SIZES = [(1, 1), (5, 200), (31, 33), (32, 32), (33, 65), (64, 65), (100, 47)]
 
@@ -109,6 +110,21 @@ def test_the_batch_does_not_matter(H, W):
         one, five, all_ = (slide(net, x, 32, 0.4, batch, False) for batch in (1, 5, 100))
     torch.testing.assert_close(one, five)
     torch.testing.assert_close(one, all_)
+
+
+@pytest.mark.parametrize("batch", [1, 3, 100])  # 3: a batch has windows of two rows, 100: all
+@pytest.mark.parametrize("overlap", [0, 0.25, 0.7])
+@pytest.mark.parametrize("H, W", [(400, 70), (64, 200), (33, 65), (200, 30), (64, 64)])
+def test_some_rows_after_the_other_are_the_same_bits(overlap, H, W, batch):
+    net, image = Conv().eval(), noise(H, W)
+    whole = slide(net, normalise(image, "sat"), 64, overlap, batch, False)
+    parts, height = [], 0
+    for rows, logits in slide_down(net, as_tensor(image), 64, overlap, batch, False, norm="sat"):
+        assert rows.start == height and logits.shape == (5, rows.stop - rows.start, W)
+        height = rows.stop
+        parts.append(logits.clone())
+    assert height == H and torch.equal(torch.cat(parts, 1), whole)
+    assert len(parts) > 2 or batch > 1 or H <= 128
 
 
 def reader(image, valid=None):
@@ -287,8 +303,8 @@ def test_the_matrix_counts_every_pixel_once(data, how, workers):
 
 def test_each_image_has_its_matrix_and_its_name(data):
     found = {}
-    for name, y, logits in predictions(Pixelwise(), data, WINDOW):
-        found[name] = metrics.confusion(logits.max(0).indices, y, len(data.labels.names))
+    for name, y, strips in predictions(Pixelwise(), data, WINDOW):
+        found[name] = metrics.confusion(ids_of(strips), y, len(data.labels.names))
     assert list(found) == data.names
     for i, name in enumerate(data.names):
         assert found[name].tolist() == by_hand(data, [i])
