@@ -77,7 +77,9 @@ def parse_args(argv=None):
                    help="of windows, as a part of the crop (as in training)")
     p.add_argument("--weights", help="backbone of a run saved with --save head (as in training)")
     p.add_argument("--amp", default="auto", choices=["auto", "bf16", "off"],
-                   help="auto: as trained, where fast")
+                   help="auto: as trained, where fast; off: fp32, without TF32")
+    p.add_argument("--device", type=run.device_name, default="auto",
+                   help="cpu, cuda or cuda:1; auto: a GPU if there is one")
     p.add_argument("--batch-size", type=COUNT, default=16, help="windows at once")
     p.add_argument("--cache", help="folder for decoded images, or off (~/.cache/nanors)")
     p.add_argument("--workers", type=between(0, 64, int), default=min(4, os.cpu_count() - 1),
@@ -331,7 +333,7 @@ def main(args):
         a, b = (read_scored(path, args.split) for path in args.compare)
         print(compare(a, b))
         return
-    rank, world, device = run.start()
+    rank, world, device = run.start(wanted=args.device, hours=24)
     say = print if rank == 0 else lambda *words, **how: None
 
     # ---- data
@@ -384,6 +386,8 @@ def main(args):
     amp = run.use_bf16(args.amp, meta["amp"], device)
     overlap = meta["overlap"] if args.overlap is None else args.overlap
     window = dict(crop=meta["crop"], overlap=overlap, batch=args.batch_size, amp=amp)
+    if device.type == "cuda" and not args.masks:
+        say(run.precision(amp, device))
 
     # ---- count
     if args.masks:

@@ -82,7 +82,9 @@ def parse_args(argv=None):
                    help="of windows, as a part of the crop (as in training)")
     p.add_argument("--weights", help="backbone of a run saved with --save head (as in training)")
     p.add_argument("--amp", default="auto", choices=["auto", "bf16", "off"],
-                   help="auto: as trained, where fast")
+                   help="auto: as trained, where fast; off: fp32, without TF32")
+    p.add_argument("--device", type=run.device_name, default="auto",
+                   help="cpu, cuda or cuda:1; auto: a GPU if there is one")
     p.add_argument("--batch-size", type=COUNT, default=16, help="windows or images at once")
     p.add_argument("--top", type=COUNT, default=3, help="classes per image in predictions.csv")
     p.add_argument("--montage", type=WHOLE, default=0,
@@ -270,6 +272,8 @@ def predict_masks(args, images, rank, world, device):
     check_outputs(written, images, ends, values)
 
     p = open_predictor(args, labels, values, device)
+    if device.type == "cuda":
+        say(run.precision(p.window["amp"], device))
     if (args.confidence or args.probabilities) and p.temperature is None:
         say("note: no calibration.json of these weights: probabilities as the network says; "
             f"python eval.py {args.run} --split val --calibrate fits them")
@@ -344,6 +348,8 @@ def predict_table(args, images, rank, world, device):
     net.to(device)
     names, out = [c["name"] for c in meta["classes"]], Path(args.out)
     amp = run.use_bf16(args.amp, meta["amp"], device)
+    if device.type == "cuda" and rank == 0:
+        print(run.precision(amp, device))
     written = Written(out, args.overwrite)
     if rank == 0:
         out.mkdir(parents=True, exist_ok=True)  # fails now, not after the last image
@@ -448,7 +454,7 @@ def export_run(args):
 
 
 def main(args):
-    rank, world, device = run.start()
+    rank, world, device = run.start(wanted=args.device, hours=24)
     task = load_weights(args.run, header_only=True)[1].get("task")
     if task == "classification" and (args.export or args.tta or args.partners or args.soup):
         raise BadInput(f"{args.run}: a run of train_cls.py; --export, --tta, --with and --soup are "

@@ -42,7 +42,7 @@ CLIP = 1.0  # limit of the gradient's norm
 CARDS = 16  # pictures in each part of samples.png
 
 # Flags that may differ on resume: paths, speed and printing, nothing that changes the result.
-MOVABLE = "log_every", "root", "weights", "cache"
+MOVABLE = "log_every", "root", "weights", "cache", "amp", "device"
 
 
 def parse_args(argv=None):
@@ -115,7 +115,7 @@ def parse_args(argv=None):
     opt.add_argument("--ema", type=between(0, 0.99999),
                      help="decay of averaged weights, which are kept; 0 = off (CNN from scratch 0.998)")
     opt.add_argument("--amp", default="auto", choices=["auto", "bf16", "off"],
-                     help="auto: bf16 where it is fast")
+                     help="auto: bf16 where it is fast; off: fp32, without TF32")
 
     r = p.add_argument_group("run")
     r.add_argument("--out", help="run folder (runs/<dataset>-<mode>, numbered when taken)")
@@ -124,6 +124,8 @@ def parse_args(argv=None):
     r.add_argument("--eval-every", type=COUNT, default=375,
                    help="steps between validations, where last.pt is written")
     r.add_argument("--log-every", type=COUNT, default=50, help="steps between log lines")
+    r.add_argument("--device", type=run.device_name, default="auto",
+                   help="cpu, cuda or cuda:1; auto: a GPU if there is one")
 
     args = run.parse(p, argv, MOVABLE, longer="epochs")
     train, val, test = args.fractions
@@ -151,7 +153,8 @@ def outputs(f, images, here, batch):
     mine = images[here.rank::here.world]
     results = []
     for i in range(0, len(mine), batch):
-        x = torch.from_numpy(mine[i:i + batch].copy()).to(here.device)  # the cache's are read-only
+        x = torch.from_numpy(mine[i:i + batch].copy())  # the cache's are read-only
+        x = run.to_device(x, here.device)
         x = prepare(x, NORMS[here.norm], here.size)
         with torch.autocast(here.device.type, torch.bfloat16, enabled=here.amp):
             results.append(f(x).float().cpu())
@@ -262,7 +265,7 @@ def train(args, d, net, here, s):
     warmup = min(args.warmup, steps // 5)  # few-shot runs are short
 
     # Random numbers have no state to restore: each is drawn from the number of its step or sample.
-    same = dict(world=world, weights=here.meta["weights"]["sha256"],
+    same = dict(world=world, weights=here.meta["weights"]["sha256"], amp=here.amp,
                 stored=here.meta["stored"])
     if args.resume:
         last = checkpoint.load_state(out / "last.pt")
@@ -275,7 +278,8 @@ def train(args, d, net, here, s):
         checkpoint.restore_optimizer(opt, last["opt"])
         this_command = s.command
         checkpoint.take_up(s, last["state"])
-        say(f"resume  {out} at step {s.step} of {steps}, best val accuracy {s.best:.4f}")
+        say(f"resume  {out} at step {s.step} of {steps}, best val accuracy {s.best:.4f}"
+            + run.moved(last, device))
         if args.epochs > last["args"]["epochs"]:
             s.command += f" && {this_command}"
             say(f"        {args.epochs} epochs instead of {last['args']['epochs']}: the rate "
@@ -287,7 +291,18 @@ def train(args, d, net, here, s):
             write(out / "curves.png", plots.curves(s.history, f"{out.name}: {here.title}"))
             checkpoint.save_state(out / "last.pt", net=net.state_dict(), opt=opt.state_dict(),
                                   ema=ema.net.state_dict() if ema else None,
-                                  state=vars(s), args=vars(args), **same)
+                                  state=vars(s), args=vars(args),
+                                  device=device.type, **same)
+
+    def validate():
+        p = probabilities(judged, d.images("val"), here, args.batch_size)
+        value = accuracy(p, d.y["val"])
+        s.history.append(dict(step=s.step, val_accuracy=value))
+        say(f"step {s.step:5d}  val accuracy {value:.4f}", flush=True)
+        if value > s.best:
+            s.best = value
+            save_best(judged, here, s.step, value)
+        s.scored = True
 
     # A CNN takes windows as they are, a ViT at the size that its weights were trained for.
     window = max(1, round(args.crop * d.pixels.shape[1]))
@@ -299,15 +314,19 @@ def train(args, d, net, here, s):
     began = time.time() - s.seconds
     if s.step == 0:
         save_last()  # what is killed before its first validation can be resumed, too
+    if not s.scored:
+        validate()
+        save_last()
     while s.step < steps:
         # Every random number below is a function of (seed, step), equal on all ranks.
         step = s.step
         rng = np.random.default_rng((3, args.seed, step))
         index, draw = map(list, zip(*next(draws)))
-        x = torch.from_numpy(d.pixels[rows[index]]).to(device)  # (B, S, S, 3) uint8
+        x = run.to_device(torch.from_numpy(d.pixels[rows[index]]), device)  # (B, S, S, 3) uint8
         x = augment_scenes(x, draw, args.seed, window)
         x = prepare(x, NORMS[here.norm], side)
-        y, other, share = labels[index].to(device), None, 1.0  # (B,)
+        y = labels[index].to(device, non_blocking=True)  # (B,)
+        other, share = None, 1.0
         if rng.random() < args.cutmix:
             x, y, other, share = augment.cutmix_scenes(x, y, rng)
         elif rng.random() < args.mixup:
@@ -357,13 +376,9 @@ def train(args, d, net, here, s):
                 f"lr {row['lr']:.2e}  {s.speed:.0f} images/s  ETA {rest}", flush=True)
         due = s.step % args.eval_every == 0 or last_step
         if due:
-            p = probabilities(judged, d.images("val"), here, args.batch_size)
-            value = accuracy(p, d.y["val"])
-            s.history.append(dict(step=s.step, val_accuracy=value))
-            say(f"step {s.step:5d}  val accuracy {value:.4f}", flush=True)
-            if value > s.best:
-                s.best = value
-                save_best(judged, here, s.step, value)
+            s.scored = False  # If the validation dies, it is done when the run goes on.
+            save_last()
+            validate()
         if due or stopping:
             save_last()
         if stopping:
@@ -381,7 +396,7 @@ def train(args, d, net, here, s):
 
 
 def main(args):
-    rank, world, device = run.start(args.seed)
+    rank, world, device = run.start(args.seed, args.device, hours=24)
     say = print if rank == 0 else lambda *words, **how: None
 
     # ---- data
@@ -468,7 +483,7 @@ def main(args):
         line = "nothing to learn"
     say(f"model   {title}, {line}")
     say(f"        {args.mode}, {nets.size_line(net)}, input {size} x {size}, normalisation {norm}, "
-        f"{'bf16' if amp else 'fp32'} on {device}")
+        + run.precision(amp, device))
     if not scratch and info["norm"] not in (None, norm):
         say(f"        WARNING --norm {norm}, but these weights were trained with {info['norm']}")
 
@@ -478,9 +493,10 @@ def main(args):
     meta = d.about() | nets.about(info) | dict(
         task="classification", mode=args.mode, model=spec, norm=norm, size=size,
         amp="bf16" if amp else "off", saved=args.save)
-    # All that a run remembers beside its weights.
-    s = SimpleNamespace(step=0, best=-1.0, bad=0, seconds=0.0, history=[], speed=None, chosen=None,
-                        command=facts["command"])
+    # All that a run remembers beside its weights. bad: non-finite gradients in a row; scored: is the
+    # validation of this step done?
+    s = SimpleNamespace(step=0, best=-1.0, bad=0, scored=True, seconds=0.0, history=[], speed=None,
+                        chosen=None, command=facts["command"])
     here = SimpleNamespace(rank=rank, world=world, device=device, say=say, norm=norm, size=size,
                            amp=amp, out=out, meta=meta, title=title)
     if rank == 0 and not args.resume:

@@ -38,7 +38,7 @@ from data.samplers import StepSampler
 from data.source import Source, rare_classes
 from models import checkpoint, nets, recipes, run
 from models.heads import HEADS
-from models.infer import evaluate, examples
+from models.infer import evaluate, examples, rehearse
 from models.lookahead import Lookahead, cycle_ends, warm_restarts
 from models.losses import LOSSES, class_weights, kl, parse_loss, translate, uses, weighted_sum
 from models.nets import as_tuple
@@ -55,7 +55,8 @@ OVERLAP = 0.25  # of evaluation windows, as a part of --crop
 CHECKED = 64
 
 # Flags that may differ on resume: paths, speed and printing, nothing that changes the result.
-MOVABLE = "log_every", "root", "weights", "cache", "workers", "teacher", "difficulty"
+MOVABLE = ("log_every", "root", "weights", "cache", "workers", "teacher", "difficulty", "amp",
+           "device")
 
 
 def parse_args(argv=None):
@@ -137,7 +138,7 @@ def parse_args(argv=None):
     opt.add_argument("--ema", type=between(0, 0.99999),
                      help="decay of averaged weights, which are kept; 0 = off (recipe)")
     opt.add_argument("--amp", default="auto", choices=["auto", "bf16", "off"],
-                     help="auto: bf16 where it is fast")
+                     help="auto: bf16 where it is fast; off: fp32, without TF32")
 
     r = p.add_argument_group("run")
     r.add_argument("--out", help="run folder (runs/<dataset>-kd, numbered when taken)")
@@ -146,6 +147,8 @@ def parse_args(argv=None):
     r.add_argument("--eval-every", type=COUNT,
                    help="steps between validations, where last.pt is written (recipe)")
     r.add_argument("--log-every", type=COUNT, default=50, help="steps between log lines")
+    r.add_argument("--device", type=run.device_name, default="auto",
+                   help="cpu, cuda or cuda:1; auto: a GPU if there is one")
 
     args = run.parse(p, argv, MOVABLE)
     run.check_rising(p, args, "scale")
@@ -235,7 +238,7 @@ def soft_targets(teacher, x, change, temperature, amp):
 
 
 def main(args):
-    rank, world, device = run.start(args.seed)
+    rank, world, device = run.start(args.seed, args.device)
     say = print if rank == 0 else lambda *words, **how: None
     terms = parse_loss(args.loss)  # [(1.0, "ce"), (1.0, "dice")]
 
@@ -294,8 +297,7 @@ def main(args):
     if args.amp == "auto":  # on a CPU only under a frozen backbone
         amp = run.fast_bf16(device) and (frozen or device.type == "cuda")
     say(f"model   {nets.name_of(spec)}, {info['line']}")
-    say(f"        {nets.size_line(net)}, normalisation {norm}, "
-        f"{'bf16' if amp else 'fp32'} on {device}")
+    say(f"        {nets.size_line(net)}, normalisation {norm}, {run.precision(amp, device)}")
     say(recipes.text(recipe, vars(args), pixels, crops))
     if not scratch and info["norm"] not in (None, norm):
         say(f"        WARNING --norm {norm}, but these weights were trained with {info['norm']}")
@@ -317,8 +319,10 @@ def main(args):
                         sha256=sha256(checkpoint.weights_file(args.teacher)))
         several = (shares > 0).sum(1) > 1
         by_student = args.within == "student" and several.any()
+        known = None  # or the classes that the teacher speaks of
+        if not shares.any(0).all():
+            known = torch.tensor(np.flatnonzero(shares.any(0)), device=device)
         shares = torch.tensor(shares, dtype=torch.float32, device=device)
-        known = shares.sum(0) > 0  # (K,): the teacher says nothing about the rest
         change = renormalise(norm, theirs["norm"], device)
 
     # ---- sampling
@@ -364,8 +368,8 @@ def main(args):
     # ---- start or resume
     facts = run.facts(device, world)
     # All that a run remembers beside its weights, stored whole in last.pt. bad: non-finite
-    # gradients in a row.
-    s = SimpleNamespace(step=0, best=-1.0, bad=0, seconds=0.0, history=[],
+    # gradients in a row; scored: is the validation of this step done?
+    s = SimpleNamespace(step=0, best=-1.0, bad=0, scored=True, seconds=0.0, history=[],
                         command=facts["command"])
     # What must be equal on resume, or it would be another run.
     same = dict(world=world, weights=info["sha256"], amp=amp,
@@ -382,7 +386,8 @@ def main(args):
         if look:
             look.load(last["slow"])
         checkpoint.take_up(s, last["state"])
-        say(f"resume  {out} at step {s.step} of {args.steps}, best val mIoU {s.best:.4f}")
+        say(f"resume  {out} at step {s.step} of {args.steps}, best val mIoU {s.best:.4f}"
+            + run.moved(last, device))
         if args.steps > last["args"]["steps"]:
             s.command += f" && {facts['command']}"
             say(f"        {args.steps} steps instead of {last['args']['steps']}: the rate follows "
@@ -417,15 +422,29 @@ def main(args):
             checkpoint.save_state(
                 out / "last.pt", net=checkpoint.learned(net), opt=opt.state_dict(), state=vars(s),
                 ema=checkpoint.learned(ema.net) if ema else None,
-                slow=look.slow if look else None, args=vars(args), **same)
+                slow=look.slow if look else None, args=vars(args),
+                device=device.type, **same)
 
     def save_best(miou):
         if rank == 0:
             more = dict(step=s.step, val_miou=miou)
             checkpoint.save_weights(out / "best.safetensors", judged.state_dict(), meta | more)
 
-    # ---- loop
     window = dict(crop=args.crop, overlap=OVERLAP, batch=args.batch_size, amp=amp)
+
+    def validate():
+        cm = evaluate(judged, val, window, args.workers)
+        miou, oa = metrics.iou(cm).nanmean().item(), metrics.oa(cm)
+        s.history.append(dict(step=s.step, val_miou=miou, val_oa=oa))
+        say(f"step {s.step:5d}  {d.picks} mIoU {miou:.4f}  OA {oa:.4f}", flush=True)
+        if (cm.sum(0) > 0).sum() == 1:
+            say("        WARNING: one class everywhere")
+        if miou > s.best:
+            s.best = miou
+            save_best(miou)
+        s.scored = True
+
+    # ---- loop
     # Draws are numbered over the whole run and by micro-batches, so that a resumed run sees the
     # images that come next.
     micro_steps = args.steps * args.accum
@@ -440,10 +459,15 @@ def main(args):
         times = drawn * draws.share
         say(f"        {drawn} crops drawn with replacement, an image {times.min():.1f} to "
             f"{times.max():.1f} times (--sampler {args.sampler})")
+    if val and device.type == "cuda":  # What its memory is too small for shall fail now.
+        rehearse(judged, d.sizes_of(d.picks), window, K)
     stop = run.Stop()
     began = time.time() - s.seconds
     if s.step == 0:
         save_last()  # what is killed before its first validation can be resumed, too
+    if not s.scored:
+        validate()
+        save_last()
     while s.step < args.steps:
         # A stream of random numbers of its own for dropout, another one on each rank.
         step = s.step
@@ -467,7 +491,7 @@ def main(args):
             # Gradients cross ranks once, in the last micro-batch.
             skip_sync = world > 1 and i + 1 < args.accum
             with model.no_sync() if skip_sync else nullcontext():
-                x, y = x.to(device, non_blocking=True), y.to(device, non_blocking=True)
+                x, y = run.to_device(x, device), run.to_device(y, device)
                 with torch.autocast(device.type, torch.bfloat16, enabled=amp):
                     logits = model(x)  # (B, K, H, W)
                 logits, *aux = as_tuple(logits)  # of some CNNs an auxiliary head's, too
@@ -525,15 +549,9 @@ def main(args):
                 f"hard  |g| {grad_norm:.3f}  lr {row['lr']:.2e}  ETA {rest}", flush=True)
         due = s.step % args.eval_every == 0 or last_step
         if due and val:
-            cm = evaluate(judged, val, window, args.workers)
-            miou, oa = metrics.iou(cm).nanmean().item(), metrics.oa(cm)
-            s.history.append(dict(step=s.step, val_miou=miou, val_oa=oa))
-            say(f"step {s.step:5d}  {d.picks} mIoU {miou:.4f}  OA {oa:.4f}", flush=True)
-            if (cm.sum(0) > 0).sum() == 1:
-                say("        WARNING: one class everywhere")
-            if miou > s.best:
-                s.best = miou
-                save_best(miou)
+            s.scored = False  # If the validation dies, it is done when the run goes on.
+            save_last()
+            validate()
         if last_step and not val:
             save_best(None)  # --final: nothing was held out to choose by
         if due or stopping:

@@ -36,7 +36,7 @@ from data.samplers import StepSampler
 from data.source import Source, rare_classes
 from models import checkpoint, nets, recipes, run
 from models.heads import HEADS
-from models.infer import evaluate, examples
+from models.infer import evaluate, examples, rehearse
 from models.losses import ce, class_weights, parse_loss, weighted_sum
 from models.nets import as_tuple
 from models.run import COUNT, RATE, SHARE, WHOLE, between
@@ -51,7 +51,7 @@ GROW_FROM = 0.4  # part of --steps after which the second stage begins
 GROW_ABOVE = 0.8  # mean probability of the views above which a pixel is sure
 
 # Flags that may differ on resume: paths, speed and printing, nothing that changes the result.
-MOVABLE = "log_every", "root", "weights", "cache", "workers"
+MOVABLE = "log_every", "root", "weights", "cache", "workers", "amp", "device"
 
 
 def parse_args(argv=None):
@@ -122,7 +122,7 @@ def parse_args(argv=None):
     opt.add_argument("--ema", type=between(0, 0.99999),
                      help="decay of averaged weights, which are kept; 0 = off (recipe)")
     opt.add_argument("--amp", default="auto", choices=["auto", "bf16", "off"],
-                     help="auto: bf16 where it is fast")
+                     help="auto: bf16 where it is fast; off: fp32, without TF32")
 
     r = p.add_argument_group("run")
     r.add_argument("--out", help="run folder (runs/<dataset>-points, numbered when taken)")
@@ -131,6 +131,8 @@ def parse_args(argv=None):
     r.add_argument("--eval-every", type=COUNT,
                    help="steps between validations, where last.pt is written (recipe)")
     r.add_argument("--log-every", type=COUNT, default=50, help="steps between log lines")
+    r.add_argument("--device", type=run.device_name, default="auto",
+                   help="cpu, cuda or cuda:1; auto: a GPU if there is one")
 
     args = run.parse(p, argv, MOVABLE)
     run.check_rising(p, args, "scale")
@@ -243,7 +245,7 @@ def sure_pixels(teacher, x, above, amp):
 
 
 def main(args):
-    rank, world, device = run.start(args.seed)
+    rank, world, device = run.start(args.seed, args.device)
     say = print if rank == 0 else lambda *words, **how: None
     terms = parse_loss(args.loss)  # [(1.0, "ce"), (1.0, "dice")]
 
@@ -313,8 +315,7 @@ def main(args):
     if args.amp == "auto":  # on a CPU only under a frozen backbone
         amp = run.fast_bf16(device) and (frozen or device.type == "cuda")
     say(f"model   {nets.name_of(spec)}, {info['line']}")
-    say(f"        {nets.size_line(net)}, normalisation {norm}, "
-        f"{'bf16' if amp else 'fp32'} on {device}")
+    say(f"        {nets.size_line(net)}, normalisation {norm}, {run.precision(amp, device)}")
     say(recipes.text(recipe, vars(args), pixels, crops))
     if not scratch and info["norm"] not in (None, norm):
         say(f"        WARNING --norm {norm}, but these weights were trained with {info['norm']}")
@@ -344,8 +345,8 @@ def main(args):
     # ---- start or resume
     facts = run.facts(device, world)
     # All that a run remembers beside its weights, stored whole in last.pt. bad: non-finite
-    # gradients in a row.
-    s = SimpleNamespace(step=0, best=-1.0, bad=0, seconds=0.0, history=[],
+    # gradients in a row; scored: is the validation of this step done?
+    s = SimpleNamespace(step=0, best=-1.0, bad=0, scored=True, seconds=0.0, history=[],
                         command=facts["command"])
     # This rank's answers at training points since the last validation, rows true.
     seen = torch.zeros(K, K, dtype=torch.int64, device=device)
@@ -363,7 +364,8 @@ def main(args):
         checkpoint.take_up(s, last["state"])
         if rank == 0:
             seen += last["seen"].to(device)
-        say(f"resume  {out} at step {s.step} of {args.steps}, best val mIoU {s.best:.4f}")
+        say(f"resume  {out} at step {s.step} of {args.steps}, best val mIoU {s.best:.4f}"
+            + run.moved(last, device))
         if args.steps > last["args"]["steps"]:
             s.command += f" && {facts['command']}"
             say(f"        {args.steps} steps instead of {last['args']['steps']}: the rate follows "
@@ -401,30 +403,52 @@ def main(args):
             checkpoint.save_state(
                 out / "last.pt", net=checkpoint.learned(net), opt=opt.state_dict(), state=vars(s),
                 ema=checkpoint.learned(ema.net) if ema else None, args=vars(args),
-                seen=seen.cpu(), **same)
+                seen=seen.cpu(), device=device.type, **same)
 
     def save_best(miou):
         if rank == 0:
             more = dict(step=s.step, val_miou=miou)
             checkpoint.save_weights(out / "best.safetensors", judged.state_dict(), meta | more)
 
-    # ---- loop
     window = dict(crop=args.crop, overlap=OVERLAP, batch=args.batch_size, amp=amp)
+
+    def validate():
+        cm = evaluate(judged, val, window, args.workers)
+        miou, oa = metrics.iou(cm).nanmean().item(), metrics.oa(cm)
+        scores = {"train": metrics.averages(seen.cpu()), d.picks: metrics.averages(cm)}
+        s.history.append(dict(step=s.step, val_miou=miou, val_oa=oa, scores=scores))
+        say(f"step {s.step:5d}  {d.picks} mIoU {miou:.4f}  OA {oa:.4f}", flush=True)
+        if (cm.sum(0) > 0).sum() == 1:
+            say("        WARNING: one class everywhere")
+        for split, row in scores.items():
+            say(f"  {split:6} {metrics.averages_text(row)}")
+        if miou > s.best:
+            s.best = miou
+            save_best(miou)
+        s.scored = True
+
+    # ---- loop
     # Draws are numbered over the whole run, so that a resumed one sees the images that come next.
     draws = StepSampler(len(train), args.batch_size, args.steps, args.seed, s.step, rank, world)
     batches = iter(DataLoader(train, batch_sampler=draws, num_workers=args.workers,
                               pin_memory=device.type == "cuda",
                               worker_init_fn=run.keep_signals_from_worker))
+    if val and device.type == "cuda":  # What its memory is too small for shall fail now.
+        rehearse(judged, d.sizes_of(d.picks), window, K)
     stop = run.Stop()
     began = time.time() - s.seconds
     if s.step == 0:
         save_last()  # what is killed before its first validation can be resumed, too
+    if not s.scored:
+        validate()
+        seen.zero_()
+        save_last()
     while s.step < args.steps:
         # A stream of random numbers of its own for dropout, another one on each rank.
         step = s.step
         run.seed_torch(4, args.seed, step, rank)
         x, y, names = next(batches)  # (B, 3, H, W), (B, H, W): class ids, UNLABELLED, IGNORE
-        x, y = x.to(device, non_blocking=True), y.to(device, non_blocking=True)
+        x, y = run.to_device(x, device), run.to_device(y, device)
         unlabelled = y == UNLABELLED
         y = y.where(~unlabelled, IGNORE)
 
@@ -495,18 +519,9 @@ def main(args):
             if rank > 0:
                 seen.zero_()
         if due and val:
-            cm = evaluate(judged, val, window, args.workers)
-            miou, oa = metrics.iou(cm).nanmean().item(), metrics.oa(cm)
-            scores = {"train": metrics.averages(seen.cpu()), d.picks: metrics.averages(cm)}
-            s.history.append(dict(step=s.step, val_miou=miou, val_oa=oa, scores=scores))
-            say(f"step {s.step:5d}  {d.picks} mIoU {miou:.4f}  OA {oa:.4f}", flush=True)
-            if (cm.sum(0) > 0).sum() == 1:
-                say("        WARNING: one class everywhere")
-            for split, row in scores.items():
-                say(f"  {split:6} {metrics.averages_text(row)}")
-            if miou > s.best:
-                s.best = miou
-                save_best(miou)
+            s.scored = False  # If the validation dies, it is done when the run goes on.
+            save_last()
+            validate()
         if last_step and not val:
             save_best(None)  # --final: nothing was held out to choose by
         if due:

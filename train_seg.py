@@ -35,7 +35,7 @@ from data.samplers import StepSampler
 from data.source import Source, rare_classes
 from models import checkpoint, nets, recipes, run
 from models.heads import HEADS
-from models.infer import evaluate, examples
+from models.infer import evaluate, examples, rehearse
 from models.losses import LOSSES, class_weights, parse_loss, uses, weighted_sum
 from models.nets import as_tuple
 from models.run import COUNT, RATE, SHARE, WHOLE, between
@@ -49,7 +49,7 @@ OVERLAP = 0.25  # of evaluation windows, as a part of --crop
 CHECKED = 64
 
 # Flags that may differ on resume: paths, speed and printing, nothing that changes the result.
-MOVABLE = "log_every", "root", "weights", "cache", "workers"
+MOVABLE = "log_every", "root", "weights", "cache", "workers", "amp", "device"
 
 
 def parse_args(argv=None):
@@ -116,7 +116,7 @@ def parse_args(argv=None):
     opt.add_argument("--ema", type=between(0, 0.99999),
                      help="decay of averaged weights, which are kept; 0 = off (recipe)")
     opt.add_argument("--amp", default="auto", choices=["auto", "bf16", "off"],
-                     help="auto: bf16 where it is fast")
+                     help="auto: bf16 where it is fast; off: fp32, without TF32")
     opt.add_argument("--compile", action="store_true", help="torch.compile the network")
 
     r = p.add_argument_group("run")
@@ -127,6 +127,8 @@ def parse_args(argv=None):
                    help="steps between validations, where last.pt is written (recipe)")
     r.add_argument("--patience", type=COUNT, help="stop after so many validations without gain")
     r.add_argument("--log-every", type=COUNT, default=50, help="steps between log lines")
+    r.add_argument("--device", type=run.device_name, default="auto",
+                   help="cpu, cuda or cuda:1; auto: a GPU if there is one")
 
     args = run.parse(p, argv, MOVABLE)
     run.check_rising(p, args, "scale")
@@ -156,7 +158,7 @@ def transform(image, mask, rng, args, rare):
 
 
 def main(args):
-    rank, world, device = run.start(args.seed)
+    rank, world, device = run.start(args.seed, args.device)
     say = print if rank == 0 else lambda *words, **how: None
     terms = parse_loss(args.loss)  # [(1.0, "ce"), (1.0, "dice")]
 
@@ -211,8 +213,7 @@ def main(args):
     if args.amp == "auto":  # on a CPU only under a frozen backbone
         amp = run.fast_bf16(device) and (frozen or device.type == "cuda")
     say(f"model   {nets.name_of(spec)}, {info['line']}")
-    say(f"        {nets.size_line(net)}, normalisation {norm}, "
-        f"{'bf16' if amp else 'fp32'} on {device}")
+    say(f"        {nets.size_line(net)}, normalisation {norm}, {run.precision(amp, device)}")
     say(recipes.text(recipe, vars(args), pixels, crops))
     if not scratch and info["norm"] not in (None, norm):
         say(f"        WARNING --norm {norm}, but these weights were trained with {info['norm']}")
@@ -240,8 +241,8 @@ def main(args):
     # ---- start or resume
     facts = run.facts(device, world)
     # All that a run remembers beside its weights, stored whole in last.pt. stale: validations
-    # without gain; bad: non-finite gradients in a row.
-    s = SimpleNamespace(step=0, best=-1.0, stale=0, bad=0, seconds=0.0, history=[],
+    # without gain; bad: non-finite gradients in a row; scored: is the validation of this step done?
+    s = SimpleNamespace(step=0, best=-1.0, stale=0, bad=0, scored=True, seconds=0.0, history=[],
                         command=facts["command"])
     # What must be equal on resume, or it would be another run.
     same = dict(world=world, weights=info["sha256"], amp=amp,
@@ -255,7 +256,8 @@ def main(args):
             checkpoint.restore(ema.net, last["ema"])
         checkpoint.restore_optimizer(opt, last["opt"])
         checkpoint.take_up(s, last["state"])
-        say(f"resume  {out} at step {s.step} of {args.steps}, best val mIoU {s.best:.4f}")
+        say(f"resume  {out} at step {s.step} of {args.steps}, best val mIoU {s.best:.4f}"
+            + run.moved(last, device))
         if args.steps > last["args"]["steps"]:
             s.command += f" && {facts['command']}"
             say(f"        {args.steps} steps instead of {last['args']['steps']}: the rate follows "
@@ -283,7 +285,8 @@ def main(args):
             write(out / "curves.png", plots.curves(s.history, f"{out.name}: {nets.name_of(spec)}"))
             checkpoint.save_state(
                 out / "last.pt", net=checkpoint.learned(net), opt=opt.state_dict(), state=vars(s),
-                ema=checkpoint.learned(ema.net) if ema else None, args=vars(args), **same)
+                ema=checkpoint.learned(ema.net) if ema else None, args=vars(args),
+                device=device.type, **same)
 
     def save_best(miou):
         if rank == 0:
@@ -293,8 +296,22 @@ def main(args):
             more = dict(step=s.step, val_miou=miou)
             checkpoint.save_weights(out / "best.safetensors", tensors, meta | more)
 
-    # ---- loop
     window = dict(crop=args.crop, overlap=OVERLAP, batch=args.batch_size, amp=amp)
+
+    def validate():
+        cm = evaluate(judged, val, window, args.workers)
+        miou, oa = metrics.iou(cm).nanmean().item(), metrics.oa(cm)
+        s.history.append(dict(step=s.step, val_miou=miou, val_oa=oa))
+        say(f"step {s.step:5d}  {d.picks} mIoU {miou:.4f}  OA {oa:.4f}", flush=True)
+        if (cm.sum(0) > 0).sum() == 1:
+            say("        WARNING: one class everywhere")
+        s.stale += 1
+        if miou > s.best:
+            s.best, s.stale = miou, 0
+            save_best(miou)
+        s.scored = True
+
+    # ---- loop
     # Draws are numbered over the whole run and by micro-batches, so that a resumed run sees the
     # images that come next.
     micro_steps = args.steps * args.accum
@@ -303,10 +320,15 @@ def main(args):
     batches = iter(DataLoader(train, batch_sampler=draws, num_workers=args.workers,
                               pin_memory=device.type == "cuda",
                               worker_init_fn=run.keep_signals_from_worker))
+    if val and device.type == "cuda":  # What its memory is too small for shall fail now.
+        rehearse(judged, d.sizes_of(d.picks), window, K)
     stop = run.Stop()
     began = time.time() - s.seconds
     if s.step == 0:
         save_last()  # what is killed before its first validation can be resumed, too
+    if not s.scored:
+        validate()
+        save_last()
     while s.step < args.steps:
         if args.patience and s.stale >= args.patience:
             say(f"stop: no better val mIoU in {s.stale} validations")
@@ -339,11 +361,11 @@ def main(args):
             skip_sync = world > 1 and i + 1 < args.accum
             with model.no_sync() if skip_sync else nullcontext():
                 with torch.autocast(device.type, torch.bfloat16, enabled=amp):
-                    logits = model(x.to(device, non_blocking=True))  # (B, K, H, W)
+                    logits = model(run.to_device(x, device))  # (B, K, H, W)
                 logits, *aux = as_tuple(logits)  # of some CNNs an auxiliary head's, too
                 loss = 0.0
                 for share, y in targets:
-                    y = y.to(device, non_blocking=True)
+                    y = run.to_device(y, device)
                     value = weighted_sum(terms, logits, y, weights, args.label_smoothing,
                                          count=valid, total=run.over_ranks)
                     for z in aux:
@@ -387,16 +409,9 @@ def main(args):
                 f"lr {row['lr']:.2e}  ETA {rest}", flush=True)
         due = s.step % args.eval_every == 0 or last_step
         if due and val:
-            cm = evaluate(judged, val, window, args.workers)
-            miou, oa = metrics.iou(cm).nanmean().item(), metrics.oa(cm)
-            s.history.append(dict(step=s.step, val_miou=miou, val_oa=oa))
-            say(f"step {s.step:5d}  {d.picks} mIoU {miou:.4f}  OA {oa:.4f}", flush=True)
-            if (cm.sum(0) > 0).sum() == 1:
-                say("        WARNING: one class everywhere")
-            s.stale += 1
-            if miou > s.best:
-                s.best, s.stale = miou, 0
-                save_best(miou)
+            s.scored = False  # If the validation dies, it is done when the run goes on.
+            save_last()
+            validate()
         if last_step and not val:
             save_best(None)  # --final: nothing was held out to choose by
         if due or stopping:

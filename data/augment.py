@@ -123,4 +123,4 @@ def random_box(H: int, W: int, h: int, w: int, rng: Generator) -> tuple:
 def partners(x: Tensor, rng: Generator) -> Tensor:
     """(B,) indices: for every image another one of the batch, or itself."""
     order = rng.permutation(len(x))
-    return torch.from_numpy(order).to(x.device)
+    return torch.from_numpy(order).to(x.device, non_blocking=True)

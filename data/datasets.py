@@ -594,7 +594,9 @@ def normalise(image: np.ndarray, norm: str) -> torch.Tensor:
 
 def normalised(x: torch.Tensor, norm: str) -> torch.Tensor:
     """(..., 3, H, W) uint8 on any device -> float32 by a name of NORMS."""
-    mean, std = (torch.tensor(v, device=x.device).view(3, 1, 1) for v in NORMS[norm])
+    # Not made on the device, which would wait for the copy.
+    mean, std = (torch.tensor(v).view(3, 1, 1).to(x.device, non_blocking=True)
+                 for v in NORMS[norm])
     return x.float().div_(255).sub_(mean).div_(std)
 
 

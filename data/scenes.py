@@ -288,7 +288,7 @@ def augment_scenes(x: Tensor, draws: list[int], seed: int, side: int) -> Tensor:
     # Per sample: transposed? flipped along y, along x? first row and column of the window
     sides = [2, 2, 2, S - side + 1, S - side + 1]
     dice = [np.random.default_rng((2, seed, draw)).integers(sides) for draw in draws]
-    dice = torch.from_numpy(np.stack(dice)).to(x.device)  # (B, 5)
+    dice = torch.from_numpy(np.stack(dice)).to(x.device, non_blocking=True)  # (B, 5)
     transposed = dice[:, 0, None, None] == 1
     flipped = dice[:, 1:3, None] == 1
     first = dice[:, 3:, None]
@@ -309,7 +309,8 @@ def prepare(x: Tensor, norm: tuple, side: int | None = None) -> Tensor:
     if side not in (None, x.shape[-1]):
         x = F.interpolate(x, (side, side), mode="bicubic", align_corners=False, antialias=True)
         x = x.clamp_(0, 1)
-    mean, std = (torch.tensor(v, device=x.device).view(1, 3, 1, 1) for v in norm)
+    # Not made on the device, which would wait for the copy.
+    mean, std = (torch.tensor(v).view(1, 3, 1, 1).to(x.device, non_blocking=True) for v in norm)
     return x.sub_(mean).div_(std)
 
 

@@ -159,13 +159,14 @@ class Source:
         """{name: (image, mask)} of a split, with a box as third entry where names are tiles."""
         return {name: self.pairs[name] for name in self.splits[split]}
 
+    def sizes_of(self, split: str) -> list[tuple[int, int]]:
+        """(H, W) of every image of a split that training opened, or of its box."""
+        files = self.files(split).values()
+        return [box[0][2:] if box else self.sizes[image] for image, _, *box in files]
+
     def pixels(self, split: str) -> int:
         """Of all images of a split that training opened, or of their boxes."""
-        total = 0
-        for image, _, *box in self.files(split).values():
-            h, w = box[0][2:] if box else self.sizes[image]
-            total += h * w
-        return total
+        return sum(H * W for H, W in self.sizes_of(split))
 
     def part(self, split: str, norm: str, augment=None, seed: int = 0,
              names: list[str] | None = None) -> SegDataset:

@@ -16,6 +16,8 @@ from torch import Tensor, nn
 
 # B batch, K classes, C width of the backbone, D width of the features, N training images.
 
+DISTANCES = 2**26  # of k-NN that are computed at once: 256 MB, and about as much for the sums
+
 
 class ChannelMeans(nn.Module):
     """The mean of each channel, (B, 3, H, W) -> (B, 3): what a backbone's features have to beat."""
@@ -112,18 +114,23 @@ class Knn(nn.Module):
 
     def forward(self, features: Tensor) -> Tensor:
         with torch.autocast(features.device.type, enabled=False):
-            x = self.comparable(features.float())
-            # -d^2 / 2, but for |x|^2 / 2, which all votes share.
-            near = x @ self.bank.T - self.bank.square().sum(1) / 2
-            # The k nearest, in falling order; with fewer images all of them.
-            near, index = near.topk(min(self.k, len(self.bank)), dim=1)
-            # Relative to the nearest, so that no exponential is too large.
-            votes = ((near - near[:, :1]) / self.temperature).exp()
-            total = votes.new_zeros(len(x), self.classes)
-            total.scatter_add_(1, self.labels[index], votes)
-            # 1e-6 for a class without a vote, whose log would be -inf.
-            shares = total / votes.sum(1, keepdim=True)
-            return shares.clamp(min=1e-6).log()
+            # Of a whole split the distances to a large bank do not fit into memory.
+            parts = features.float().split(max(1, DISTANCES // max(1, len(self.bank))))
+            return torch.cat([self.votes(self.comparable(part)) for part in parts])
+
+    def votes(self, x: Tensor) -> Tensor:
+        """comparable() features (B, D) -> (B, K)."""
+        # -d^2 / 2, but for |x|^2 / 2, which all votes share.
+        near = x @ self.bank.T - self.bank.square().sum(1) / 2
+        # The k nearest, in falling order; with fewer images all of them.
+        near, index = near.topk(min(self.k, len(self.bank)), dim=1)
+        # Relative to the nearest, so that no exponential is too large.
+        votes = ((near - near[:, :1]) / self.temperature).exp()
+        total = votes.new_zeros(len(x), self.classes)
+        total.scatter_add_(1, self.labels[index], votes)
+        # 1e-6 for a class without a vote, whose log would be -inf.
+        shares = total / votes.sum(1, keepdim=True)
+        return shares.clamp(min=1e-6).log()
 
 
 def fit_linear(features: Tensor, labels: Tensor, classes: int, rates: list[float],

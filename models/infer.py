@@ -244,7 +244,6 @@ def slide_rows(net: nn.Module, read: Callable, size: tuple[int, int], norm: str,
 
 def ids_of(strips: Iterator[tuple[slice, torch.Tensor]]) -> torch.Tensor:
     """What slide_down() yields -> (H, W) uint8 classes."""
-    # max is ten times faster than argmax on a CPU.
     return torch.cat([logits.max(0).indices.byte() for _, logits in strips])
 
 
@@ -300,6 +299,29 @@ def predictions(net: nn.Module, data: Dataset, window: dict, workers: int = 0,
         yield name, y.to(device), slide_down(net, x, **window, norm=data.norm)
 
 
+def count_strips(cm: torch.Tensor, y: torch.Tensor, strips: Iterator) -> None:
+    """Add the counts of an image, labels (H, W) and what slide_down() yields, to cm (k, k)."""
+    for rows, logits in strips:
+        # max is ten times faster than argmax on a CPU.
+        cm += metrics.confusion(logits.max(0).indices, y[rows], len(cm))
+
+
+def rehearse(net: nn.Module, sizes: list[tuple[int, int]], window: dict, classes: int) -> None:
+    """Two rows of windows of the widest of images of these sizes (H, W), as evaluate() takes them.
+
+    What a GPU's memory is too small for fails now. No random number is drawn.
+    """
+    H, W = max(sizes, key=lambda size: size[1])
+    device = next(net.parameters()).device
+    was_training = net.training
+    net.eval()
+    x = torch.zeros(3, min(H, 2 * window["crop"]), W, dtype=torch.uint8)
+    y = torch.zeros(H, W, dtype=torch.uint8, device=device)
+    cm = torch.zeros(classes, classes, dtype=torch.int64, device=device)
+    count_strips(cm, y, slide_down(net, x, **window, norm="imagenet"))
+    net.train(was_training)
+
+
 def evaluate(net: nn.Module, data: Dataset, window: dict, workers: int = 0,
              classes: int | None = None, what: str = "validation") -> torch.Tensor:
     """(k, k) int64 confusion matrix, rows true, of the whole data set, on every rank's CPU.
@@ -315,8 +337,7 @@ def evaluate(net: nn.Module, data: Dataset, window: dict, workers: int = 0,
     k = classes or len(data.labels.names)
     cm = torch.zeros(k, k, dtype=torch.int64, device=next(net.parameters()).device)
     for _, y, strips in predictions(net, data, window, workers, what):
-        for rows, logits in strips:
-            cm += metrics.confusion(logits.max(0).indices, y[rows], k)
+        count_strips(cm, y, strips)
     over_ranks(cm)  # not in the loop: ranks may have unequal numbers of images
     if not cm.any():
         raise BadInput(f"{data.names[0]} and {len(data) - 1} more: every pixel is ignored; correct "

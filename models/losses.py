@@ -197,10 +197,10 @@ def kl(logits: Tensor, target: Tensor, y: Tensor, temperature: float = 1.0,
     """T^2 KL(target, softmax(logits / T)) over the count of valid pixels (Hinton et al. 2015).
 
     target (B, K, H, W): probabilities made with the same T; a pixel where they sum to m < 1 counts
-    m times. known: bool (K,), the classes the target speaks of and the softmax is over; None = all.
+    m times. known: the classes (n,) the target speaks of and the softmax is over; None = all.
     """
     z = at_least_fp32(logits) / temperature
-    if known is not None and not known.all():
+    if known is not None:
         z, target = z[:, known], target[:, known]
     # sum q log(q / p), where q sums to m, is m KL + m log m. The last part is taken off.
     mass = target.sum(1)

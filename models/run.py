@@ -20,6 +20,7 @@ import os
 import re
 import shlex
 import signal
+import socket
 import sys
 from collections.abc import Callable
 from datetime import timedelta
@@ -143,6 +144,14 @@ WHOLE = between(0, 2**31, int)
 SHARE = between(0, 1)
 RATE = between(0, 10)
 bands = flags.bands
+
+
+def device_name(text: str) -> str:
+    """An argparse type: what --device may be."""
+    if not re.fullmatch(r"auto|cpu|cuda(:[0-9]{1,3})?", text):
+        raise argparse.ArgumentTypeError(f"{text}: expected auto, cpu, cuda, or cuda:1 for the "
+                                         "second GPU")
+    return text
 
 
 class InputRange(argparse.Action):
@@ -275,7 +284,7 @@ def one_line_errors(lower: str = "--batch-size"):
     try:
         yield
     except (BadInput, BadWeights, OSError, MemoryError, RuntimeError) as e:
-        line = about_reader(e) or about_memory(e, lower)
+        line = about_reader(e) or about_memory(e, lower) or about_ranks(e)
         if line is None and isinstance(e, (MemoryError, RuntimeError)):
             raise  # a fault of the code
         if line is None:
@@ -321,37 +330,92 @@ def about_memory(e: Exception, lower: str) -> str | None:
     return f"out of memory{where}{amount}; lower {lower}"
 
 
-def go_on(flags: str) -> str:
+def about_ranks(e: Exception) -> str | None:
+    """One line where another process of torchrun is gone, or has not answered in time."""
+    gone = r"Connection (closed|reset|refused)|closed by peer|Broken pipe"
+    late = r"[Tt]imed? ?out"
+    if not dist.is_initialized() or not isinstance(e, RuntimeError):
+        return None
+    if not re.search(f"{gone}|{late}", str(e)):
+        return None
+    what = "has ended" if re.search(gone, str(e)) else "has not answered in time"
+    return (f"rank {dist.get_rank()} of {dist.get_world_size()}: another rank {what}; its own "
+            f"message says why{go_on()}")
+
+
+def go_on(*flags: str) -> str:
     """The end of a message: how to go on with this process's run, where it has saved something."""
     folders = [Path(file.name).parent for file in LOCKS]
     if not folders or not (folders[-1] / "last.pt").exists():
         return ""
-    return f"; go on: {again(folders[-1])} {flags}"
+    return f"; go on: {' '.join([again(folders[-1]), *flags])}"
 
 
 # ---- processes
 
-def start(seed: int | None = None) -> tuple[int, int, torch.device]:
+def start(seed: int | None = None, wanted: str = "auto",
+          hours: float = 3) -> tuple[int, int, torch.device]:
     """-> rank, number of processes, device. Under torchrun it also joins the group of processes.
 
     A seed makes all ranks begin with the same random numbers, and so with the same network.
+    wanted: --device. hours: how long a rank may wait for another one.
     """
     rank = int(os.environ.get("RANK", 0))
     world = int(os.environ.get("WORLD_SIZE", 1))
-    if torch.cuda.is_available():
-        device = torch.device("cuda", int(os.environ.get("LOCAL_RANK", 0)))
+    device = choose_device(wanted)
+    if device.type == "cuda":
         torch.cuda.set_device(device)
+        # fp32 means fp32: by default cuDNN's convolutions would round to TF32's ten bits.
+        torch.backends.cudnn.allow_tf32 = False
+        torch.set_float32_matmul_precision("highest")
     else:
-        device = torch.device("cpu")
         tune_cpu()
     if world > 1 and not dist.is_initialized():
-        # A day: ranks may wait long for rank 0's decoding, and torchrun ends all when one has died.
+        # When a rank dies, torchrun ends the others, and gloo tells them at once. The time-out is
+        # for NCCL under other launchers, where nobody would tell them.
         backend = "nccl" if device.type == "cuda" else "gloo"
         bound = device if device.type == "cuda" else None
-        dist.init_process_group(backend, timeout=timedelta(days=1), device_id=bound)
+        dist.init_process_group(backend, timeout=timedelta(hours=hours), device_id=bound)
     if seed is not None:
         torch.manual_seed(seed)
     return rank, world, device
+
+
+def choose_device(wanted: str) -> torch.device:
+    """--device -> the device of this process; BadInput where the machine has none like it."""
+    kind, _, number = wanted.partition(":")
+    seen = torch.cuda.device_count() if torch.cuda.is_available() else 0
+    if kind == "cpu" or kind == "auto" and seen == 0:
+        return torch.device("cpu")
+    if seen == 0:
+        raise BadInput(f"--device {wanted}: torch {torch.__version__} sees no GPU{why_no_gpu()}, or "
+                       "type --device cpu")
+
+    local_rank = int(os.environ.get("LOCAL_RANK", 0))
+    processes = max(int(os.environ.get("LOCAL_WORLD_SIZE", 1)), local_rank + 1)
+    visible = "GPU" if seen == 1 else "GPUs"
+    if "CUDA_VISIBLE_DEVICES" in os.environ:
+        visible += f" (CUDA_VISIBLE_DEVICES={os.environ['CUDA_VISIBLE_DEVICES']})"
+    if number and processes > 1:
+        raise BadInput(f"--device {wanted} for {processes} processes: each takes a GPU of its own; "
+                       f"type --device cuda, and CUDA_VISIBLE_DEVICES={number},... before torchrun")
+    if processes > seen:
+        raise BadInput(f"{processes} processes on a machine where torch sees {seen} {visible}; type "
+                       f"torchrun --nproc_per_node={seen}, or --device cpu")
+    if number and int(number) >= seen:
+        raise BadInput(f"--device {wanted}: torch sees {seen} {visible}, the last one is "
+                       f"cuda:{seen - 1}; type --device cuda:{seen - 1}")
+    return torch.device("cuda", int(number or local_rank))
+
+
+def why_no_gpu() -> str:
+    """Why torch sees none, and what to do about it."""
+    if not (torch.version.cuda or torch.version.hip):
+        return ", for it is a build for CPUs; install one for your GPU (pytorch.org/get-started)"
+    hidden = os.environ.get("CUDA_VISIBLE_DEVICES")
+    if hidden is not None:
+        return f" in CUDA_VISIBLE_DEVICES='{hidden}'; correct or unset that"
+    return f" by its CUDA {torch.version.cuda}; see whether nvidia-smi lists one with that version"
 
 
 def tune_cpu() -> None:
@@ -380,6 +444,17 @@ def fast_bf16(device: torch.device) -> bool:
         return torch.cuda.get_device_capability(device) >= (8, 0)
     # Private API: False where this torch does not have it.
     return getattr(torch.cpu, "_is_avx512_bf16_supported", bool)()
+
+
+def precision(amp: bool, device: torch.device) -> str:
+    """bf16 on cuda:0, or fp32, and whether a GPU is one without bf16 in hardware."""
+    text = f"{'bf16' if amp else 'fp32'} on {device}"
+    if device.type == "cuda" and not fast_bf16(device):
+        name = torch.cuda.get_device_name(device)
+        if amp:
+            return f"{text}, which {name} only imitates; --amp off is faster"
+        return f"{text}, for {name} has no bf16"
+    return text
 
 
 def use_bf16(asked: str, trained: str, device: torch.device) -> bool:
@@ -624,7 +699,19 @@ def claim(out: Path, wanted: str | None, resume: str | None) -> Path:
             place = Path(f"{base}-{i}")
         return place
 
-    return from_rank_0(take)
+    claimed = from_rank_0(take)
+    check_shared(claimed)
+    return claimed
+
+
+def check_shared(out: Path) -> None:
+    """BadInput, on all ranks, where the machine of one does not see the folder that rank 0 made."""
+    blind = [] if (out / ".lock").exists() else [socket.gethostname()]
+    blind = from_all_ranks(blind)
+    if blind:
+        raise BadInput(f"{out}: rank 0 has made it, and it is not there on "
+                       f"{', '.join(sorted(set(blind)))}; all machines read the run folder: type "
+                       "--out with a folder on a disk that they share")
 
 
 def from_rank_0(make: Callable[[], Path]) -> Path:
@@ -710,6 +797,14 @@ def again(out: Path) -> str:
     if dist.is_initialized():
         start = f"torchrun --standalone --nproc_per_node={dist.get_world_size()}"
     return f"{start} {Path(sys.argv[0]).name} --resume {shlex.quote(str(out))}"
+
+
+def moved(last: dict, device: torch.device) -> str:
+    """The end of a line: that a run goes on on another kind of device than last.pt was saved on."""
+    was = last.get("device", device.type)  # earlier versions have not kept it
+    if was == device.type:
+        return ""
+    return f"; on {device.type} after {was}: no longer bit for bit"
 
 
 def check_same(out: Path, last: dict, same: dict) -> None:
