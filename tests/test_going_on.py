@@ -4,7 +4,8 @@ import shutil
 import signal
 
 import pytest
-from runs import FOLDER, keep_signals, read, tiny_set  # noqa: F401, one is a fixture
+import torch
+from runs import FOLDER, keep_signals, read, same_run, tiny_set  # noqa: F401, one is a fixture
 from test_scenes import make_scenes
 
 import train_cls
@@ -86,6 +87,26 @@ def test_told_to_stop_in_the_validation_that_ends_patience_it_is_not_over_either
              "--patience", 1)
     said = capsys.readouterr().out
     assert e.value.code == 143 and "stop: no better" in said and "stopped at step 2 of 9; go on" in said
+
+
+@pytest.mark.parametrize("script", SCRIPTS)
+def test_a_validation_that_dies_costs_no_step_and_is_done_when_the_run_goes_on(
+        script, tmp_path, monkeypatch, keep_signals):  # noqa: F811
+    (root, _), out = root_of(script, tmp_path / "set"), tmp_path / "a"
+    longer = ["--epochs", 2] if script is train_cls else ["--steps", 2]
+    flags = ["--root", root, *SCRIPTS[script], "--eval-every", 1, *longer]
+    main(script, *flags, "--out", tmp_path / "whole")
+
+    def full(*args, **how):
+        raise torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 2.50 GiB")
+
+    with monkeypatch.context() as m, pytest.raises(torch.OutOfMemoryError):
+        m.setattr(script, "probabilities" if script is train_cls else "evaluate", full)
+        main(script, *flags, "--out", out)
+    state = load_state(out / "last.pt")["state"]
+    assert state["step"] == 1 and not state["scored"] and not (out / "best.safetensors").exists()
+    main(script, "--resume", out)
+    same_run(tmp_path / "whole", out)
 
 
 @pytest.mark.parametrize("script", [train_points, train_cls])

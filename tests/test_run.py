@@ -6,8 +6,10 @@ import math
 import os
 import pty
 import signal
+import socket
 import sys
 import time
+from datetime import timedelta
 from pathlib import Path
 from types import SimpleNamespace
 
@@ -696,6 +698,51 @@ def test_ranks_all_say_that_another_run_is_writing(tmp_path):
     process.kill()
     process.join()
     os.kill(worker, signal.SIGKILL)
+
+
+def lose_a_rank(rank, world, file, text, pipe, hours):
+    os.dup2(os.open(text, os.O_WRONLY | os.O_CREAT), 2)
+    torch.set_num_threads(1)
+    wait = timedelta(hours=hours)
+    torch.distributed.init_process_group("gloo", rank=rank, world_size=world, init_method=f"file://{file}", timeout=wait)
+    torch.distributed.barrier()
+    pipe.send(rank)
+    if rank == 1:
+        if hours < 1:
+            time.sleep(60)  # it hangs
+        os._exit(9)  # it is killed
+    with run.one_line_errors():
+        run.over_ranks(torch.ones(1000))
+
+
+@pytest.mark.parametrize("hours, said", [(3, "has ended"), (0.5 / 3600, "has not answered in time")])
+def test_when_a_rank_is_lost_the_others_end_soon_with_one_line(tmp_path, hours, said):
+    mine, other = FORK.Pipe()
+    ranks = []
+    for rank in range(3):
+        args = rank, 3, tmp_path / "meet", tmp_path / f"{rank}.txt", other, hours
+        ranks.append(FORK.Process(target=lose_a_rank, args=args))
+        ranks[-1].start()
+    assert {mine.recv() for _ in ranks} == {0, 1, 2}  # all have met
+    for rank in (0, 2):
+        ranks[rank].join(60)
+        line = (tmp_path / f"{rank}.txt").read_text()
+        assert ranks[rank].exitcode == 2, line
+        assert line == f"error: rank {rank} of 3: another rank {said}; its own message says why\n"
+    ranks[1].kill()
+    ranks[1].join()
+
+
+def test_a_machine_that_does_not_see_the_run_folder_is_named_on_all_ranks(tmp_path):
+    def work(rank, world):
+        out = run.claim(tmp_path / "a", None, None)
+        with pytest.raises(BadInput) as e:
+            run.check_shared(out if rank == 0 else tmp_path / "another disk")
+        return str(e.value)
+
+    said = on_ranks(tmp_path, 2, work)
+    assert said[0].startswith(f"{tmp_path}/a: rank 0 has made it, and it is not there on {socket.gethostname()}; ")
+    assert "--out with a folder on a disk that they share" in said[1]
 
 
 def test_the_command_to_go_on_has_as_many_processes(tmp_path, monkeypatch):
