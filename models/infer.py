@@ -9,6 +9,7 @@
 """
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
+from typing import NamedTuple
 
 import numpy as np
 import torch
@@ -59,6 +60,26 @@ def blend_weight(h: int, w: int) -> torch.Tensor:
     return hann(h)[:, None] * hann(w)
 
 
+class Batch(NamedTuple):
+    """Windows that are computed at once, and which rows of the image are held meanwhile."""
+    boxes: list[tuple[int, int, int, int]]
+    top: int  # the first row that was not finished before
+    next_top: int  # the first one that a later window reaches
+    bottom: int  # the row below those that are held
+
+
+def in_batches(boxes: list[tuple], batch: int, H: int, whole: bool) -> list[Batch]:
+    """windows() of an image of H rows, some at a time. whole: all rows are held until the end."""
+    groups = [boxes[i:i + batch] for i in range(0, len(boxes), batch)]
+    tops = [0 if whole else group[0][0] for group in groups]
+    tops[0] = 0
+    found = []
+    for group, top, next_top in zip(groups, tops, [*tops[1:], H]):
+        t, _, h, _ = group[-1]
+        found.append(Batch(group, top, next_top, max(t + h, next_top)))
+    return found
+
+
 def slide(net: nn.Module, x: torch.Tensor, crop: int, overlap: float, batch: int,
           amp: bool, valid: torch.Tensor | None = None) -> torch.Tensor:
     """Image (3, H, W) -> logits (K, H, W) fp32 on net's device, from blended windows.
@@ -89,18 +110,12 @@ def slide_down(net: nn.Module, x: torch.Tensor, crop: int, overlap: float, batch
     device = next(net.parameters()).device
     weight = blend_weight(h, w).to(device)
 
-    # Of each batch of windows: the first row that is not finished before it, the first one that is
-    # not finished behind it, and the row below its windows. What lies between is held.
-    groups = [boxes[i:i + batch] for i in range(0, len(boxes), batch)]
-    tops = [0 if whole else group[0][0] for group in groups]
-    tops[0] = 0
-    next_tops = [*tops[1:], H]
-    bottoms = [max(group[-1][0] + h, end) for group, end in zip(groups, next_tops)]
-    height = max(bottom - top for top, bottom in zip(tops, bottoms))
+    batches = in_batches(boxes, batch, H, whole)
+    height = max(part.bottom - part.top for part in batches)
     total = None  # (K, height, W), made when the network has told K
     total_weight = torch.zeros(height, W, device=device)
-    for group, top, next_top, bottom in zip(groups, tops, next_tops, bottoms):
-        tiles = torch.stack([x[:, t:t + h, l:l + w] for t, l, _, _ in group])
+    for part in batches:
+        tiles = torch.stack([x[:, t:t + h, l:l + w] for t, l, _, _ in part.boxes])
         tiles = to_device(tiles.contiguous(), device)
         if norm is not None:
             tiles = normalised(tiles, norm)
@@ -112,22 +127,21 @@ def slide_down(net: nn.Module, x: torch.Tensor, crop: int, overlap: float, batch
             return
         if total is None:
             total = torch.zeros(logits.shape[1], height, W, device=device)
-        for (t, l, _, _), z in zip(group, logits):
-            rows = slice(t - top, t - top + h)
+        for (t, l, _, _), z in zip(part.boxes, logits):
+            rows = slice(t - part.top, t - part.top + h)
             total[:, rows, l:l + w] += z * weight
             total_weight[rows, l:l + w] += weight
 
-        # No further window reaches the rows above the next one's top.
-        n = next_top - top
+        n = part.next_top - part.top
         if n == 0:
             continue
         # Where no window was computed the logits stay 0.
         share = total_weight[:n]
         share[share == 0] = 1
-        yield slice(top, next_top), total[:, :n].div_(share)
+        yield slice(part.top, part.next_top), total[:, :n].div_(share)
         # The rows that are held move up.
         for sums in (total, total_weight):
-            kept = sums[..., n:bottom - top, :].clone()
+            kept = sums[..., n:part.bottom - part.top, :].clone()
             sums.zero_()
             sums[..., :kept.shape[-2], :] = kept
 
