@@ -286,9 +286,10 @@ def train(args, d, net, here, s):
                 "follows the longer schedule from here on")
 
     def save_last():
-        if rank == 0:
+        if rank == 0 and s.scored:  # or its validation comes first
             write(out / "log.jsonl", json_lines(s.history))
             write(out / "curves.png", plots.curves(s.history, f"{out.name}: {here.title}"))
+        if rank == 0:
             checkpoint.save_state(out / "last.pt", net=net.state_dict(), opt=opt.state_dict(),
                                   ema=ema.net.state_dict() if ema else None,
                                   state=vars(s), args=vars(args),

@@ -395,11 +395,12 @@ def main(args):
             absent_class="NaN, not in the mean"))
 
     def save_last():
-        if rank == 0:
+        if rank == 0 and s.scored:  # or its validation comes first
             write(out / "log.jsonl", json_lines(s.history))
             title = f"{out.name}: {nets.name_of(spec)}"
             write(out / "curves.png", plots.curves(s.history, title))
             write(out / "bars.png", plots.bars(s.history, f"{title}, on points and on masks"))
+        if rank == 0:
             checkpoint.save_state(
                 out / "last.pt", net=checkpoint.learned(net), opt=opt.state_dict(), state=vars(s),
                 ema=checkpoint.learned(ema.net) if ema else None, args=vars(args),

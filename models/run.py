@@ -333,7 +333,7 @@ def about_memory(e: Exception, lower: str) -> str | None:
 def about_ranks(e: Exception) -> str | None:
     """One line where another process of torchrun is gone, or has not answered in time."""
     gone = r"Connection (closed|reset|refused)|closed by peer|Broken pipe"
-    late = r"[Tt]imed? ?out"
+    late = r"[Tt]im(ed|ing) out|[Tt]imeout"
     if not dist.is_initialized() or not isinstance(e, RuntimeError):
         return None
     if not re.search(f"{gone}|{late}", str(e)):
