@@ -4,7 +4,8 @@ import sys
 
 import pytest
 import torch
-from runs import ROOT, TINY, keep_signals, tiny_set, trained  # noqa: F401, one is a fixture
+from forks import ROOT
+from runs import TINY, keep_signals, tiny_set, trained  # noqa: F401, one is a fixture
 from test_scenes import make_scenes
 
 from models.classify import Knn

@@ -700,7 +700,8 @@ def test_ranks_all_say_that_another_run_is_writing(tmp_path):
 
 
 def lose_a_rank(rank, world, file, text, pipe):
-    os.dup2(os.open(text, os.O_WRONLY | os.O_CREAT), 2)
+    sys.stderr = open(text, "w", buffering=1)
+    run.LOCKS.clear()
     torch.set_num_threads(1)
     torch.distributed.init_process_group("gloo", rank=rank, world_size=world, init_method=f"file://{file}")
     torch.distributed.barrier()
@@ -735,6 +736,7 @@ def test_when_a_rank_is_killed_the_others_end_soon_with_one_line(tmp_path):
     ("mat1 and mat2 shapes cannot be multiplied", None)])
 def test_a_rank_that_does_not_answer_is_one_line(monkeypatch, text, said):
     assert run.about_ranks(RuntimeError(text)) is None  # a single process
+    monkeypatch.setattr(run, "LOCKS", [])
     monkeypatch.setattr(run.dist, "is_initialized", lambda: True)
     monkeypatch.setattr(run.dist, "get_rank", lambda: 1)
     monkeypatch.setattr(run.dist, "get_world_size", lambda: 4)
