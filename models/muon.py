@@ -56,6 +56,7 @@ class Muon(torch.optim.Optimizer):
 
     @torch.no_grad()
     def step(self) -> None:
+        """One step down the gradients of the parameters that have one."""
         for group in self.param_groups:
             for p in group["params"]:
                 if p.grad is None:

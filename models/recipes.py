@@ -9,9 +9,9 @@ issues 95, 112, 117) for frozen backbones, EoMT and lightly-train for tuned ones
 """
 import math
 
-# optimizer: of models/muon.py. lr: learning rate of the head. backbone_lr: of the backbone's last block. layer_decay: factor on
-# it for each block below. dropout: of the channels that a head reads. ema: decay of averaged
-# weights. scale: range of random scales.
+# optimizer: of models/muon.py. lr: learning rate of the head. backbone_lr: of the backbone's last
+# block. layer_decay: factor on it for each block below. dropout: of the channels that a head reads.
+# ema: decay of averaged weights. scale: range of random scales.
 RECIPES = {
     # All of a small network, from random weights and at one rate.
     "scratch": dict(
