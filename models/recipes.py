@@ -15,7 +15,7 @@ import math
 RECIPES = {
     # All of a small network, from random weights and at one rate.
     "scratch": dict(
-        optimizer="muon", steps=4000, batch_size=8, crop=128, scale=[0.75, 1.5], lr=3e-3,
+        optimizer="muon", steps=2000, batch_size=8, crop=128, scale=[0.75, 1.5], lr=3e-3,
         backbone_lr=3e-3, layer_decay=1.0, weight_decay=0.05, dropout=0.0, ema=0.0),
     # A head on a backbone that stays as it is.
     "frozen": dict(
@@ -34,7 +34,7 @@ CNN = {
 }
 
 # The demo's, and --quick: minutes on a CPU, to see that all fits together.
-QUICK = dict(steps=1200, batch_size=8, eval_every=600)
+QUICK = dict(steps=500, batch_size=8, eval_every=250)
 
 # As many pixels as the training images have are one pass over them. More passes than this add
 # little, so thirty images get no 40,000 steps.
