@@ -656,13 +656,21 @@ class SegDataset(torch.utils.data.Dataset):
             mask[~valid] = IGNORE
         return image, mask
 
+    def sample(self, i: int, draw: int) -> tuple[np.ndarray, np.ndarray]:
+        """(H, W, 3) uint8 image, (H, W) uint8 class ids of a draw."""
+        if self.augment is None:
+            return self.read(i)
+        image, mask = self.read_lazily(i)
+        return self.augment(image, mask, self.rng(draw))
+
+    def rng(self, draw: int) -> np.random.Generator:
+        """The random numbers of a draw."""
+        # The 2 keeps them apart from those of other purposes.
+        return np.random.default_rng((2, self.seed, draw))
+
     def __getitem__(self, key):
         i, draw = key if isinstance(key, tuple) else (key, 0)
-        image, mask = self.read(i) if self.augment is None else self.read_lazily(i)
-        if self.augment is not None:
-            # The 2 keeps these draws apart from those of other purposes.
-            rng = np.random.default_rng((2, self.seed, draw))
-            image, mask = self.augment(image, mask, rng)
+        image, mask = self.sample(i, draw)
         return normalise(image, self.norm), torch.from_numpy(mask.astype(np.int64)), self.names[i]
 
 

@@ -27,13 +27,12 @@ from pathlib import Path
 from typing import NamedTuple
 
 import numpy as np
-import torch
 from numpy.random import Generator
 
 from .common import (
     IGNORE, SHORT, BadInput, as_bytes, csv_text, nfc, number, read_json, read_text, write)
 from .crops import nearest
-from .datasets import SegDataset, normalise
+from .datasets import SegDataset
 from .files import Names, about_encoding
 from .io import Labels, read_mask, read_valid, size_of
 from .raster import open_raster
@@ -622,10 +621,7 @@ class PointSet(SegDataset):
             mask[~valid] = IGNORE
         return image, mask
 
-    def __getitem__(self, key):
-        i, draw = key if isinstance(key, tuple) else (key, 0)
+    def sample(self, i: int, draw: int) -> tuple[np.ndarray, np.ndarray]:
+        """(H, W, 3) uint8 image, (H, W) uint8 labels of a draw."""
         image, mask = self.read_lazily(i)
-        rng = np.random.default_rng((2, self.seed, draw))  # as SegDataset draws
-        image, mask = self.augment(image, mask, rng, self.points[i])
-        y = torch.from_numpy(mask.astype(np.int64))
-        return normalise(image, self.norm), y, self.names[i]
+        return self.augment(image, mask, self.rng(draw), self.points[i])

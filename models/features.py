@@ -1,15 +1,41 @@
-"""One vector per image that says what it looks like to a network, taken while the network predicts.
+"""What a backbone says of images: one vector each while a network predicts, or kept maps of fixed views.
 
     features = MeanFeatures(net)
     logits = slide(net, x, **window)          however many windows the image has
     vector = features.take()                  (C,) float64, the mean over their pixels
+
+    kept = keep_views("features", net, Views(train, 4), about)      files of data/views.py
+    missing, text = first_batch(net, kept, 16, amp=False, reads=64_000)     what it takes, does it pay
+    fill(net, kept, missing, 16, amp=False, workers=2)
 """
+import os
+import shlex
+import time
+from functools import partial
+from pathlib import Path
+
+import numpy as np
 import torch
+import torch.distributed as dist
 from torch import nn
+from torch.utils.data import DataLoader
+
+from data.common import BadInput, minutes, progress
+from data.datasets import SegDataset, normalise
+from data.views import Kept, Views, Windows
 
 from .deeplab import DeepLabV3
 from .efficientnet_unet import EfficientNetUnet
+from .heads import Segmenter
+from .infer import windows
+from .run import from_rank_0, keep_signals_from_worker, wait
 
+# Kept maps may differ by so much from computed ones, as a share of their mean: bf16 on another
+# device gives about 0.01, other weights or pixels 0.5 and more.
+TOLERANCE = 0.1
+
+
+# ---- one vector per image
 
 def last_map(net: nn.Module) -> nn.Module:
     """The part of a segmentation network whose output is, or ends with, its backbone's last map."""
@@ -44,3 +70,163 @@ class MeanFeatures:
         self.total = 0.0
         self.windows = 0
         return vector
+
+
+# ---- kept maps of fixed views
+
+def keep_views(folder: str, net: Segmenter, views: Views, about: dict) -> Kept:
+    """Files for net's maps of fixed views. about: all that decides their pixels and masks."""
+    return open_kept(folder, net, views, about)
+
+
+def keep_windows(folder: str, net: Segmenter, data: SegDataset, sizes: list[tuple[int, int]],
+                 crop: int, overlap: float, about: dict) -> Kept:
+    """Files for net's maps of the windows that slide() cuts of whole images of these sizes (H, W)."""
+    boxes = [windows(H, W, crop, overlap) for H, W in sizes]
+    return open_kept(folder, net, Windows(data, boxes), about | dict(overlap=overlap))
+
+
+def open_kept(folder: str, net: Segmenter, views: Views | Windows, about: dict) -> Kept:
+    """Files for the maps that net's head reads."""
+    shapes = partial(map_shapes, net.backbone.patch, net.backbone.dim, len(net.taps))
+    about = about | dict(taps=net.taps, feat_norm=net.feat_norm)
+    return Kept(folder, views, about, shapes)
+
+
+def map_shapes(patch: int, dim: int, taps: int, size: tuple[int, int]) -> list[tuple]:
+    """(C, h, w) of each tap for an image (H, W), which is padded to whole patches."""
+    h, w = (-(-n // patch) for n in size)
+    return [(dim, h, w)] * taps
+
+
+@torch.inference_mode()
+def compute_maps(net: Segmenter, images: list[np.ndarray], norm: str,
+                 amp: bool) -> list[torch.Tensor]:
+    """Images (H, W, 3) uint8 of one size -> the maps of net's taps, each (B, C, h, w) bf16, CPU."""
+    device = next(net.parameters()).device
+    x = torch.stack([normalise(image, norm) for image in images]).to(device)
+    with torch.autocast(device.type, torch.bfloat16, enabled=amp):
+        maps, _ = net.backbone(x, net.taps, net.feat_norm)
+    return [t.to(torch.bfloat16).cpu() for t in maps]
+
+
+def keep(net: Segmenter, kept: Kept, views: list[tuple], amp: bool) -> None:
+    """Computes and writes views [(k, what sample(k) gave), ...], those of one size at once."""
+    by_size = {}
+    for k, arrays in views:
+        by_size.setdefault(arrays[0].shape, []).append((k, arrays))
+    for group in by_size.values():
+        maps = compute_maps(net, [arrays[0] for _, arrays in group], kept.views.data.norm, amp)
+        for (k, arrays), *own in zip(group, *maps):
+            kept.write(k, arrays, own)
+
+
+def check_kept(net: Segmenter, kept: Kept, k: int, amp: bool) -> None:
+    """BadInput where view k is not what is drawn and computed now, though made by the same flags."""
+    kept_arrays, kept_maps = kept.read(k)
+    arrays = kept.views.sample(k)
+    maps = compute_maps(net, [arrays[0]], kept.views.data.norm, amp)
+    for was, (now,) in zip(kept_maps, maps):
+        off = (was.float() - now.float()).abs().mean() / now.float().abs().mean()
+        if not off <= TOLERANCE:
+            raise BadInput(f"{kept.file(k)}: differs by {off:.0%} from what is drawn and computed "
+                           "here, as by another version of this code; type rm -r "
+                           f"{shlex.quote(str(kept.folder))}, then the same command")
+
+
+def first_batch(net: Segmenter, kept: Kept, batch: int, amp: bool,
+                reads: int) -> tuple[list[int], str]:
+    """Checks a view that is there, computes a first batch -> missing views, what they take and bring.
+
+    reads: how often the run takes a view, over all ranks. A disk too small is a BadInput.
+    """
+    rank, world = place()
+    missing = from_rank_0(kept.prepare)
+    number, size = kept.number, sum(kept.sizes)
+    folder = shlex.quote(str(kept.folder))
+    text = f"features {number} views, {in_bytes(size)}, in {folder} (rm -r removes them)"
+    other = kept.differs()
+    if other:
+        text += f"\n         {other}"
+    if len(missing) < number:
+        there = set(range(number)) - set(missing)
+        check_kept(net, kept, min(there), amp)
+        text += f"\n         {len(there)} are there, one compared with the backbone"
+    mine = missing[rank::world][:batch]
+    if not mine:
+        return missing, text
+
+    views = [(k, kept.views.sample(k)) for k in mine]
+    # The first image alone: a first call takes longer.
+    keep(net, kept, views[:1], amp)
+    began = time.perf_counter()
+    timed = views[1:] or views
+    keep(net, kept, timed, amp)
+    computing = (time.perf_counter() - began) / len(timed)
+    reading = min(reading_time(kept, [k for k, _ in timed]) for _ in range(2))
+
+    filling = len(missing) * computing / world
+    without = reads * computing / world
+    pays = filling + reads * reading / world < without
+    text += (f"\n         computing one takes {computing:.4f} s, reading {reading:.4f} s; filling "
+             f"takes {minutes(filling)}, this run reads {reads}: {minutes(without)} without features")
+    if not pays:
+        text += "\n         WARNING it does not pay in this run alone"
+    return missing, text
+
+
+def reading_time(kept: Kept, views: list[int]) -> float:
+    """Seconds to read a view; off the disk where all of them do not fit into memory."""
+    memory = os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")
+    if sum(kept.sizes) > memory / 2:
+        for k in views:
+            forget(kept.file(k))
+    began = time.perf_counter()
+    for k in views:
+        kept.read(k)
+    return (time.perf_counter() - began) / len(views)
+
+
+def forget(file: Path) -> None:
+    """Lets the system drop a file from memory."""
+    with open(file, "rb") as f:
+        os.fsync(f.fileno())
+        os.posix_fadvise(f.fileno(), 0, 0, os.POSIX_FADV_DONTNEED)
+
+
+def fill(net: Segmenter, kept: Kept, missing: list[int], batch: int, amp: bool,
+         workers: int) -> None:
+    """Computes the missing views, each rank its share, with progress and ETA; returns when all have.
+
+    Killed, the same command goes on where it was.
+    """
+    rank, world = place()
+    # Another run, or the first batch, may have computed some meanwhile.
+    mine = [k for k in missing[rank::world] if not kept.file(k).exists()]
+    loader = DataLoader(Numbered(kept.views), batch_size=batch, sampler=mine, num_workers=workers,
+                        collate_fn=list, worker_init_fn=keep_signals_from_worker)
+    for views in progress(loader, "features"):
+        keep(net, kept, views, amp)
+    wait()
+
+
+class Numbered(torch.utils.data.Dataset):
+    """k -> (k, what sample(k) gives)."""
+
+    def __init__(self, views):
+        self.views = views
+
+    def __getitem__(self, k):
+        return k, self.views.sample(k)
+
+
+def place() -> tuple[int, int]:
+    """This process's rank, and how many there are."""
+    if dist.is_initialized():
+        return dist.get_rank(), dist.get_world_size()
+    return 0, 1
+
+
+def in_bytes(n: int) -> str:
+    """1234567 -> '1.2 MB'."""
+    return f"{n / 1e9:.1f} GB" if n >= 1e9 else f"{n / 1e6:.1f} MB"

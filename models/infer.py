@@ -8,6 +8,7 @@
 """
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
+from functools import partial
 
 import numpy as np
 import torch
@@ -19,6 +20,7 @@ from data import metrics
 from data.common import IGNORE, BadInput, even_sample, progress
 from data.datasets import normalise
 from data.tiff import TILE
+from data.views import Kept
 
 from . import calibrate
 from .run import keep_signals_from_worker, over_ranks
@@ -59,11 +61,13 @@ def blend_weight(h: int, w: int) -> torch.Tensor:
 
 
 def slide(net: nn.Module, x: torch.Tensor, crop: int, overlap: float, batch: int,
-          amp: bool, valid: torch.Tensor | None = None) -> torch.Tensor:
+          amp: bool, valid: torch.Tensor | None = None,
+          maps: Callable | None = None) -> torch.Tensor:
     """Image (3, H, W) -> logits (K, H, W) fp32 on x's device, from blended windows.
 
     batch: windows that are computed at once. valid: (H, W) bool, True somewhere; windows without a
-    valid pixel are not computed: 0.
+    valid pixel are not computed: 0. maps(i, j) -> what the backbone gives for windows i..j, if
+    known; not with `valid`.
     """
     H, W = x.shape[-2:]
     boxes = windows(H, W, crop, overlap)
@@ -77,8 +81,10 @@ def slide(net: nn.Module, x: torch.Tensor, crop: int, overlap: float, batch: int
     for i in range(0, len(boxes), batch):
         group = boxes[i:i + batch]
         tiles = torch.stack([x[:, t:t + h, l:l + w] for t, l, h, w in group])
+        known = maps(i, i + len(group)) if maps else ()
+        known = [t.to(device) for t in known]
         with torch.autocast(device.type, torch.bfloat16, enabled=amp):
-            logits = net(tiles.to(device)).float().to(x.device)
+            logits = net(tiles.to(device), *known).float().to(x.device)
         # One window is the whole image: nothing to blend.
         if weight.shape == (H, W):
             return logits[0]
@@ -219,10 +225,11 @@ def examples(net: nn.Module, data: Dataset, window: dict, n: int) -> list[tuple]
 
 @torch.inference_mode()
 def predictions(net: nn.Module, data: Dataset, window: dict, workers: int = 0,
-                what: str = "images") -> Iterator[tuple[str, torch.Tensor, torch.Tensor]]:
+                what: str = "images",
+                kept: Kept | None = None) -> Iterator[tuple[str, torch.Tensor, torch.Tensor]]:
     """(name, y (H, W), logits (K, H, W)) of this rank's images of the data, on net's device.
 
-    window: crop, overlap, batch and amp of slide().
+    window: crop, overlap, batch and amp of slide(). kept: the backbone's maps of all windows.
     """
     rank, world = 0, 1
     if dist.is_initialized():
@@ -232,15 +239,18 @@ def predictions(net: nn.Module, data: Dataset, window: dict, workers: int = 0,
     loader = DataLoader(data, batch_size=None, sampler=mine, num_workers=workers,
                         prefetch_factor=1 if workers else None,
                         worker_init_fn=keep_signals_from_worker)
-    for x, y, name in progress(loader, what):
-        yield name, y.to(device), slide(net, x.to(device), **window)
+    for (x, y, name), i in zip(progress(loader, what), mine):
+        maps = partial(kept.maps_of, i) if kept else None
+        yield name, y.to(device), slide(net, x.to(device), **window, maps=maps)
 
 
 def evaluate(net: nn.Module, data: Dataset, window: dict, workers: int = 0,
-             classes: int | None = None, what: str = "validation") -> torch.Tensor:
+             classes: int | None = None, what: str = "validation",
+             kept: Kept | None = None) -> torch.Tensor:
     """(k, k) int64 confusion matrix, rows true, of the whole data set, on every rank's CPU.
 
-    classes: k, where the network's are not the data's. Leaves net's mode as it was.
+    classes: k, where the network's are not the data's. kept: the backbone's maps of all windows.
+    Leaves net's mode as it was.
     """
     was_training = net.training
     net.eval()
@@ -250,7 +260,7 @@ def evaluate(net: nn.Module, data: Dataset, window: dict, workers: int = 0,
             dist.broadcast(statistics, 0)
     k = classes or len(data.labels.names)
     cm = torch.zeros(k, k, dtype=torch.int64, device=next(net.parameters()).device)
-    for _, y, logits in predictions(net, data, window, workers, what):
+    for _, y, logits in predictions(net, data, window, workers, what, kept):
         pred = logits.max(0).indices  # ten times faster than argmax on a CPU
         cm += metrics.confusion(pred, y, k)
     over_ranks(cm)  # not in the loop: ranks may have unequal numbers of images

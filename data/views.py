@@ -1,0 +1,233 @@
+"""Fixed views of images instead of new ones at every draw, and files that keep a backbone's features of them.
+
+    train = Views(train, 4)                               of each image 4 crops, drawn once, in turn
+    kept = Kept("features", train, about, maps=shapes)    about: all that decides the features
+    missing = kept.prepare()                              a sub-folder of its own, and is there room?
+    kept.write(k, arrays, maps)                           models/features.py does so for all of them
+    x, y, name, *maps = kept[i, draw]                     as train[i, draw], and the maps, bf16
+
+A view has a number k, and a file: its pixels, its mask and the maps, with checksums, as
+data/cache.py writes decoded images. A file appears when it is whole. What decides the features is
+hashed into the sub-folder's name and lies in it as about.json, so a cache is never taken for
+another one, and several fit in one folder.
+"""
+import contextlib
+import hashlib
+import json
+import shlex
+import shutil
+import time
+from collections.abc import Callable, Sequence
+from functools import partial
+from itertools import accumulate
+from pathlib import Path
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from .cache import ABANDONED, KEEP_FREE, Rows, open_map, size_of, write_arrays
+from .common import BadInput, as_bytes, json_text, read_json, write
+from .datasets import SegDataset, normalise
+
+FORMAT = 1  # of the files, and of how views are drawn: raise it when either changes
+Shape = tuple[int, ...]
+
+
+def short_hash(value: dict | list | str) -> str:
+    """16 hexadecimal digits of the JSON text of a value."""
+    return hashlib.sha256(as_bytes(json_text(value))).hexdigest()[:16]
+
+
+# ---- which pixels
+
+class Views(torch.utils.data.Dataset):
+    """`n` fixed samples of every image, in turn: pass after pass over the images takes the next one.
+
+    View v of image i is what `data` draws with the number v * len(data) + i, for any data set with
+    sample(). Index with (i, draw), as data/samplers.py does.
+    """
+
+    def __init__(self, data: SegDataset, n: int):
+        self.data = data
+        self.n = n
+
+    def __len__(self):
+        return len(self.data)
+
+    def number(self, i: int, draw: int) -> int:
+        """The view of image i that is taken in this draw."""
+        images = len(self.data)
+        view = draw // images % self.n
+        return view * images + i
+
+    def __getitem__(self, key):
+        i, draw = key
+        return self.data[i, self.number(i, draw)]
+
+    def sample(self, k: int) -> tuple[np.ndarray, np.ndarray]:
+        """(H, W, 3) uint8 image, (H, W) uint8 mask of view k."""
+        return self.data.sample(k % len(self.data), k)
+
+    def shapes(self) -> list[Shape]:
+        """(H, W) of every view."""
+        image, _ = self.sample(0)
+        return [image.shape[:2]] * (self.n * len(self.data))
+
+
+class Windows(torch.utils.data.Dataset):
+    """The windows of whole images as views, one image after another.
+
+    boxes: for every image its windows (top, left, h, w).
+    """
+
+    def __init__(self, data: SegDataset, boxes: list[list[tuple[int, int, int, int]]]):
+        self.data = data
+        self.boxes = []
+        for i, windows in enumerate(boxes):
+            self.boxes += [(i, box) for box in windows]
+        # The number of each image's first window.
+        self.first = [0, *accumulate(map(len, boxes))]
+
+    def sample(self, k: int) -> tuple[np.ndarray]:
+        """(H, W, 3) uint8 image of view k, by itself: masks are scored whole."""
+        i, (top, left, h, w) = self.boxes[k]
+        image, _ = self.data.read(i)
+        return (image[top:top + h, left:left + w],)
+
+    def shapes(self) -> list[Shape]:
+        """(H, W) of every view."""
+        return [(h, w) for _, (_, _, h, w) in self.boxes]
+
+
+# ---- on disk
+
+class Kept(torch.utils.data.Dataset):
+    """Views and a backbone's maps of them in files; an index (i, draw) is that of Views.
+
+    about: what decides the maps, plain JSON; the views' images are added. maps: (H, W) of a view ->
+    the shapes (C, h, w) of its maps.
+    """
+
+    def __init__(self, folder: str | Path, views: Views | Windows, about: dict,
+                 maps: Callable[[Shape], list[Shape]]):
+        self.views = views
+        data = views.data
+        about = about | dict(names=short_hash(data.names), views=len(views.shapes()), format=FORMAT)
+        self.about = json.loads(json_text(about))  # as it is read again: lists for tuples
+        self.parent = Path(folder)
+        self.folder = self.parent / f"features-{short_hash(self.about)}"
+        arrays = views.sample(0)
+        self.arrays = len(arrays)  # of a file; behind them are the maps
+
+        def bytes_of(size):
+            shapes = [((*size, *a.shape[2:]), a.dtype.str) for a in arrays]
+            shapes += [(shape, "<i2") for shape in maps(size)]
+            return size_of(shapes)
+
+        sizes = views.shapes()
+        known = {size: bytes_of(size) for size in set(sizes)}
+        self.sizes = [known[size] for size in sizes]  # bytes of every view's file
+        self.number = len(sizes)  # of views
+
+    def __len__(self):
+        return len(self.views.data)
+
+    def file(self, k: int) -> Path:
+        """Where view k lies."""
+        return self.folder / f"view-{k:06d}.raw"
+
+    def missing(self) -> list[int]:
+        """The views that are not there yet."""
+        there = set()
+        if self.folder.is_dir():
+            there = {file.name for file in self.folder.iterdir()}
+        return [k for k in range(len(self.sizes)) if self.file(k).name not in there]
+
+    def prepare(self) -> list[int]:
+        """Makes the sub-folder -> the views that are not there; BadInput where the disk is too small."""
+        try:
+            self.folder.mkdir(parents=True, exist_ok=True)
+        except OSError as e:
+            raise BadInput(f"{self.folder}: no place for features ({e.strerror}); type "
+                           "--cache-features DIR with a folder that can be written") from None
+        for file in self.folder.glob("*.tmp"):
+            with contextlib.suppress(OSError):  # removed by another process meanwhile
+                if time.time() - file.stat().st_mtime > ABANDONED:
+                    file.unlink()
+        missing = self.missing()
+        need = sum(self.sizes[k] for k in missing)
+        free = shutil.disk_usage(self.folder).free - KEEP_FREE
+        if need > free:
+            with contextlib.suppress(OSError):  # only if it is empty
+                self.folder.rmdir()
+            raise BadInput(f"{self.parent}: {max(free, 0) / 1e9:.1f} GB free (and {KEEP_FREE / 1e9:.1f}"
+                           f" for other files), but {len(missing)} views need {need / 1e9:.1f} GB; "
+                           "type --cache-features DIR on a larger disk, fewer --views, or leave "
+                           "both out")
+        if not (self.folder / "about.json").exists():
+            write(self.folder / "about.json", self.about)
+        return missing
+
+    def differs(self) -> str:
+        """What tells the most similar other sub-folder from this one; '' without another."""
+        found = []
+        for file in self.parent.glob("features-*/about.json"):
+            if file.parent == self.folder:
+                continue
+            other = read_json(file)
+            # Features of other images, such as the windows of val, are no stale ones of these.
+            keys = [key for key in self.about | other if self.about.get(key) != other.get(key)]
+            if self.about.get("split") == other.get("split"):
+                found.append((len(keys), file.parent.name, keys, other))
+        if not found:
+            return ""
+        _, name, keys, other = min(found)[:4]
+        return f"{name} is not taken: it has another {', '.join(keys)}"
+
+    def write(self, k: int, arrays: Sequence[np.ndarray], maps: Sequence[Tensor]) -> None:
+        """Keeps what sample(k) gave, and its maps (C, h, w) as bf16."""
+        # numpy has no bf16: its bits are stored as int16.
+        bits = [t.to(torch.bfloat16).view(torch.int16).numpy() for t in maps]
+        try:
+            write_arrays(self.file(k), (*arrays, *bits))
+        except OSError as e:
+            raise BadInput(f"{self.file(k)}: cannot be written ({e.strerror}); make room, then type "
+                           "the same command: it goes on from here") from None
+
+    def read(self, k: int) -> tuple[list[np.ndarray], list[Tensor]]:
+        """What sample(k) gave, and the maps (C, h, w) bf16; not to be written to."""
+        file = self.file(k)
+        try:
+            arrays = []
+            for a in open_map(file, 0):
+                if isinstance(a, Rows):
+                    a.renew = partial(self.damaged, file)
+                    a = a.whole()
+                arrays.append(a)
+        except ValueError:
+            self.damaged(file)
+        except OSError as e:
+            raise BadInput(f"{file}: cannot be read ({e.strerror}); type the same command, or "
+                           "--resume RUN: what is missing is computed again") from None
+        # A copy, because torch has no tensors that cannot be written to.
+        maps = [torch.from_numpy(a.copy()).view(torch.bfloat16) for a in arrays[self.arrays:]]
+        return arrays[:self.arrays], maps
+
+    def damaged(self, file: Path) -> None:
+        """Ends the run for a file whose checksums do not agree."""
+        raise BadInput(f"{file}: damaged; is the disk sound? Type rm {shlex.quote(str(file))}, then "
+                       "the same command, or --resume RUN: it is computed again")
+
+    def __getitem__(self, key):
+        i, draw = key
+        (image, mask), maps = self.read(self.views.number(i, draw))
+        data = self.views.data
+        y = torch.from_numpy(mask.astype(np.int64))
+        return normalise(image, data.norm), y, data.names[i], *maps
+
+    def maps_of(self, i: int, first: int, last: int) -> list[Tensor]:
+        """Of windows first..last of image i of Windows, each map (n, C, h, w)."""
+        start = self.views.first[i]
+        each = [self.read(start + k)[1] for k in range(first, last)]
+        return [torch.stack(tap) for tap in zip(*each)]
