@@ -287,22 +287,15 @@ def main(args):
         train = Views(train, args.views)
     kept_val = None
     if args.cache_features:
-        # All that decides features, pixels and masks. Runs that agree in it share the files.
-        about = dict(weights=info["sha256"], norm=norm, amp=amp, crop=args.crop, reading=d.reading)
-        drawn = dict(scale=args.scale, color=args.color, focus=args.focus, rare=rare,
-                     seed=args.seed, labels=d.labels.parts)
-        about_train = about | drawn | dict(split="train", files=d.hashes("train"))
-        train = features.keep_views(args.cache_features, net, train, about_train)
+        # Runs that agree in this, in the images and in the backbone share the features.
+        drawn = dict(seed=args.seed, scale=args.scale, color=args.color, focus=args.focus, rare=rare,
+                     labels=d.labels.parts)
+        train, kept_val = features.open_kept(args.cache_features, net, info["sha256"], amp, d, train,
+                                             drawn, val, args.crop, OVERLAP)
         left = args.steps - s.step
-        to_fill = [(train, left * crops * args.batch_size)]  # and how often the run reads a view
-        if val:
-            sizes = [d.size(*file) for file in val.files]
-            about_val = about | dict(split=d.picks, files=d.hashes(d.picks))
-            kept_val = features.keep_windows(args.cache_features, net, val, sizes, args.crop,
-                                             OVERLAP, about_val)
-            to_fill.append((kept_val, ceil(left / args.eval_every) * kept_val.number))
-        for kept, reads in to_fill:
-            missing, told = features.first_batch(net, kept, args.batch_size, amp, reads)
+        reads = left * crops * args.batch_size, ceil(left / args.eval_every)
+        for kept, missing, told in features.first_batches(net, train, kept_val, args.batch_size,
+                                                          amp, *reads):
             say(told, flush=True)
             features.fill(net, kept, missing, args.batch_size, amp, args.workers)
 

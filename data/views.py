@@ -2,7 +2,7 @@
 
     train = Views(train, 4)                               of each image 4 crops, drawn once, in turn
     kept = Kept("features", train, about, maps=shapes)    about: all that decides the features
-    missing = kept.prepare()                              a sub-folder of its own, and is there room?
+    [missing] = prepare([kept])                           a sub-folder of its own, and is there room?
     kept.write(k, arrays, maps)                           models/features.py does so for all of them
     x, y, name, *maps = kept[i, draw]                     as train[i, draw], and the maps, bf16
 
@@ -14,6 +14,7 @@ another one, and several fit in one folder.
 import contextlib
 import hashlib
 import json
+import os
 import shlex
 import shutil
 import time
@@ -102,6 +103,36 @@ class Windows(torch.utils.data.Dataset):
 
 # ---- on disk
 
+def prepare(parts: list["Kept"]) -> list[list[int]]:
+    """Makes the sub-folders -> of each the views that are missing; too small a disk is a BadInput."""
+    missing = [kept.missing() for kept in parts]
+    need = sum(kept.sizes[k] for kept, views in zip(parts, missing) for k in views)
+    parent = parts[0].parent
+    try:
+        parent.mkdir(parents=True, exist_ok=True)
+        free = shutil.disk_usage(parent).free - KEEP_FREE
+        if need > free:
+            raise BadInput(f"{parent}: the features need {in_bytes(need)}, and {in_bytes(max(free, 0))} "
+                           f"are free beside {in_bytes(KEEP_FREE)} for other files; type "
+                           "--cache-features DIR on a larger disk, or fewer --views")
+        for kept in parts:
+            kept.make()
+    except OSError as e:
+        raise BadInput(f"{parent}: no place for features ({e.strerror}); type --cache-features DIR "
+                       "with a folder that can be written") from None
+    return missing
+
+
+def name_of(k: int) -> str:
+    """The file of view k."""
+    return f"view-{k:06d}.raw"
+
+
+def in_bytes(n: int) -> str:
+    """1234567 -> '1.2 MB'."""
+    return f"{n / 1e9:.1f} GB" if n >= 1e9 else f"{n / 1e6:.1f} MB"
+
+
 class Kept(torch.utils.data.Dataset):
     """Views and a backbone's maps of them in files; an index (i, draw) is that of Views.
 
@@ -115,7 +146,7 @@ class Kept(torch.utils.data.Dataset):
         data = views.data
         about = about | dict(names=short_hash(data.names), views=len(views.shapes()), format=FORMAT)
         self.about = json.loads(json_text(about))  # as it is read again: lists for tuples
-        self.parent = Path(folder)
+        self.parent = Path(folder).expanduser()
         self.folder = self.parent / f"features-{short_hash(self.about)}"
         arrays = views.sample(0)
         self.arrays = len(arrays)  # of a file; behind them are the maps
@@ -135,39 +166,25 @@ class Kept(torch.utils.data.Dataset):
 
     def file(self, k: int) -> Path:
         """Where view k lies."""
-        return self.folder / f"view-{k:06d}.raw"
+        return self.folder / name_of(k)
 
     def missing(self) -> list[int]:
-        """The views that are not there yet."""
-        there = set()
+        """The views that are not there yet, or whose files have not their size."""
+        there = {}
         if self.folder.is_dir():
-            there = {file.name for file in self.folder.iterdir()}
-        return [k for k in range(len(self.sizes)) if self.file(k).name not in there]
+            with os.scandir(self.folder) as files:
+                there = {file.name: file.stat().st_size for file in files}
+        return [k for k, size in enumerate(self.sizes) if there.get(name_of(k)) != size]
 
-    def prepare(self) -> list[int]:
-        """Makes the sub-folder -> the views that are not there; BadInput where the disk is too small."""
-        try:
-            self.folder.mkdir(parents=True, exist_ok=True)
-        except OSError as e:
-            raise BadInput(f"{self.folder}: no place for features ({e.strerror}); type "
-                           "--cache-features DIR with a folder that can be written") from None
+    def make(self) -> None:
+        """Makes the sub-folder, says in it what it is, and removes what killed processes left."""
+        self.folder.mkdir(parents=True, exist_ok=True)
+        if not (self.folder / "about.json").exists():
+            write(self.folder / "about.json", self.about)
         for file in self.folder.glob("*.tmp"):
             with contextlib.suppress(OSError):  # removed by another process meanwhile
                 if time.time() - file.stat().st_mtime > ABANDONED:
                     file.unlink()
-        missing = self.missing()
-        need = sum(self.sizes[k] for k in missing)
-        free = shutil.disk_usage(self.folder).free - KEEP_FREE
-        if need > free:
-            with contextlib.suppress(OSError):  # only if it is empty
-                self.folder.rmdir()
-            raise BadInput(f"{self.parent}: {max(free, 0) / 1e9:.1f} GB free (and {KEEP_FREE / 1e9:.1f}"
-                           f" for other files), but {len(missing)} views need {need / 1e9:.1f} GB; "
-                           "type --cache-features DIR on a larger disk, fewer --views, or leave "
-                           "both out")
-        if not (self.folder / "about.json").exists():
-            write(self.folder / "about.json", self.about)
-        return missing
 
     def differs(self) -> str:
         """What tells the most similar other sub-folder from this one; '' without another."""
@@ -175,14 +192,17 @@ class Kept(torch.utils.data.Dataset):
         for file in self.parent.glob("features-*/about.json"):
             if file.parent == self.folder:
                 continue
-            other = read_json(file)
+            try:
+                other = read_json(file)
+            except BadInput:  # not ours
+                continue
             # Features of other images, such as the windows of val, are no stale ones of these.
             keys = [key for key in self.about | other if self.about.get(key) != other.get(key)]
             if self.about.get("split") == other.get("split"):
-                found.append((len(keys), file.parent.name, keys, other))
+                found.append((len(keys), file.parent.name, keys))
         if not found:
             return ""
-        _, name, keys, other = min(found)[:4]
+        _, name, keys = min(found)
         return f"{name} is not taken: it has another {', '.join(keys)}"
 
     def write(self, k: int, arrays: Sequence[np.ndarray], maps: Sequence[Tensor]) -> None:

@@ -4,13 +4,14 @@
     logits = slide(net, x, **window)          however many windows the image has
     vector = features.take()                  (C,) float64, the mean over their pixels
 
-    kept = keep_views("features", net, Views(train, 4), about)      files of data/views.py
-    missing, text = first_batch(net, kept, 16, amp=False, reads=64_000)     what it takes, does it pay
-    fill(net, kept, missing, 16, amp=False, workers=2)
+    kept, kept_val = open_kept("features", net, sha256, amp, source, Views(train, 4), drawn, val, 512, 0.25)
+    for part, missing, text in first_batches(net, kept, kept_val, 16, amp, reads=64_000, validations=20):
+        fill(net, part, missing, 16, amp, workers=2)        text: what it will take, and does it pay
 """
 import os
 import shlex
 import time
+from collections.abc import Iterator
 from functools import partial
 from pathlib import Path
 
@@ -22,7 +23,8 @@ from torch.utils.data import DataLoader
 
 from data.common import BadInput, minutes, progress
 from data.datasets import SegDataset, normalise
-from data.views import Kept, Views, Windows
+from data.source import Source
+from data.views import Kept, Views, Windows, in_bytes, prepare
 
 from .deeplab import DeepLabV3
 from .efficientnet_unet import EfficientNetUnet
@@ -74,23 +76,23 @@ class MeanFeatures:
 
 # ---- kept maps of fixed views
 
-def keep_views(folder: str, net: Segmenter, views: Views, about: dict) -> Kept:
-    """Files for net's maps of fixed views. about: all that decides their pixels and masks."""
-    return open_kept(folder, net, views, about)
+def open_kept(folder: str, net: Segmenter, weights: str, amp: bool, source: Source, views: Views,
+              drawn: dict, val: SegDataset | None, crop: int, overlap: float) -> tuple:
+    """Files for the maps that net's head reads: of fixed views of train, of val's windows or None.
 
-
-def keep_windows(folder: str, net: Segmenter, data: SegDataset, sizes: list[tuple[int, int]],
-                 crop: int, overlap: float, about: dict) -> Kept:
-    """Files for net's maps of the windows that slide() cuts of whole images of these sizes (H, W)."""
-    boxes = [windows(H, W, crop, overlap) for H, W in sizes]
-    return open_kept(folder, net, Windows(data, boxes), about | dict(overlap=overlap))
-
-
-def open_kept(folder: str, net: Segmenter, views: Views | Windows, about: dict) -> Kept:
-    """Files for the maps that net's head reads."""
+    weights: sha256 of the backbone. drawn: all that decides the views' pixels and masks, beside
+    the crop. Nothing is made or computed yet.
+    """
     shapes = partial(map_shapes, net.backbone.patch, net.backbone.dim, len(net.taps))
-    about = about | dict(taps=net.taps, feat_norm=net.feat_norm)
-    return Kept(folder, views, about, shapes)
+    about = dict(weights=weights, taps=net.taps, feat_norm=net.feat_norm, amp=amp, crop=crop,
+                 norm=views.data.norm, reading=source.reading)
+    about_train = dict(split="train", files=source.hashes("train"))
+    kept = Kept(folder, views, about | drawn | about_train, shapes)
+    if val is None:
+        return kept, None
+    boxes = [windows(*source.size(*pair), crop, overlap) for pair in val.files]
+    about_val = dict(split=source.picks, files=source.hashes(source.picks), overlap=overlap)
+    return kept, Kept(folder, Windows(val, boxes), about | about_val, shapes)
 
 
 def map_shapes(patch: int, dim: int, taps: int, size: tuple[int, int]) -> list[tuple]:
@@ -123,25 +125,38 @@ def keep(net: Segmenter, kept: Kept, views: list[tuple], amp: bool) -> None:
 
 def check_kept(net: Segmenter, kept: Kept, k: int, amp: bool) -> None:
     """BadInput where view k is not what is drawn and computed now, though made by the same flags."""
-    kept_arrays, kept_maps = kept.read(k)
-    arrays = kept.views.sample(k)
-    maps = compute_maps(net, [arrays[0]], kept.views.data.norm, amp)
+    (_, *kept_masks), kept_maps = kept.read(k)
+    image, *masks = kept.views.sample(k)
+    maps = compute_maps(net, [image], kept.views.data.norm, amp)
+    same = all(map(np.array_equal, kept_masks, masks))
     for was, (now,) in zip(kept_maps, maps):
         off = (was.float() - now.float()).abs().mean() / now.float().abs().mean()
-        if not off <= TOLERANCE:
-            raise BadInput(f"{kept.file(k)}: differs by {off:.0%} from what is drawn and computed "
-                           "here, as by another version of this code; type rm -r "
-                           f"{shlex.quote(str(kept.folder))}, then the same command")
+        same = same and bool(off <= TOLERANCE)
+    if not same:
+        raise BadInput(f"{kept.file(k)}: not what is drawn and computed now, so another version of "
+                       f"this code has made it; type rm -r {shlex.quote(str(kept.folder))}, then "
+                       "the same command")
 
 
-def first_batch(net: Segmenter, kept: Kept, batch: int, amp: bool,
-                reads: int) -> tuple[list[int], str]:
-    """Checks a view that is there, computes a first batch -> missing views, what they take and bring.
+def first_batches(net: Segmenter, kept: Kept, kept_val: Kept | None, batch: int, amp: bool,
+                  reads: int, validations: int) -> Iterator[tuple[Kept, list[int], str]]:
+    """For both: itself, the missing views, and what they take and bring, by a first batch of them.
 
-    reads: how often the run takes a view, over all ranks. A disk too small is a BadInput.
+    reads: how often the run takes a view of train, over all ranks. A disk too small for both is a
+    BadInput.
     """
+    parts = [(kept, reads)]
+    if kept_val is not None:
+        parts.append((kept_val, validations * kept_val.number))
+    missing = from_rank_0(partial(prepare, [part for part, _ in parts]))
+    for (part, times), views in zip(parts, missing):
+        yield part, views, first_batch(net, part, views, batch, amp, times)
+
+
+def first_batch(net: Segmenter, kept: Kept, missing: list[int], batch: int, amp: bool,
+                reads: int) -> str:
+    """Checks a view that is there, computes a first batch of the missing ones -> some lines of text."""
     rank, world = place()
-    missing = from_rank_0(kept.prepare)
     number, size = kept.number, sum(kept.sizes)
     folder = shlex.quote(str(kept.folder))
     text = f"features {number} views, {in_bytes(size)}, in {folder} (rm -r removes them)"
@@ -154,7 +169,7 @@ def first_batch(net: Segmenter, kept: Kept, batch: int, amp: bool,
         text += f"\n         {len(there)} are there, one compared with the backbone"
     mine = missing[rank::world][:batch]
     if not mine:
-        return missing, text
+        return text
 
     views = [(k, kept.views.sample(k)) for k in mine]
     # The first image alone: a first call takes longer.
@@ -163,7 +178,7 @@ def first_batch(net: Segmenter, kept: Kept, batch: int, amp: bool,
     timed = views[1:] or views
     keep(net, kept, timed, amp)
     computing = (time.perf_counter() - began) / len(timed)
-    reading = min(reading_time(kept, [k for k, _ in timed]) for _ in range(2))
+    reading = reading_time(kept, [k for k, _ in timed])
 
     filling = len(missing) * computing / world
     without = reads * computing / world
@@ -172,7 +187,7 @@ def first_batch(net: Segmenter, kept: Kept, batch: int, amp: bool,
              f"takes {minutes(filling)}, this run reads {reads}: {minutes(without)} without features")
     if not pays:
         text += "\n         WARNING it does not pay in this run alone"
-    return missing, text
+    return text
 
 
 def reading_time(kept: Kept, views: list[int]) -> float:
@@ -226,7 +241,3 @@ def place() -> tuple[int, int]:
         return dist.get_rank(), dist.get_world_size()
     return 0, 1
 
-
-def in_bytes(n: int) -> str:
-    """1234567 -> '1.2 MB'."""
-    return f"{n / 1e9:.1f} GB" if n >= 1e9 else f"{n / 1e6:.1f} MB"
