@@ -1,8 +1,8 @@
-"""Fixed views of images instead of new ones at every draw, and files that keep a backbone's features of them.
+"""Fixed views of images instead of new ones at every draw, and files of a backbone's maps of them.
 
     train = Views(train, 4)                               of each image 4 crops, drawn once, in turn
     kept = Kept("features", train, about, maps=shapes)    about: all that decides the features
-    [missing] = prepare([kept])                           a sub-folder of its own, and is there room?
+    [missing] = prepare([kept])                           a sub-folder of its own; is there room?
     kept.write(k, arrays, maps)                           models/features.py does so for all of them
     x, y, name, *maps = kept[i, draw]                     as train[i, draw], and the maps, bf16
 
@@ -43,7 +43,7 @@ def short_hash(value: dict | list | str) -> str:
 # ---- which pixels
 
 class Views(torch.utils.data.Dataset):
-    """`n` fixed samples of every image, in turn: pass after pass over the images takes the next one.
+    """`n` fixed samples of every image: each pass over the images takes the next one.
 
     View v of image i is what `data` draws with the number v * len(data) + i, for any data set with
     sample(). Index with (i, draw), as data/samplers.py does.
@@ -72,6 +72,7 @@ class Views(torch.utils.data.Dataset):
 
     def shapes(self) -> list[Shape]:
         """(H, W) of every view."""
+        # Crops are all of one size.
         image, _ = self.sample(0)
         return [image.shape[:2]] * (self.n * len(self.data))
 
@@ -104,7 +105,8 @@ class Windows(torch.utils.data.Dataset):
 # ---- on disk
 
 def prepare(parts: list["Kept"]) -> list[list[int]]:
-    """Makes the sub-folders -> of each the views that are missing; too small a disk is a BadInput."""
+    """Makes the sub-folders -> the missing views of each; too small a disk is a BadInput."""
+    # Over all parts, before any is filled: the second one must not find the disk full after hours.
     missing = [kept.missing() for kept in parts]
     need = sum(kept.sizes[k] for kept, views in zip(parts, missing) for k in views)
     parent = parts[0].parent
@@ -112,9 +114,10 @@ def prepare(parts: list["Kept"]) -> list[list[int]]:
         parent.mkdir(parents=True, exist_ok=True)
         free = shutil.disk_usage(parent).free - KEEP_FREE
         if need > free:
-            raise BadInput(f"{parent}: the features need {in_bytes(need)}, and {in_bytes(max(free, 0))} "
-                           f"are free beside {in_bytes(KEEP_FREE)} for other files; type "
-                           "--cache-features DIR on a larger disk, or fewer --views")
+            raise BadInput(f"{parent}: the features need {in_bytes(need)}, and "
+                           f"{in_bytes(max(free, 0))} are free beside {in_bytes(KEEP_FREE)} for "
+                           "other files; type --cache-features DIR on a larger disk, or fewer "
+                           "--views")
         for kept in parts:
             kept.make()
     except OSError as e:
@@ -151,6 +154,7 @@ class Kept(torch.utils.data.Dataset):
         arrays = views.sample(0)
         self.arrays = len(arrays)  # of a file; behind them are the maps
 
+        # The bytes of every view's file are known before anything is computed.
         def bytes_of(size):
             shapes = [((*size, *a.shape[2:]), a.dtype.str) for a in arrays]
             shapes += [(shape, "<i2") for shape in maps(size)]
@@ -158,7 +162,7 @@ class Kept(torch.utils.data.Dataset):
 
         sizes = views.shapes()
         known = {size: bytes_of(size) for size in set(sizes)}
-        self.sizes = [known[size] for size in sizes]  # bytes of every view's file
+        self.sizes = [known[size] for size in sizes]
         self.number = len(sizes)  # of views
 
     def __len__(self):
@@ -181,6 +185,7 @@ class Kept(torch.utils.data.Dataset):
         self.folder.mkdir(parents=True, exist_ok=True)
         if not (self.folder / "about.json").exists():
             write(self.folder / "about.json", self.about)
+        # A process may be writing there just now: only old files are a killed one's.
         for file in self.folder.glob("*.tmp"):
             with contextlib.suppress(OSError):  # removed by another process meanwhile
                 if time.time() - file.stat().st_mtime > ABANDONED:
@@ -188,6 +193,7 @@ class Kept(torch.utils.data.Dataset):
 
     def differs(self) -> str:
         """What tells the most similar other sub-folder from this one; '' without another."""
+        # Whoever expects a cache to be taken that is not wants to know why.
         found = []
         for file in self.parent.glob("features-*/about.json"):
             if file.parent == self.folder:
@@ -196,9 +202,8 @@ class Kept(torch.utils.data.Dataset):
                 other = read_json(file)
             except BadInput:  # not ours
                 continue
-            # Features of other images, such as the windows of val, are no stale ones of these.
             keys = [key for key in self.about | other if self.about.get(key) != other.get(key)]
-            if self.about.get("split") == other.get("split"):
+            if "split" not in keys:
                 found.append((len(keys), file.parent.name, keys))
         if not found:
             return ""
@@ -212,8 +217,8 @@ class Kept(torch.utils.data.Dataset):
         try:
             write_arrays(self.file(k), (*arrays, *bits))
         except OSError as e:
-            raise BadInput(f"{self.file(k)}: cannot be written ({e.strerror}); make room, then type "
-                           "the same command: it goes on from here") from None
+            raise BadInput(f"{self.file(k)}: cannot be written ({e.strerror}); make room, then "
+                           "type the same command: it goes on from here") from None
 
     def read(self, k: int) -> tuple[list[np.ndarray], list[Tensor]]:
         """What sample(k) gave, and the maps (C, h, w) bf16; not to be written to."""
@@ -236,8 +241,8 @@ class Kept(torch.utils.data.Dataset):
 
     def damaged(self, file: Path) -> None:
         """Ends the run for a file whose checksums do not agree."""
-        raise BadInput(f"{file}: damaged; is the disk sound? Type rm {shlex.quote(str(file))}, then "
-                       "the same command, or --resume RUN: it is computed again")
+        raise BadInput(f"{file}: damaged; is the disk sound? Type rm {shlex.quote(str(file))}, "
+                       "then the same command, or --resume RUN: it is computed again")
 
     def __getitem__(self, key):
         i, draw = key

@@ -1,13 +1,15 @@
-"""What a backbone says of images: one vector each while a network predicts, or kept maps of fixed views.
+"""What a backbone says of images: a vector each while a network predicts, or maps that are kept.
 
     features = MeanFeatures(net)
     logits = slide(net, x, **window)          however many windows the image has
     vector = features.take()                  (C,) float64, the mean over their pixels
 
-    kept, kept_val = open_kept("features", net, sha256, amp, source, Views(train, 4), drawn, val, 512, 0.25)
-    for part, missing, text in first_batches(net, kept, kept_val, 16, amp, reads=64_000, validations=20):
-        fill(net, part, missing, 16, amp, workers=2)        text: what it will take, and does it pay
+    kept, kept_val = open_kept("features", net, sha256, amp, source, Views(train, 4), drawn, val,
+                               crop=512, overlap=0.25)
+    for part, missing, text in first_batches(net, kept, kept_val, 16, amp, 64_000, validations=20):
+        fill(net, part, missing, 16, amp, workers=2)        text: what it takes, and does it pay
 """
+import math
 import os
 import shlex
 import time
@@ -84,6 +86,7 @@ def open_kept(folder: str, net: Segmenter, weights: str, amp: bool, source: Sour
     the crop. Nothing is made or computed yet.
     """
     shapes = partial(map_shapes, net.backbone.patch, net.backbone.dim, len(net.taps))
+    # Not what the head, the loss or the rate is: runs that differ in these alone share the files.
     about = dict(weights=weights, taps=net.taps, feat_norm=net.feat_norm, amp=amp, crop=crop,
                  norm=views.data.norm, reading=source.reading)
     about_train = dict(split="train", files=source.hashes("train"))
@@ -114,6 +117,7 @@ def compute_maps(net: Segmenter, images: list[np.ndarray], norm: str,
 
 def keep(net: Segmenter, kept: Kept, views: list[tuple], amp: bool) -> None:
     """Computes and writes views [(k, what sample(k) gave), ...], those of one size at once."""
+    # Windows of small images are as small as these.
     by_size = {}
     for k, arrays in views:
         by_size.setdefault(arrays[0].shape, []).append((k, arrays))
@@ -124,7 +128,7 @@ def keep(net: Segmenter, kept: Kept, views: list[tuple], amp: bool) -> None:
 
 
 def check_kept(net: Segmenter, kept: Kept, k: int, amp: bool) -> None:
-    """BadInput where view k is not what is drawn and computed now, though made by the same flags."""
+    """BadInput where view k is not what is drawn and computed now by the same flags."""
     (_, *kept_masks), kept_maps = kept.read(k)
     image, *masks = kept.views.sample(k)
     maps = compute_maps(net, [image], kept.views.data.norm, amp)
@@ -155,7 +159,7 @@ def first_batches(net: Segmenter, kept: Kept, kept_val: Kept | None, batch: int,
 
 def first_batch(net: Segmenter, kept: Kept, missing: list[int], batch: int, amp: bool,
                 reads: int) -> str:
-    """Checks a view that is there, computes a first batch of the missing ones -> some lines of text."""
+    """Checks a view that is there, computes a first batch of the missing ones -> lines of text."""
     rank, world = place()
     number, size = kept.number, sum(kept.sizes)
     folder = shlex.quote(str(kept.folder))
@@ -180,11 +184,12 @@ def first_batch(net: Segmenter, kept: Kept, missing: list[int], batch: int, amp:
     computing = (time.perf_counter() - began) / len(timed)
     reading = reading_time(kept, [k for k, _ in timed])
 
+    # Seconds: all ranks compute and read at the same time.
     filling = len(missing) * computing / world
     without = reads * computing / world
     pays = filling + reads * reading / world < without
     text += (f"\n         computing one takes {computing:.4f} s, reading {reading:.4f} s; filling "
-             f"takes {minutes(filling)}, this run reads {reads}: {minutes(without)} without features")
+             f"takes {minutes(filling)}, this run's {reads} would take {minutes(without)}")
     if not pays:
         text += "\n         WARNING it does not pay in this run alone"
     return text
@@ -192,7 +197,10 @@ def first_batch(net: Segmenter, kept: Kept, missing: list[int], batch: int, amp:
 
 def reading_time(kept: Kept, views: list[int]) -> float:
     """Seconds to read a view; off the disk where all of them do not fit into memory."""
-    memory = os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")
+    if not hasattr(os, "posix_fadvise"):  # macOS, Windows: how they read from memory
+        memory = math.inf
+    else:
+        memory = os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")
     if sum(kept.sizes) > memory / 2:
         for k in views:
             forget(kept.file(k))
@@ -211,13 +219,14 @@ def forget(file: Path) -> None:
 
 def fill(net: Segmenter, kept: Kept, missing: list[int], batch: int, amp: bool,
          workers: int) -> None:
-    """Computes the missing views, each rank its share, with progress and ETA; returns when all have.
+    """Computes the missing views, each rank its share, with progress and ETA; waits for all ranks.
 
     Killed, the same command goes on where it was.
     """
     rank, world = place()
-    # Another run, or the first batch, may have computed some meanwhile.
-    mine = [k for k in missing[rank::world] if not kept.file(k).exists()]
+    # The first batch, or another run, has computed some meanwhile.
+    still = set(kept.missing())
+    mine = [k for k in missing[rank::world] if k in still]
     loader = DataLoader(Numbered(kept.views), batch_size=batch, sampler=mine, num_workers=workers,
                         collate_fn=list, worker_init_fn=keep_signals_from_worker)
     for views in progress(loader, "features"):

@@ -254,7 +254,7 @@ class Segmenter(nn.Module):
         return self
 
     def forward(self, x: Tensor, *known: Tensor) -> Tensor:
-        """known: the backbone's maps of x where they need not be computed, as data/views.py keeps them."""
+        """known: the backbone's maps of x, where a file of data/views.py has them already."""
         H, W = x.shape[-2:]
         patch = self.backbone.patch
         # Padded to whole patches here, so that head and backbone see the same image.

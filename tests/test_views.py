@@ -238,7 +238,7 @@ def test_a_killed_filling_goes_on_where_it_was(tmp_path):
     gone[2].rename(kept.folder / "nanors-0.tmp")
     os.utime(kept.folder / "nanors-0.tmp", (0, 0))
     before = files_of(kept.folder)
-    text, = fill(net, kept)
+    text, = fill(net, kept, batch=2)
     assert "15 are there" in text and not list(kept.folder.glob("*.tmp"))
     after = files_of(kept.folder)
     for name, (content, when) in after.items():
