@@ -2,6 +2,7 @@
 
     python train_seg.py                                     demo scenes, a small ViT, on a CPU
     python train_seg.py --root D --weights dinov3_vitl16_pretrain_sat493m-eadcf0ff.pth
+    python train_seg.py --root D --weights FILE --cache-features DIR     the frozen ViT runs once
     python train_seg.py --dataset potsdam --root D --variant rgb,eroded
     torchrun --standalone --nproc_per_node=8 train_seg.py --root D
     python train_seg.py --resume runs/demo                  go on after a kill, bit for bit on a CPU
