@@ -229,7 +229,7 @@ def fill(net: Segmenter, kept: Kept, missing: list[int], batch: int, amp: bool,
     mine = [k for k in missing[rank::world] if k in still]
     loader = DataLoader(Numbered(kept.views), batch_size=batch, sampler=mine, num_workers=workers,
                         collate_fn=list, worker_init_fn=keep_signals_from_worker)
-    for views in progress(loader, "features"):
+    for views in progress(loader, "batches of features"):
         keep(net, kept, views, amp)
     wait()
 
