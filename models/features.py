@@ -189,7 +189,8 @@ def first_batch(net: Segmenter, kept: Kept, missing: list[int], batch: int, amp:
     without = reads * computing / world
     pays = filling + reads * reading / world < without
     text += (f"\n         computing one takes {computing:.4f} s, reading {reading:.4f} s; filling "
-             f"takes {minutes(filling)}; without it this run computes {reads} in {minutes(without)}")
+             f"takes {minutes(filling)}, without it this run computes {reads} in "
+             f"{minutes(without)}")
     if not pays:
         text += "\n         WARNING it does not pay in this run alone"
     return text
