@@ -17,7 +17,7 @@ import os
 import shlex
 import time
 from functools import partial
-from math import cos, isfinite, pi
+from math import ceil, cos, isfinite, pi
 from types import SimpleNamespace
 
 # Read when torch loads: threads that spin while they wait cost sixfold on a shared CPU.
@@ -34,7 +34,8 @@ from data.datasets import NORMS, match_pairs
 from data.points import UNLABELLED, PointSet
 from data.samplers import StepSampler
 from data.source import Source, rare_classes
-from models import checkpoint, nets, recipes, run
+from data.views import Views
+from models import checkpoint, features, nets, recipes, run
 from models.heads import HEADS
 from models.infer import evaluate, examples, rehearse
 from models.losses import ce, class_weights, parse_loss, weighted_sum
@@ -46,12 +47,13 @@ from models.vit import PRESETS
 AUX = 0.4  # weight of an auxiliary head's cross-entropy, as UNetFormer was published
 CLIP = 1.0  # limit of the gradient's norm
 OVERLAP = 0.25  # of evaluation windows, as a part of --crop
+VIEWS = 4  # of an image, where --cache-features keeps their features
 FEW = 5  # points per class and image that are drawn, unless told
 GROW_FROM = 0.4  # part of --steps after which the second stage begins
 GROW_ABOVE = 0.8  # mean probability of the views above which a pixel is sure
 
 # Flags that may differ on resume: paths, speed and printing, nothing that changes the result.
-MOVABLE = "log_every", "root", "weights", "cache", "workers", "amp", "device"
+MOVABLE = ("log_every", "root", "weights", "cache", "cache_features", "workers", "amp", "device")
 
 
 def parse_args(argv=None):
@@ -86,6 +88,11 @@ def parse_args(argv=None):
     data.add_argument("--color", type=SHARE, default=0.2, help="strength of colour changes")
     data.add_argument("--focus", type=SHARE, default=0.3,
                       help="share of crops laid around a pixel of a rare class")
+    data.add_argument("--views", type=COUNT,
+                      help="fixed crops of every image, in turn, instead of a new one at each draw "
+                           "(4 with --cache-features)")
+    data.add_argument("--cache-features", metavar="DIR",
+                      help="keep a frozen ViT's features of the --views and of val there")
     data.add_argument("--cache", help="folder for decoded images, or off (~/.cache/nanors)")
     data.add_argument("--workers", type=between(0, 64, int), default=min(4, os.cpu_count() - 1),
                       help="reading processes")
@@ -138,7 +145,7 @@ def parse_args(argv=None):
     args = run.parse(p, argv, MOVABLE)
     run.check_rising(p, args, "scale")
     run.only_with(p, args, "model", "vit", "arch", "head", "unfreeze",
-                  "layer_decay", "dropout")
+                  "layer_decay", "dropout", "cache_features")
     if args.points_per_class and args.points not in points.PATTERNS:
         p.error(f"--points-per-class {args.points_per_class}: for points drawn from masks, not "
                 f"--points {args.points}; leave it out")
@@ -311,6 +318,11 @@ def main(args):
     if args.grow and not args.ema:
         raise BadInput("--grow without --ema: the averaged weights are the teacher; type --ema "
                        "0.99")
+    if args.cache_features and (scratch or not frozen):
+        raise BadInput("--cache-features needs a frozen backbone; type --weights FILE without "
+                       "--unfreeze, or leave --cache-features out")
+    if args.cache_features and args.views is None:
+        args.views = VIEWS
     net = run.synchronise_norms(net, device).to(device).train()
     amp = args.amp == "bf16"
     if args.amp == "auto":  # on a CPU only under a frozen backbone
@@ -353,7 +365,8 @@ def main(args):
     seen = torch.zeros(K, K, dtype=torch.int64, device=device)
     # What must be equal on resume, or it would be another run.
     same = dict(world=world, weights=info["sha256"], amp=amp,
-                labels=d.labels.parts, reading=d.reading)
+                labels=d.labels.parts, reading=d.reading,
+                kept_features=bool(args.cache_features))
     # Random numbers have no state to restore: each is drawn from the number of its step or sample.
     if args.resume:
         last = checkpoint.load_state(out / "last.pt")
@@ -382,6 +395,24 @@ def main(args):
             say(f"        WARNING no masks: scored on the points of {len(data)} images such as "
                 f"{data.names[0]}, which tell little of edges")
     train.read(0)  # Images that need --bands or --input-range stop a run that has written nothing.
+
+    # ---- fixed views, and a frozen backbone's features of them and of val's windows
+    if args.views:
+        train = Views(train, args.views)
+    kept_val = None
+    if args.cache_features:
+        # Runs that agree in this, in the images and in the backbone share the features.
+        drawn = dict(seed=args.seed, scale=args.scale, color=args.color, focus=args.focus, rare=rare,
+                     points={name: rows.tolist() for name, rows in ps.items()})
+        train, kept_val = features.open_kept(args.cache_features, net, info["sha256"], amp, d, train,
+                                             drawn, val, args.crop, OVERLAP)
+        left = args.steps - s.step
+        reads = left * crops * args.batch_size, ceil(left / args.eval_every)
+        for kept, missing, told in features.first_batches(net, train, kept_val, args.batch_size,
+                                                          amp, *reads):
+            say(told, flush=True)
+            features.fill(net, kept, missing, args.batch_size, amp, args.workers)
+
     out = run.claim(out, args.out, args.resume)
     meta = d.about() | nets.about(info) | dict(
         model=spec, norm=norm, crop=args.crop, overlap=OVERLAP, amp="bf16" if amp else "off",
@@ -415,7 +446,7 @@ def main(args):
     window = dict(crop=args.crop, overlap=OVERLAP, batch=args.batch_size, amp=amp)
 
     def validate():
-        cm = evaluate(judged, val, window, args.workers)
+        cm = evaluate(judged, val, window, args.workers, kept=kept_val)
         miou, oa = metrics.iou(cm).nanmean().item(), metrics.oa(cm)
         scores = {"train": metrics.averages(seen.cpu()), d.picks: metrics.averages(cm)}
         s.history.append(dict(step=s.step, val_miou=miou, val_oa=oa, scores=scores))
@@ -449,8 +480,10 @@ def main(args):
         # A stream of random numbers of its own for dropout, another one on each rank.
         step = s.step
         run.seed_torch(4, args.seed, step, rank)
-        x, y, names = next(batches)  # (B, 3, H, W), (B, H, W): class ids, UNLABELLED, IGNORE
+        # (B, 3, H, W), (B, H, W): class ids, UNLABELLED, IGNORE; the backbone's maps where kept.
+        x, y, names, *maps = next(batches)
         x, y = run.to_device(x, device), run.to_device(y, device)
+        maps = [run.to_device(t, device) for t in maps]
         unlabelled = y == UNLABELLED
         y = y.where(~unlabelled, IGNORE)
 
@@ -467,7 +500,7 @@ def main(args):
             group["lr"] = group["scale"] * lr_at(step, args)
         opt.zero_grad(set_to_none=True)
         with torch.autocast(device.type, torch.bfloat16, enabled=amp):
-            logits = model(x)  # (B, K, H, W)
+            logits = model(x, *maps)  # (B, K, H, W)
         logits, *aux = as_tuple(logits)  # of some CNNs an auxiliary head's, too
         loss = weighted_sum(terms, logits, y, weights, count=valid, total=run.over_ranks)
         for z in aux:

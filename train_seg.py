@@ -2,6 +2,7 @@
 
     python train_seg.py                                     demo scenes, a small ViT, on a CPU
     python train_seg.py --root D --weights dinov3_vitl16_pretrain_sat493m-eadcf0ff.pth
+    python train_seg.py --root D --weights FILE --cache-features DIR     the frozen ViT runs once
     python train_seg.py --dataset potsdam --root D --variant rgb,eroded
     torchrun --standalone --nproc_per_node=8 train_seg.py --root D
     python train_seg.py --resume runs/demo                  go on after a kill, bit for bit on a CPU
@@ -17,7 +18,7 @@ import shlex
 import time
 from contextlib import nullcontext
 from functools import partial
-from math import cos, isfinite, pi
+from math import ceil, cos, isfinite, pi
 from types import SimpleNamespace
 
 # Read when torch loads: threads that spin while they wait cost sixfold on a shared CPU.
@@ -33,7 +34,8 @@ from data.crops import random_crop
 from data.datasets import NORMS
 from data.samplers import StepSampler
 from data.source import Source, rare_classes
-from models import checkpoint, nets, recipes, run
+from data.views import Views
+from models import checkpoint, features, nets, recipes, run
 from models.heads import HEADS
 from models.infer import evaluate, examples, rehearse
 from models.losses import LOSSES, class_weights, parse_loss, uses, weighted_sum
@@ -45,11 +47,12 @@ from models.vit import PRESETS
 AUX = 0.4  # weight of an auxiliary head's cross-entropy, as UNetFormer was published
 CLIP = 1.0  # limit of the gradient's norm
 OVERLAP = 0.25  # of evaluation windows, as a part of --crop
+VIEWS = 4  # of an image, where --cache-features keeps their features
 # Masks per split that are read before training. Class weights need those of train all.
 CHECKED = 64
 
 # Flags that may differ on resume: paths, speed and printing, nothing that changes the result.
-MOVABLE = "log_every", "root", "weights", "cache", "workers", "amp", "device"
+MOVABLE = ("log_every", "root", "weights", "cache", "cache_features", "workers", "amp", "device")
 
 
 def parse_args(argv=None):
@@ -76,6 +79,11 @@ def parse_args(argv=None):
                       help="share of crops laid around a pixel of a rare class")
     data.add_argument("--mixup", type=SHARE, default=0.0, help="probability per batch")
     data.add_argument("--cutmix", type=SHARE, default=0.0, help="probability per batch")
+    data.add_argument("--views", type=COUNT,
+                      help="fixed crops of every image, in turn, instead of a new one at each draw "
+                           "(4 with --cache-features)")
+    data.add_argument("--cache-features", metavar="DIR",
+                      help="keep a frozen ViT's features of the --views and of val there")
     data.add_argument("--cache", help="folder for decoded images, or off (~/.cache/nanors)")
     data.add_argument("--workers", type=between(0, 64, int), default=min(4, os.cpu_count() - 1),
                       help="reading processes")
@@ -135,8 +143,11 @@ def parse_args(argv=None):
     run.check_rising(p, args, "scale")
     if args.final and args.patience:
         p.error("--patience counts validations, and --final has none; leave one of them out")
+    if args.cache_features and (args.mixup or args.cutmix):
+        p.error("--mixup and --cutmix make new images, whose features --cache-features does not "
+                "have; leave them or it out")
     run.only_with(p, args, "model", "vit", "arch", "head", "unfreeze",
-                  "layer_decay", "dropout", "save")
+                  "layer_decay", "dropout", "save", "cache_features")
     return args
 
 
@@ -209,6 +220,11 @@ def main(args):
     if args.save == "head" and (scratch or not frozen):
         raise BadInput("--save head needs a frozen backbone from --weights; leave --save or "
                        "--unfreeze out")
+    if args.cache_features and (scratch or not frozen):
+        raise BadInput("--cache-features needs a frozen backbone; type --weights FILE without "
+                       "--unfreeze, or leave --cache-features out")
+    if args.cache_features and args.views is None:
+        args.views = VIEWS
     net = run.synchronise_norms(net, device).to(device).train()
     amp = args.amp == "bf16"
     if args.amp == "auto":  # on a CPU only under a frozen backbone
@@ -247,7 +263,8 @@ def main(args):
                         command=facts["command"])
     # What must be equal on resume, or it would be another run.
     same = dict(world=world, weights=info["sha256"], amp=amp,
-                labels=d.labels.parts, reading=d.reading)
+                labels=d.labels.parts, reading=d.reading,
+                kept_features=bool(args.cache_features))
     # Random numbers have no state to restore: each is drawn from the number of its step or sample.
     if args.resume:
         last = checkpoint.load_state(out / "last.pt")
@@ -268,6 +285,24 @@ def main(args):
     train = d.part("train", norm, partial(transform, args=args, rare=rare), args.seed)
     val = d.part(d.picks, norm) if d.picks else None
     train.read(0)  # Images that need --bands or --input-range stop a run that has written nothing.
+
+    # ---- fixed views, and a frozen backbone's features of them and of val's windows
+    if args.views:
+        train = Views(train, args.views)
+    kept_val = None
+    if args.cache_features:
+        # Runs that agree in this, in the images and in the backbone share the features.
+        drawn = dict(seed=args.seed, scale=args.scale, color=args.color, focus=args.focus, rare=rare,
+                     labels=d.labels.parts)
+        train, kept_val = features.open_kept(args.cache_features, net, info["sha256"], amp, d, train,
+                                             drawn, val, args.crop, OVERLAP)
+        left = args.steps - s.step
+        reads = left * crops * args.batch_size, ceil(left / args.eval_every)
+        for kept, missing, told in features.first_batches(net, train, kept_val, args.batch_size,
+                                                          amp, *reads):
+            say(told, flush=True)
+            features.fill(net, kept, missing, args.batch_size, amp, args.workers)
+
     out = run.claim(out, args.out, args.resume)
     meta = d.about() | nets.about(info) | dict(
         model=spec, norm=norm, crop=args.crop, overlap=OVERLAP, amp="bf16" if amp else "off",
@@ -301,7 +336,7 @@ def main(args):
     window = dict(crop=args.crop, overlap=OVERLAP, batch=args.batch_size, amp=amp)
 
     def validate():
-        cm = evaluate(judged, val, window, args.workers)
+        cm = evaluate(judged, val, window, args.workers, kept=kept_val)
         miou, oa = metrics.iou(cm).nanmean().item(), metrics.oa(cm)
         s.history.append(dict(step=s.step, val_miou=miou, val_oa=oa))
         say(f"step {s.step:5d}  {d.picks} mIoU {miou:.4f}  OA {oa:.4f}", flush=True)
@@ -345,10 +380,11 @@ def main(args):
         # The micro-batches, and over all ranks: how many pixels count, was any rank told to stop?
         micro, valid = [], 0
         for _ in range(args.accum):
-            x, y, names = next(batches)  # (B, 3, H, W), (B, H, W); 255 = ignore
+            # (B, 3, H, W), (B, H, W) with 255 = ignore; the backbone's maps where they are kept.
+            x, y, names, *maps = next(batches)
             # targets: [(share, (B, H, W)), ...]; MixUp's second one has as many valid pixels.
             x, targets = augment.mix(x, y, rng, args.cutmix, args.mixup)
-            micro.append((x, targets))
+            micro.append(([x, *maps], targets))
             valid += (targets[0][1] != IGNORE).sum()
         numbers = torch.tensor([valid, stop.signal]).to(device, non_blocking=True)
         valid, stopping = run.over_ranks(numbers)
@@ -358,12 +394,13 @@ def main(args):
             group["lr"] = group["scale"] * lr_at(step, args)
         opt.zero_grad(set_to_none=True)
         step_loss = torch.zeros((), device=device)
-        for i, (x, targets) in enumerate(micro):
+        for i, (inputs, targets) in enumerate(micro):
             # Gradients cross ranks once, in the last micro-batch.
             skip_sync = world > 1 and i + 1 < args.accum
             with model.no_sync() if skip_sync else nullcontext():
+                inputs = [run.to_device(t, device) for t in inputs]
                 with torch.autocast(device.type, torch.bfloat16, enabled=amp):
-                    logits = model(run.to_device(x, device))  # (B, K, H, W)
+                    logits = model(*inputs)  # (B, K, H, W)
                 logits, *aux = as_tuple(logits)  # of some CNNs an auxiliary head's, too
                 loss = 0.0
                 for share, y in targets:

@@ -6,6 +6,7 @@ tiff raster                windows of any TIFF, with GDAL's values; any picture 
 io ranges cache            images and masks without guessing; input ranges; decoded images on disk
 datasets public demo       dataset.json, seven public sets, procedural scenes
 source scenes points       a data set, opened: images and masks; class folders; point labels
+views                      fixed views of images, and files that keep a backbone's features of them
 crops augment samplers     what happens to a sample on its way to the network, and which is drawn
 classmap                   classes of one model in terms of another's
 metrics plots              one confusion matrix, and the pictures of a run

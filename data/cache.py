@@ -189,6 +189,38 @@ def open_map(file: Path, since: float) -> tuple[np.ndarray | Rows, ...]:
     return tuple(opened)
 
 
+def write_arrays(file: Path, arrays: tuple[np.ndarray, ...]) -> None:
+    """Header, arrays and checksums into a file that appears when it is whole: see open_map()."""
+    arrays = [np.ascontiguousarray(a) for a in arrays]
+    sums = np.concatenate([checksums(a) for a in arrays])
+    kinds = [(a.dtype.str, a.shape) for a in arrays]
+    header = json.dumps({"arrays": kinds, "sums": zlib.crc32(sums)})
+    text = header.encode().ljust(HEADER - 8)
+    # Made like every other file, so that the umask says who may read it.
+    temporary = file.parent / f"nanors-{secrets.token_hex(8)}.tmp"
+    handle = os.open(temporary, os.O_WRONLY | os.O_CREAT | os.O_EXCL, 0o666)
+    try:
+        # Not through a mapping, where a full disk would be a SIGBUS.
+        with os.fdopen(handle, "wb") as f:
+            f.write(b"%08x" % zlib.crc32(text) + text)
+            for a in [*arrays, sums]:
+                f.write(a)
+        os.replace(temporary, file)
+    except OSError:
+        with contextlib.suppress(OSError):
+            os.unlink(temporary)
+        raise
+
+
+def size_of(shapes: list[tuple[tuple[int, ...], str]]) -> int:
+    """Bytes of the file that write_arrays() makes of arrays of these shapes and types."""
+    size = HEADER
+    for shape, dtype in shapes:
+        kind = np.dtype(dtype)
+        size += kind.itemsize * int(np.prod(shape)) + 4 * -(-shape[0] // rows_per_block(kind, shape))
+    return size
+
+
 # ---- the folder
 
 class Cache:
@@ -273,7 +305,7 @@ class Cache:
                 note_once(FULL, f"{self.folder}: full, so further images are decoded each time "
                                 "they are read; type --cache DIR on a larger disk")
                 return False
-            self.write(file, arrays)
+            write_arrays(file, arrays)
         except OSError as e:
             # Disk or quota full, folder gone or read-only: go on, at the speed of decoding. Try
             # again, but ever less often: for a large image that costs time.
@@ -285,28 +317,6 @@ class Cache:
         self.room -= size
         self.failures = 0
         return True
-
-    def write(self, file: Path, arrays: tuple[np.ndarray, ...]) -> None:
-        """Header, arrays and checksums into a file that appears when it is whole."""
-        arrays = [np.ascontiguousarray(a) for a in arrays]
-        sums = np.concatenate([checksums(a) for a in arrays])
-        kinds = [(a.dtype.str, a.shape) for a in arrays]
-        header = json.dumps({"arrays": kinds, "sums": zlib.crc32(sums)})
-        text = header.encode().ljust(HEADER - 8)
-        # Made like every other file, so that the umask says who may read it.
-        temporary = self.folder / f"nanors-{secrets.token_hex(8)}.tmp"
-        handle = os.open(temporary, os.O_WRONLY | os.O_CREAT | os.O_EXCL, 0o666)
-        try:
-            # Not through a mapping, where a full disk would be a SIGBUS.
-            with os.fdopen(handle, "wb") as f:
-                f.write(b"%08x" % zlib.crc32(text) + text)
-                for a in [*arrays, sums]:
-                    f.write(a)
-            os.replace(temporary, file)
-        except OSError:
-            with contextlib.suppress(OSError):
-                os.unlink(temporary)
-            raise
 
     def has_room(self, size: int) -> bool:
         """Looks at the folder once per 1/64 of the limit: k processes may pass it by up to k/64."""

@@ -663,12 +663,16 @@ class SegDataset(torch.utils.data.Dataset):
         return image, mask
 
     def sample(self, i: int, draw: int = 0) -> tuple[np.ndarray, np.ndarray]:
-        """As read(), but augmented."""
+        """(H, W, 3) uint8 image, (H, W) uint8 class ids of a draw."""
         if self.augment is None:
             return self.read(i)
-        # The 2 keeps these draws apart from those of other purposes.
-        rng = np.random.default_rng((2, self.seed, draw))
-        return self.augment(*self.read_lazily(i), rng)
+        image, mask = self.read_lazily(i)
+        return self.augment(image, mask, self.rng(draw))
+
+    def rng(self, draw: int) -> np.random.Generator:
+        """The random numbers of a draw."""
+        # The 2 keeps them apart from those of other purposes.
+        return np.random.default_rng((2, self.seed, draw))
 
     def __getitem__(self, key):
         i, draw = key if isinstance(key, tuple) else (key, 0)

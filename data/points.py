@@ -622,6 +622,6 @@ class PointSet(SegDataset):
         return image, mask
 
     def sample(self, i: int, draw: int = 0) -> tuple[np.ndarray, np.ndarray]:
-        """An augmented image and its mask."""
-        rng = np.random.default_rng((2, self.seed, draw))  # as SegDataset draws
-        return self.augment(*self.read_lazily(i), rng, self.points[i])
+        """(H, W, 3) uint8 image, (H, W) uint8 labels of a draw."""
+        image, mask = self.read_lazily(i)
+        return self.augment(image, mask, self.rng(draw), self.points[i])

@@ -5,6 +5,7 @@
     train = d.part("train", norm="imagenet", augment=f, seed=0)     x (3, H, W), y (H, W), name
 """
 import hashlib
+import os
 from pathlib import Path
 
 import numpy as np
@@ -159,10 +160,13 @@ class Source:
         """{name: (image, mask)} of a split, with a box as third entry where names are tiles."""
         return {name: self.pairs[name] for name in self.splits[split]}
 
+    def size(self, image: Path, mask: Path, *box: tuple) -> tuple[int, int]:
+        """(H, W) of a pair of a split that training opened, or of its box."""
+        return box[0][2:] if box else self.sizes[image]
+
     def sizes_of(self, split: str) -> list[tuple[int, int]]:
         """(H, W) of every image of a split that training opened, or of its box."""
-        files = self.files(split).values()
-        return [box[0][2:] if box else self.sizes[image] for image, _, *box in files]
+        return [self.size(*pair) for pair in self.files(split).values()]
 
     def pixels(self, split: str) -> int:
         """Of all images of a split that training opened, or of their boxes."""
@@ -218,6 +222,15 @@ class Source:
                     used += [image, mask] if mask else [image]
             self.prints = fingerprint(self.root, used)
         return self.prints
+
+    def hashes(self, split: str) -> dict[str, str]:
+        """{path in root: hash} of the images and masks of a split."""
+        used = set()
+        for image, mask, *_ in self.files(split).values():
+            used |= {image, mask}
+        names = {Path(os.path.relpath(file, self.root)).as_posix() for file in used if file}
+        prints = self.fingerprint()["files"]
+        return {name: prints[name].rsplit(" ", 1)[1] for name in sorted(names)}
 
     def about(self) -> dict:
         """What a run's files say of its data: enough to open it again, and to tell other splits from these."""

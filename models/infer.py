@@ -9,6 +9,7 @@
 """
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
+from functools import partial
 from typing import NamedTuple
 
 import numpy as np
@@ -21,6 +22,7 @@ from data import metrics
 from data.common import IGNORE, BadInput, even_sample, progress
 from data.datasets import normalise, normalised
 from data.tiff import TILE
+from data.views import Kept
 
 from . import calibrate
 from .run import keep_signals_from_worker, over_ranks, to_device
@@ -94,12 +96,14 @@ def slide(net: nn.Module, x: torch.Tensor, crop: int, overlap: float, batch: int
 @torch.inference_mode()
 def slide_down(net: nn.Module, x: torch.Tensor, crop: int, overlap: float, batch: int, amp: bool,
                valid: torch.Tensor | None = None, whole: bool = False,
-               norm: str | None = None) -> Iterator[tuple[slice, torch.Tensor]]:
+               norm: str | None = None,
+               maps: Callable | None = None) -> Iterator[tuple[slice, torch.Tensor]]:
     """As slide(), but (rows, logits (K, n, W)) of some rows after the other, from top to bottom.
 
     Memory depends on the width of the image, not on its height. The logits are good until the next
     ones are asked for. x may lie on the CPU: only windows are moved. whole: all rows at once.
-    norm: of an x in uint8, to be normalised by this name of NORMS.
+    norm: of an x in uint8, to be normalised by this name of NORMS. maps(i, j) -> what the backbone
+    gives for windows i..j, where that is known; not with `valid`.
     """
     H, W = x.shape[-2:]
     boxes = windows(H, W, crop, overlap)
@@ -114,13 +118,17 @@ def slide_down(net: nn.Module, x: torch.Tensor, crop: int, overlap: float, batch
     height = max(part.bottom - part.top for part in batches)
     total = None  # (K, height, W), made when the network has told K
     total_weight = torch.zeros(height, W, device=device)
+    first = 0  # number of the batch's first window
     for part in batches:
         tiles = torch.stack([x[:, t:t + h, l:l + w] for t, l, _, _ in part.boxes])
         tiles = to_device(tiles.contiguous(), device)
         if norm is not None:
             tiles = normalised(tiles, norm)
+        known = maps(first, first + len(part.boxes)) if maps else ()
+        first += len(part.boxes)
+        known = [to_device(t, device) for t in known]
         with torch.autocast(device.type, torch.bfloat16, enabled=amp):
-            logits = net(tiles).float()
+            logits = net(tiles, *known).float()
         # One window is the whole image: nothing to blend.
         if (h, w) == (H, W):
             yield slice(0, H), logits[0]
@@ -296,10 +304,12 @@ class Bytes(Dataset):
 
 
 def predictions(net: nn.Module, data: Dataset, window: dict, workers: int = 0,
-                what: str = "images") -> Iterator[tuple[str, torch.Tensor, Iterator]]:
+                what: str = "images",
+                kept: Kept | None = None) -> Iterator[tuple[str, torch.Tensor, Iterator]]:
     """(name, labels (H, W) uint8, strips of slide_down()) of this rank's images of the data.
 
-    All lies on net's device. window: crop, overlap, batch and amp of slide_down().
+    All lies on net's device. window: crop, overlap, batch and amp of slide_down(). kept: the
+    backbone's maps of all windows.
     """
     rank, world = 0, 1
     if dist.is_initialized():
@@ -309,8 +319,9 @@ def predictions(net: nn.Module, data: Dataset, window: dict, workers: int = 0,
     loader = DataLoader(Bytes(data), batch_size=None, sampler=mine, num_workers=workers,
                         prefetch_factor=1 if workers else None,
                         worker_init_fn=keep_signals_from_worker)
-    for x, y, name in progress(loader, what):
-        yield name, y.to(device), slide_down(net, x, **window, norm=data.norm)
+    for (x, y, name), i in zip(progress(loader, what), mine):
+        maps = partial(kept.maps_of, i) if kept else None
+        yield name, y.to(device), slide_down(net, x, **window, norm=data.norm, maps=maps)
 
 
 def count_strips(cm: torch.Tensor, y: torch.Tensor, strips: Iterator) -> None:
@@ -337,10 +348,12 @@ def rehearse(net: nn.Module, sizes: list[tuple[int, int]], window: dict, classes
 
 
 def evaluate(net: nn.Module, data: Dataset, window: dict, workers: int = 0,
-             classes: int | None = None, what: str = "validation") -> torch.Tensor:
+             classes: int | None = None, what: str = "validation",
+             kept: Kept | None = None) -> torch.Tensor:
     """(k, k) int64 confusion matrix, rows true, of the whole data set, on every rank's CPU.
 
-    classes: k, where the network's are not the data's. Leaves net's mode as it was.
+    classes: k, where the network's are not the data's. kept: the backbone's maps of all windows.
+    Leaves net's mode as it was.
     """
     was_training = net.training
     net.eval()
@@ -350,7 +363,7 @@ def evaluate(net: nn.Module, data: Dataset, window: dict, workers: int = 0,
             dist.broadcast(statistics, 0)
     k = classes or len(data.labels.names)
     cm = torch.zeros(k, k, dtype=torch.int64, device=next(net.parameters()).device)
-    for _, y, strips in predictions(net, data, window, workers, what):
+    for _, y, strips in predictions(net, data, window, workers, what, kept):
         count_strips(cm, y, strips)
     over_ranks(cm)  # not in the loop: ranks may have unequal numbers of images
     if not cm.any():

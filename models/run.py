@@ -714,7 +714,7 @@ def check_shared(out: Path) -> None:
                        "--out with a folder on a disk that they share")
 
 
-def from_rank_0(make: Callable[[], Path]) -> Path:
+def from_rank_0(make: Callable):
     """What make() returns on rank 0, on all ranks; its BadInput likewise."""
     answer = None
     if not dist.is_initialized() or dist.get_rank() == 0:
@@ -815,7 +815,8 @@ def check_same(out: Path, last: dict, same: dict) -> None:
                   weights="name the file with that sha256", teacher="name the run with that sha256",
                   labels="the classes or ignored values have changed; undo that",
                   reading='"bands" or "input_range" in dataset.json have changed; undo that',
-                  stored="images of another size were added; take them out")
+                  stored="images of another size were added; take them out",
+                  kept_features="leave --cache-features out")
     for key, now in same.items():
         was = last.get(key, now)  # earlier versions have kept fewer
         if was != now:
