@@ -46,11 +46,6 @@ def seconds(net: nn.Module, x: Tensor, amp: bool) -> float:
     return time.perf_counter() - start
 
 
-def reason(e: Exception) -> str:
-    """One line of what torch says of a compilation that failed."""
-    return f"{type(e).__name__}: {str(e)[:300]}"
-
-
 def compiled(net: nn.Module, crop: int, amp: bool = False) -> tuple[nn.Module, str]:
     """Network in eval mode on a CPU -> itself or a Compiled one, and a line that says which and why.
 
@@ -66,7 +61,9 @@ def compiled(net: nn.Module, crop: int, amp: bool = False) -> tuple[nn.Module, s
     try:
         seconds(program, window, amp)
     except Exception as e:  # of any kind: a compiler is a program of others
-        return net, f"not compiled: {reason(e)}"
+        said = str(e).split("\n")[0]
+        return net, (f"not compiled, goes on without: {said}; it needs a C++ compiler: install g++, "
+                     "or name yours with CXX=FILE")
     took = time.perf_counter() - start
     before, after = [], []
     for _ in range(ROUNDS):  # in turns: what else the machine does slows both

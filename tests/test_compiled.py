@@ -1,0 +1,77 @@
+"""models/compiled.py: the same logits from a compiled program; other sizes and no compiler go without."""
+import shutil
+
+import pytest
+import torch
+from torch._inductor import config, cpp_builder
+
+from models.compiled import Compiled, compiled
+from models.heads import HEADS, Segmenter
+from models.vit import ViT
+
+SIDE = 24
+
+
+@pytest.fixture(scope="module")
+def net():
+    """A ViT of two blocks, with registers and RoPE, under a linear head."""
+    torch.manual_seed(0)
+    vit = ViT("dinov3", 8, 32, 2, 2, 64, "mlp", registers=2, grid=0, qkv_bias=True)
+    return Segmenter(vit, HEADS["linear"](32, 2, 3, 8), taps=[0, 1]).eval()
+
+
+@pytest.fixture(scope="module")
+def program(net):
+    if not shutil.which("g++"):
+        pytest.skip("no C++ compiler here")
+    with config.patch(compile_threads=1):  # a pool of compiling processes costs more than it saves here
+        program, note = compiled(net, SIDE)
+    assert isinstance(program, Compiled)
+    assert note.startswith("compiled in 0:") and "windows on" in note or "no faster" in note
+    return program
+
+
+@torch.inference_mode()
+@pytest.mark.parametrize("batch", [1, 3])
+def test_a_program_answers_as_its_network(net, program, batch):
+    x = torch.randn(batch, 3, SIDE, SIDE)
+    got, want = program(x), net(x)
+    assert got.shape == want.shape == (batch, 3, SIDE, SIDE)
+    assert want.std() > 0.01
+    torch.testing.assert_close(got, want, rtol=4e-6, atol=4e-6)
+    # A window is the same in whatever batch it comes: killed and gone on with, a scene may have others.
+    for i in range(batch):
+        assert torch.equal(program(x[i:i + 1])[0], got[i])
+
+
+@torch.inference_mode()
+@pytest.mark.parametrize("h, w", [(SIDE, 17), (40, SIDE), (32, 32)])
+def test_other_sizes_go_through_the_network(net, program, h, w):
+    x = torch.randn(2, 3, h, w)
+    assert torch.equal(program(x), net(x))
+
+
+def test_gradients_are_the_networks(net, program):
+    x = torch.randn(1, 3, SIDE, SIDE, requires_grad=True)
+    program(x).sum().backward()
+    got, x.grad = x.grad, None
+    net(x).sum().backward()
+    assert torch.equal(got, x.grad)
+    assert got.abs().max() > 0
+
+
+def test_weights_are_its_networks(net, program):
+    assert {id(p) for p in program.parameters()} == {id(p) for p in net.parameters()}
+    assert not program.training
+
+
+@torch.inference_mode()
+def test_without_a_compiler_the_network_stays(net):
+    cpp_builder.cpp_compiler_search.cache_clear()
+    with config.patch({"cpp.cxx": (None, "/nonexistent/g++"), "compile_threads": 1, "force_disable_caches": True}):
+        got, note = compiled(net, SIDE + 8)
+    cpp_builder.cpp_compiler_search.cache_clear()
+    assert got is net
+    assert "\n" not in note and "/nonexistent/g++" in note and "CXX=" in note
+    x = torch.randn(1, 3, SIDE + 8, SIDE + 8)
+    assert got(x).isfinite().all()
