@@ -7,6 +7,7 @@ recipes     what a run does where its flags do not say: from scratch, frozen, tu
 losses      cross-entropy, focal, Dice, Lovasz, boundary, KL; exact over ranks and micro-batches
 lookahead   slow weights, warm restarts
 infer       sliding windows over images of any size; the confusion matrix of a split
+compiled    a network compiled for a long prediction on a CPU
 ensemble    averages of views (--tta), of several runs, of their weights
 export      a run as an ONNX file for other programs
 checkpoint  best.safetensors and last.pt

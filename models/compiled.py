@@ -47,7 +47,7 @@ def seconds(net: nn.Module, x: Tensor, amp: bool) -> float:
 
 
 def compiled(net: nn.Module, crop: int, amp: bool = False) -> tuple[nn.Module, str]:
-    """Network in eval mode on a CPU -> itself or a Compiled one, and a line that says which and why.
+    """Network in eval mode -> itself or a Compiled one, and a line that says which and why.
 
     amp: bf16, as it will be called. What is computed differs by rounding, so one image should go
     through one of the two alone.
@@ -62,8 +62,8 @@ def compiled(net: nn.Module, crop: int, amp: bool = False) -> tuple[nn.Module, s
         seconds(program, window, amp)
     except Exception as e:  # of any kind: a compiler is a program of others
         said = str(e).split("\n")[0]
-        return net, (f"not compiled, goes on without: {said}; it needs a C++ compiler: install g++, "
-                     "or name yours with CXX=FILE")
+        return net, (f"not compiled, goes on without: {said}; it needs a C++ compiler: install "
+                     "g++, or name yours with CXX=FILE")
     took = time.perf_counter() - start
     before, after = [], []
     for _ in range(ROUNDS):  # in turns: what else the machine does slows both
