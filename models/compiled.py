@@ -34,8 +34,11 @@ class Compiled(nn.Module):
         if x.shape[-2:] != (self.crop, self.crop) or self.training or torch.is_grad_enabled():
             return self.net(x)
         # One by one: a last, smaller batch needs no program of its own, and on a CPU a larger
-        # batch is no faster.
-        return torch.cat([self.program(window) for window in x.split(1)])
+        # batch is no faster. clone(), because a tensor made outside of inference_mode() would need
+        # a program of its own too.
+        with torch.inference_mode():
+            found = [self.program(window.clone()) for window in x.split(1)]
+        return torch.cat(found)
 
 
 @torch.inference_mode()

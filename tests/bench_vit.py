@@ -68,7 +68,7 @@ def in_onnxruntime(content, x, threads):
     return lambda: torch.from_numpy(session.run(None, {"input": array})[0])
 
 
-def networks(name, x, mode, threads):
+def networks(name, x, mode, threads, compiles):
     torch.manual_seed(0)
     net = nets.make("vit", CLASSES, arch=name)[0].eval()
     amp = mode == "bf16"
@@ -80,11 +80,17 @@ def networks(name, x, mode, threads):
         return run
 
     runs = {"ours": ours(net)}
-    program, note = compiled(net, x.shape[-1], amp)
-    print(f"{name}: {note}", flush=True)
-    if program is not net:
-        runs["compiled"] = ours(program)
-    installed = [p for p in ("onnx", "openvino", "onnxruntime") if importlib.util.find_spec(p)]
+    if compiles:
+        program, note = compiled(net, x.shape[-1], amp)
+        print(f"{name}: {note}", flush=True)
+        if program is not net:
+            runs["compiled"] = ours(program)
+    installed = []
+    for package in ("onnx", "openvino", "onnxruntime"):
+        if importlib.util.find_spec(package):
+            installed.append(package)
+        else:
+            print(f"{package} is not installed: its column is left out")
     content = as_onnx(net, x) if "onnx" in installed else None
     if content and "openvino" in installed:
         runs["openvino"] = in_openvino(content, x, mode, threads)
@@ -154,7 +160,10 @@ def main(args):
         for name in args.models:
             x = torch.randn(args.batch, 3, side_of(name), side_of(name), device=device)
             for mode in args.modes:
-                runs = backbones(name, x, mode) if args.backbone else networks(name, x, mode, args.threads)
+                if args.backbone:
+                    runs = backbones(name, x, mode)
+                else:
+                    runs = networks(name, x, mode, args.threads, not args.no_compile)
                 times = fastest(runs, args.rounds, clock)
                 cells = [f"ours {times['ours']:.3f} s"]
                 for other in list(runs)[1:]:
@@ -164,7 +173,7 @@ def main(args):
                     cells.append(cell)
                 print(f"{device} {name} {mode}: " + " | ".join(cells), flush=True)
                 if args.profile:
-                    for which in list(runs)[:2]:
+                    for which in runs.keys() & {"ours", "compiled"}:
                         print(which, by_operator(runs[which]), sep="\n")
 
 
@@ -177,6 +186,7 @@ if __name__ == "__main__":
     p.add_argument("--batch", type=int, default=1)
     p.add_argument("--threads", type=int, default=torch.get_num_threads())
     p.add_argument("--backbone", action="store_true", help="the ViT alone, beside timm and transformers")
+    p.add_argument("--no-compile", action="store_true", help="without the column that compiles for a minute")
     p.add_argument("--profile", action="store_true", help="the operators that take the longest")
     p.add_argument("--cpu", action="store_true", help="processor seconds of all threads, not wall time")
     main(p.parse_args())

@@ -4,6 +4,7 @@ import shutil
 import pytest
 import torch
 from torch import nn
+from torch._dynamo.utils import counters
 from torch._inductor import config, cpp_builder
 
 from models.compiled import Compiled, compiled
@@ -42,6 +43,18 @@ def test_a_program_answers_as_its_network(net, program, batch):
     # A window is the same in whatever batch it comes: killed and gone on with, a scene may have others.
     for i in range(batch):
         assert torch.equal(program(x[i:i + 1])[0], got[i])
+
+
+def test_no_call_compiles_again(program):
+    programs = counters["stats"]["unique_graphs"]
+    assert programs > 0
+    x = torch.randn(2, 3, SIDE, SIDE)
+    for mode in (torch.no_grad, torch.inference_mode):
+        with mode():
+            for made_in_mode in (x, x + 0):
+                program(made_in_mode)
+                program(made_in_mode[:1])
+    assert counters["stats"]["unique_graphs"] == programs
 
 
 @torch.inference_mode()
