@@ -86,7 +86,7 @@ def parse_args(argv=None):
                    help="auto: as trained, where fast")
     p.add_argument("--batch-size", type=COUNT, default=16, help="windows or images at once")
     p.add_argument("--compile", action="store_true",
-                   help="compile the network first, for hours of work on a CPU")
+                   help="compile the network first and say what that saves, for hours on a CPU")
     p.add_argument("--top", type=COUNT, default=3, help="classes per image in predictions.csv")
     p.add_argument("--montage", type=WHOLE, default=0,
                    help="images per class in montage.png, the surest first; 0 = none")
