@@ -44,6 +44,7 @@ from data.tiff import TiffWriter, remove_part
 from models import ensemble, export, nets, run
 from models.calibrate import read_temperature
 from models.checkpoint import load_weights
+from models.compiled import Compiled, compiled
 from models.infer import panels, slide_rows
 from models.run import COUNT, WHOLE, between
 
@@ -86,6 +87,8 @@ def parse_args(argv=None):
     p.add_argument("--device", type=run.device_name, default="auto",
                    help="cpu, cuda or cuda:1; auto: a GPU if there is one")
     p.add_argument("--batch-size", type=COUNT, default=16, help="windows or images at once")
+    p.add_argument("--compile", action="store_true",
+                   help="compile the network first and say what that saves, for hours on a CPU")
     p.add_argument("--top", type=COUNT, default=3, help="classes per image in predictions.csv")
     p.add_argument("--montage", type=WHOLE, default=0,
                    help="images per class in montage.png, the surest first; 0 = none")
@@ -95,6 +98,8 @@ def parse_args(argv=None):
     if args.export and (args.inputs or args.partners or args.tta):
         p.error("--export writes one network and predicts nothing; leave images, --with and --tta "
                 "out")
+    if args.compile and (args.export or args.partners or args.tta):
+        p.error("--compile is for one network that predicts; leave --export, --with and --tta out")
     if args.resolution and not args.export:
         p.error("--resolution goes with --export; leave it out")
     return args
@@ -277,12 +282,19 @@ def predict_masks(args, images, rank, world, device):
     if (args.confidence or args.probabilities) and p.temperature is None:
         say("note: no calibration.json of these weights: probabilities as the network says; "
             f"python eval.py {args.run} --split val --calibrate fits them")
+    if args.compile:
+        net, note = compiled(p.net, p.window["crop"], p.window["amp"])
+        p = p._replace(net=net)
+        say(note, flush=True)
     run.wait()  # what another rank writes from here on is no old file
     finished = Finished(out)
     if rank == 0 and (args.overwrite or not (out / "classes.json").exists()):
         written.write("classes.json", values)
     settings = dict(p.info, window=p.window, reading=p.reading, norm=p.norm, values=values,
                     temperature=p.temperature, device=device.type)
+    # A compiled network rounds otherwise, so no image may be begun with one and ended without.
+    if isinstance(p.net, Compiled):
+        settings["compiled"] = True
     marks = {file: mark_of(settings | dict(files=ends[file]), file) for file in images}
 
     # ---- one image after the other
@@ -456,9 +468,10 @@ def export_run(args):
 def main(args):
     rank, world, device = run.start(wanted=args.device, hours=24)
     task = load_weights(args.run, header_only=True)[1].get("task")
-    if task == "classification" and (args.export or args.tta or args.partners or args.soup):
-        raise BadInput(f"{args.run}: a run of train_cls.py; --export, --tta, --with and --soup are "
-                       "for segmentation: leave them out")
+    if task == "classification" and (args.export or args.tta or args.partners or args.soup
+                                     or args.compile):
+        raise BadInput(f"{args.run}: a run of train_cls.py; --export, --tta, --with, --soup and "
+                       "--compile are for segmentation: leave them out")
     if args.export:
         if rank == 0:
             export_run(args)

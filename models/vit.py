@@ -107,14 +107,16 @@ class Rope(nn.Module):
 
 def rotate(x: Tensor, sin: Tensor, cos: Tensor) -> Tensor:
     """Turn the last h*w of the tokens (B, nh, N, hd) by their places, in fp32."""
-    # The cls token and the registers come first. They have no place in the image.
-    patches = sin.shape[0]
-    still, moving = x.split([x.shape[2] - patches, patches], dim=2)
-    moving = moving.to(torch.promote_types(x.dtype, torch.float32))
+    # The cls token and the registers come first. They have no place in the image, and an angle of
+    # zero leaves them as they are.
+    prefix = x.shape[2] - sin.shape[0]
+    sin = F.pad(sin, (0, 0, prefix, 0))
+    cos = F.pad(cos, (0, 0, prefix, 0), value=1.0)
+    moving = x.to(torch.promote_types(x.dtype, torch.float32))
     # Channel i turns together with channel i + hd / 2.
     a, b = moving.chunk(2, dim=-1)
     turned = moving * cos + torch.cat([-b, a], -1) * sin
-    return torch.cat([still, turned.to(x.dtype)], dim=2)
+    return turned.to(x.dtype)
 
 
 def attend(q: Tensor, k: Tensor, v: Tensor) -> Tensor:

@@ -267,6 +267,7 @@ def test_export_writes_the_network_and_compares_it(others, forks, tmp_path):
     ([], "no images: name them"),
     (["x.png", "--export", "a.onnx"], "leave images, --with and --tta out"),
     (["--export", "a.onnx", "--tta", "d4"], "leave images, --with and --tta out"),
+    (["x.png", "--compile", "--tta", "d4"], "leave --export, --with and --tta out"),
     (["x.png", "--resolution", "3"], "--resolution goes with --export")])
 def test_flags_that_do_not_go_together(flags, said, capsys):
     with pytest.raises(SystemExit):

@@ -231,6 +231,38 @@ def test_finished_scenes_are_skipped_only_if_nothing_has_changed(run, tmp_path):
     assert Tiff(tmp_path / "p/a.tif").shape == (130, 140, 1)
 
 
+def test_no_image_is_begun_with_a_compiled_network_and_ended_without(run, tmp_path):
+    file = scene(tmp_path / "a.tif", IMAGE[:130, :130])
+    argv = [run, file, "--out", tmp_path / "p"]
+
+    class Program(predict.Compiled):
+        """Answers otherwise than the network, and more clearly than by rounding."""
+
+        def __init__(self, net):
+            nn.Module.__init__(self)
+            self.net = net
+
+        def forward(self, x):
+            return -self.net(x)
+
+    def fake():
+        predict.compiled = lambda net, crop, amp: (Program(net), "compiled in no time")
+
+    def fails():
+        predict.compiled = lambda net, crop, amp: (net, "not compiled, goes on without")
+
+    call(*argv)
+    plain = read_bands(tmp_path / "p/a.tif")
+    text = call(*argv, "--compile", patch=fails)
+    assert "not compiled" in text and "1 of them by an earlier call" in text  # the very same network
+    text = call(*argv, "--compile", patch=fake)
+    assert "compiled in no time" in text and "earlier call" not in text
+    assert (read_bands(tmp_path / "p/a.tif") != plain).any()
+    assert "1 of them by an earlier call" in call(*argv, "--compile", patch=fake)
+    assert "earlier call" not in call(*argv)
+    assert (read_bands(tmp_path / "p/a.tif") == plain).all()
+
+
 def test_what_somebody_has_changed_is_not_replaced(run, tmp_path):
     file = scene(tmp_path / "a.tif", IMAGE[:130, :130])
     argv = [run, file, "--out", tmp_path / "p", "--overlap", 0.5]
