@@ -11,7 +11,7 @@ from data.common import IGNORE, BadInput
 from data.datasets import NORMS, SegDataset, normalise
 from data.io import Labels
 from models.infer import (
-    blend_weight, evaluate, examples, hann, panels, predictions, slide, slide_rows, starts, windows)
+    blend_weight, class_ids, evaluate, examples, hann, panels, predictions, slide, slide_rows, starts, windows)
 
 SIZES = [(1, 1), (5, 200), (31, 33), (32, 32), (33, 65), (64, 65), (100, 47)]
 
@@ -109,6 +109,14 @@ def test_the_batch_does_not_matter(H, W):
         one, five, all_ = (slide(net, x, 32, 0.4, batch, False) for batch in (1, 5, 100))
     torch.testing.assert_close(one, five)
     torch.testing.assert_close(one, all_)
+
+
+@pytest.mark.parametrize("classes", [1, 2, 8, 254])
+def test_the_class_of_the_highest_logit_and_of_equal_ones_the_first(classes):
+    logits = np.random.default_rng(0).integers(-3, 4, (classes, 9, 7)).astype(np.float32)
+    ids = class_ids(torch.from_numpy(logits))
+    assert ids.dtype == np.uint8
+    np.testing.assert_array_equal(ids, logits.argmax(0))
 
 
 def reader(image, valid=None):
