@@ -189,7 +189,7 @@ def endings(file, args, by_color):
     return found
 
 
-def predict_scene(p, scene, writers, say):
+def predict_rows(p, scene, writers, say):
     # Rows of windows from top to bottom, in columns that fit into memory.
     K = len(p.labels.names)
     H, W = scene.shape
@@ -233,7 +233,25 @@ def append_rows(p, scene, writers, rows, ids, inner):
             writers["probabilities"].append(part[:, inner])
 
 
-def write_scene(p, written, name, scene, writers, ends):
+def predict_scene(p, written, finished, name, scene, ends, mark, say):
+    # All files of one image.
+    out = written.folder / name
+    writers = open_writers(scene, out, ends, p.labels, p.raw, p.info, mark)
+    try:
+        predict_rows(p, scene, writers, lambda row: say(f"{escaped(name)}  {row}", flush=True))
+    except BadInput:
+        # It cannot be finished, so its tiles are of no use.
+        for writer in writers.values():
+            writer.discard()
+        raise
+    counts = write_files(p, written, name, scene, writers, ends)
+    digests = {f"{name}{end}": written.digests[f"{name}{end}"] for end in ends}
+    finished.add(name, mark, digests, areas(counts, scene.georef))
+    for writer in writers.values():
+        writer.discard()
+
+
+def write_files(p, written, name, scene, writers, ends):
     # The files of an image whose pixels are complete -> pixels of every id, (256,).
     labels = p.labels
     as_tif = ".tif" in ends
@@ -285,28 +303,22 @@ def predict_masks(args, images, rank, world, device):
     mine = list(images.items())[rank::world]
     left_out, began, old = [], time.time(), 0
     for i, (file, name) in enumerate(mine):
-        mark, writers = marks[file], {}
-        if finished.find(name, mark):
-            old += 1
-            for end in ends[file]:
-                remove_part(out / f"{name}{end}")  # of a call killed just before it did that
-            continue
         try:
-            scene = Strips(file, **p.reading)
-            writers = open_writers(scene, out / name, ends[file], labels, raw, p.info, mark)
-            predict_scene(p, scene, writers, lambda row: say(f"{escaped(name)}  {row}", flush=True))
+            with written.claim(name):
+                if finished.find(name, marks[file]):
+                    old += 1
+                    for end in ends[file]:
+                        remove_part(out / f"{name}{end}")  # of a call killed just before it did that
+                    continue
+                scene = Strips(file, **p.reading)
+                predict_scene(p, written, finished, name, scene, ends[file], marks[file], say)
         except BadInput as e:
             leave_out(e)
             left_out.append(file)
-        else:
-            counts = write_scene(p, written, name, scene, writers, ends[file])
-            digests = {f"{name}{end}": written.digests[f"{name}{end}"] for end in ends[file]}
-            finished.add(name, mark, digests, areas(counts, scene.georef))
-            rest = minutes((time.time() - began) / (i + 1) * (len(mine) - i - 1))
-            size = f"{scene.shape[0]} x {scene.shape[1]}"
-            say(f"{i + 1} of {len(mine)}  {escaped(name)}  {size}  ETA {rest}", flush=True)
-        for writer in writers.values():
-            writer.discard()
+            continue
+        rest = minutes((time.time() - began) / (i + 1) * (len(mine) - i - 1))
+        size = f"{scene.shape[0]} x {scene.shape[1]}"
+        say(f"{i + 1} of {len(mine)}  {escaped(name)}  {size}  ETA {rest}", flush=True)
 
     # ---- all images
     numbers = run.over_ranks(torch.tensor([len(mine) - len(left_out), old], device=device))

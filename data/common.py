@@ -34,6 +34,11 @@ from typing import get_args, get_origin
 import numpy as np
 from PIL import Image
 
+try:
+    import fcntl
+except ImportError:  # Windows: nothing is locked there
+    fcntl = None
+
 IGNORE = 255  # the one ignore index: unlabelled, void, padding
 SILENT = 10.0  # seconds before a program says how far it is, and between such lines
 SHORT = reprlib.Repr()  # of user's values in messages, which may be of any length and depth
@@ -92,6 +97,24 @@ def file_bytes(path: str | Path, content: Image.Image | dict | list | str | byte
     return content
 
 
+def try_lock(file: io.IOBase, byte: int | None = None) -> bool | None:
+    """Locks an open file, or one byte of it, for this process -> has it? None: no locks here.
+
+    The lock ends with the process, killed or not, or when it closes any handle of the file.
+    """
+    if fcntl is None:
+        return None
+    length, start = (0, 0) if byte is None else (1, byte)  # a length of 0: up to the end
+    try:
+        # lockf, not flock: a DataLoader worker, which is a fork, would hold that one too.
+        fcntl.lockf(file, fcntl.LOCK_EX | fcntl.LOCK_NB, length, start)
+    except (BlockingIOError, PermissionError):
+        return False
+    except OSError:  # a network disk
+        return None
+    return True
+
+
 class Written:
     """The files that a program writes into a folder: of those there, only its own are replaced.
 
@@ -119,6 +142,22 @@ class Written:
                                    "program or was changed since; type --overwrite to replace it, "
                                    "or name another --out")
             self.checked.add(name)
+
+    @contextlib.contextmanager
+    def claim(self, name: str) -> Iterator[None]:
+        """While the block runs no other process has this name here; BadInput where one has it.
+
+        Of a file, or of all that is written of one image. One claim at a time.
+        """
+        place = self.folder / name
+        place.parent.mkdir(parents=True, exist_ok=True)
+        with open(place.parent / ".writing", "a") as locks:
+            # One byte stands for each name, so that others may write other files there.
+            digest = hashlib.sha256(as_bytes(place.name)).hexdigest()
+            if try_lock(locks, int(digest[:15], 16)) is False:
+                raise BadInput(f"{place}: another process is writing there; wait for it, or name "
+                               "another --out")
+            yield
 
     def write(self, name: str, content: Image.Image | dict | list | str | bytes, **options) -> None:
         """write(folder / name, ...) of a file that may be replaced."""

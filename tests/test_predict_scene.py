@@ -16,7 +16,7 @@ from runs import read
 from torch import nn
 
 import predict
-from data.common import file_sha256, write
+from data.common import Written, file_sha256, write
 from data.datasets import normalise
 from data.tiff import Tiff, TiffWriter
 from models import infer
@@ -259,6 +259,20 @@ def test_what_cannot_be_read_is_named_and_the_rest_is_finished(run, tmp_path):
     assert "wrote the masks of 2 images" in text
     assert sorted(f.name for f in (tmp_path / "p").glob("*.tif*")) == ["a.tif", "d.tif"]
     assert set(read(tmp_path / "p/summary.json")["images"]) == {"a", "d"}
+
+
+def test_what_another_process_writes_is_left_out_and_its_tiles_stay(run, tmp_path):
+    for name in "ab":
+        scene(tmp_path / f"in/{name}.tif", IMAGE[:150, :150])
+    part = tmp_path / "p/a.tif.part"
+    argv = [run, tmp_path / "in", "--out", tmp_path / "p"]
+    with Written(tmp_path / "p").claim("a"):
+        TiffWriter(tmp_path / "p/a.tif", (150, 150, 1))
+        before = part.read_bytes()
+        text = call(*argv, ok=2)
+        assert f"left out: {tmp_path}/p/a: another process is writing there; wait for it" in text
+        assert part.read_bytes() == before and (tmp_path / "p/b.tif").exists()
+    assert "masks of 2 images (1 of them by an earlier call)" in call(*argv)
 
 
 def test_a_full_disk_is_one_line_and_the_same_command_goes_on(run, unharmed, tmp_path):
