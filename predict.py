@@ -11,9 +11,10 @@ Writes OUT/NAME.png (ids in a palette PNG: opens in colour, reads back as ids), 
 NAME_overlay.jpg, classes.json and summary.json (area of every class); folders below an input folder
 are kept. Of georeferenced images NAME.tif instead, a cloud-optimised GeoTIFF, with a style for QGIS,
 NAME.qml. What is transparent or nodata in an image gets no class: 255. A file that cannot be read
-is named and left out; exit code 2. Killed, the same command goes on where it stopped. Only files
-are replaced that predict.py wrote and nobody has changed since. Of a classification run it writes
-OUT/predictions.csv (file, class, probability, next classes) and montage.png.
+is named and left out; exit code 2, under torchrun 1. Killed, the same command goes on where it
+stopped. Only files are replaced that predict.py wrote and nobody has changed since. Of a
+classification run it writes OUT/predictions.csv (file, class, probability, next classes) and
+montage.png.
 """
 import os
 import sys
@@ -311,6 +312,8 @@ def predict_masks(args, images, rank, world, device):
                         remove_part(out / f"{name}{end}")  # of a call killed just before it did that
                     continue
                 scene = Strips(file, **p.reading)
+                if scene.note:
+                    print(f"note: {scene.note}", file=sys.stderr)
                 predict_scene(p, written, finished, name, scene, ends[file], marks[file], say)
         except BadInput as e:
             leave_out(e)
@@ -474,7 +477,7 @@ def main(args):
     images, others = find_images(args.inputs)
     if others and rank == 0:
         print(f"note: {not_used(others)}")
-    left_out = predict(args, images, rank, world, device)
+    left_out = run.from_all_ranks(predict(args, images, rank, world, device))
     run.end()
     if left_out:
         sys.exit(2)

@@ -17,11 +17,13 @@ from .raster import open_raster, part_of
 from .tiff import Tiff
 
 MANY_ROWS = 256  # at least so many are read at once
+HEAVY = 2**28  # bytes of one strip, unpacked: above, a note says how to convert the file
 
 
 class Strips:
     """Rows of an image, of all columns or of some. shape: (H, W). georef: where it lies, or None.
 
+    note: None, or a line for the user: that reading takes much memory, and what to type.
     reading: bands and input_range of read_valid(). A file that cannot be read is a BadInput; a TIFF
     that ends too early is one at once, not when the missing rows are asked for.
     """
@@ -33,11 +35,13 @@ class Strips:
         self.shape = raster.shape[:2]
         self.georef = raster.georef
         self.is_tiff = isinstance(raster, Tiff)
+        self.note = None
         self.whole = None  # of a picture all pixels, and which of them are data
         if self.is_tiff:
             self.georef = self.georef or raster.position  # tie points alone give no transform
             raster.check_whole()
             self.step = rows_at_once(raster)
+            self.note = about_strips(raster)
             self.alpha_is_mask = None
             bands = reading.get("bands") or []
             if raster.alpha and raster.alpha not in bands:
@@ -98,6 +102,17 @@ def rows_at_once(raster: Tiff) -> int:
     if raster.compression == "none":
         rows = min(rows, MANY_ROWS)  # any row can be read by itself
     return -(-MANY_ROWS // rows) * rows
+
+
+def about_strips(raster: Tiff) -> str | None:
+    """The note of a file whose strips fill the memory: what is packed is unpacked from its start."""
+    rows, width = raster.block
+    size = rows * width * raster.shape[2] * raster.dtype.itemsize
+    if raster.page.tiled or raster.compression == "none" or size < HEAVY:
+        return None
+    advice = raster.page.gdal_translate("-co TILED=YES -co BIGTIFF=IF_SAFER ")
+    return (f"{raster.path}: strips of {rows} rows, which are unpacked as a whole: about "
+            f"{3 * size / 1e9:.1f} GB of memory; tiles take little: {advice}")
 
 
 def everywhere(valid: np.ndarray | None, image: np.ndarray) -> np.ndarray:
