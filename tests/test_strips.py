@@ -4,7 +4,7 @@ import pytest
 import rasterio
 from PIL import Image
 
-from data import strips
+from data import strips, tiff
 from data.common import BadInput
 from data.io import read_valid
 from data.strips import Strips
@@ -47,6 +47,28 @@ def assert_same_rows(path, **reading):
 def test_rows_of_a_tiff(tmp_path, how):
     assert_same_rows(scene(tmp_path / "a.tif", nodata=0, **how))
     assert_same_rows(scene(tmp_path / "b.tif", bands=5, **how), bands=[4, 1, 2], input_range=[0, 200])
+
+
+@pytest.mark.parametrize("nodata", [0, 7, None])
+@pytest.mark.parametrize("how", [dict(), dict(interleave="band"), dict(mask=True), dict(alpha="yes"), dict(dtype="float32")],
+                         ids=str)
+def test_rows_of_a_sparse_tiff(tmp_path, monkeypatch, how, nodata):
+    """Tiles that the file does not hold: scattered ones, whole columns and whole rows."""
+    how = dict(how)
+    bands, dtype, masked = 3 + ("alpha" in how), how.pop("dtype", "uint8"), how.pop("mask", False)
+    if "alpha" in how:
+        how["photometric"] = "rgb"
+    monkeypatch.setattr(tiff, "WIDE", 32)  # more than one part in a row
+    with rasterio.Env(GDAL_TIFF_INTERNAL_MASK=True), rasterio.open(
+            tmp_path / "a.tif", "w", driver="GTiff", count=bands, height=H, width=W, dtype=dtype, nodata=nodata,
+            sparse_ok=True, tiled=True, blockxsize=16, blockysize=16, compress="deflate", **how) as f:
+        for top, left in [(0, 16), (48, 0), (48, 16), (48, 64), (304, 80), (688, 32)]:
+            h, w = min(16, H - top), min(16, W - left)
+            pixels = RNG.integers(0, 9, (bands, h, w)).astype(dtype)
+            f.write(pixels, window=rasterio.windows.Window(left, top, w, h))
+        if masked:
+            f.write_mask(RNG.integers(0, 2, (H, W)).astype(bool))
+    assert_same_rows(tmp_path / "a.tif", bands=[3, 1, 2] if "alpha" in how else None, input_range=[0, 9])
 
 
 def test_rows_of_a_picture(tmp_path):
