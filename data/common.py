@@ -58,8 +58,12 @@ class BadInput(ValueError):
     """A user's file or flag that cannot be used: one line with what was found, what was expected and what to type."""
 
 
+class NotWritten(OSError):
+    """A file that cannot be written: one line that names it, and what to do."""
+
+
 def replace(path: str | Path, save: Callable[[str], None]) -> None:
-    """save(temporary name), then rename: a killed job or a full disk leaves the old file. Failures are OSErrors."""
+    """save(temporary name), then rename: a killed job or a full disk leaves the old file. Failures are NotWritten."""
     temporary = f"{path}.{os.getpid()}.tmp"
     try:
         Path(path).parent.mkdir(parents=True, exist_ok=True)
@@ -71,10 +75,11 @@ def replace(path: str | Path, save: Callable[[str], None]) -> None:
     except BaseException as e:
         with contextlib.suppress(OSError):
             os.unlink(temporary)
-        if not isinstance(e, (OSError, RuntimeError)):  # torch.save reports a full disk as a RuntimeError
+        # torch.save reports a full disk as a RuntimeError.
+        if isinstance(e, NotWritten) or not isinstance(e, (OSError, RuntimeError)):
             raise
         why = getattr(e, "strerror", None) or str(e)[:100]
-        raise OSError(f"{path}: cannot be written ({why}); is the disk full or read-only?") from None
+        raise NotWritten(f"{path}: cannot be written ({why}); is the disk full or read-only?") from None
 
 
 def write(path: str | Path, content: Image.Image | dict | list | str | bytes, **options) -> None:

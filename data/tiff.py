@@ -33,7 +33,7 @@ from PIL import Image, features
 from PIL.TiffImagePlugin import COMPRESSION_INFO, TiffImageFile
 from PIL.WebPImagePlugin import WebPImageFile
 
-from .common import BadInput, as_bytes, check_file, read_text, replace
+from .common import BadInput, NotWritten, as_bytes, check_file, read_text, replace
 
 # A damaged header may ask for any size. What is larger than this is refused. Pillow's own limit is
 # lower than what large strips hold.
@@ -1106,8 +1106,8 @@ class TiffWriter:
                 while rest:
                     rest = rest[file.write(rest):]
         except OSError as e:
-            raise OSError(f"{self.part}: cannot be written ({e.strerror}); make room on the disk "
-                          "and type the same command again") from None
+            raise NotWritten(f"{self.part}: cannot be written ({e.strerror}); make room on the "
+                             "disk and type the same command again") from None
         self.unwritten = bytearray()
 
     def discard(self) -> None:

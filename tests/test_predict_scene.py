@@ -275,7 +275,12 @@ def test_what_another_process_writes_is_left_out_and_its_tiles_stay(run, tmp_pat
     assert "masks of 2 images (1 of them by an earlier call)" in call(*argv)
 
 
-def test_a_full_disk_is_one_line_and_the_same_command_goes_on(run, unharmed, tmp_path):
+@pytest.mark.parametrize("ending, n, said", [
+    (".tif.part", 3, "a.tif.part: cannot be written (No space left on device); make room"),  # a row of tiles
+    (".tif.part", 6, "a.tif.part: cannot be written (No space left on device); make room"),  # of an overview
+    (".tmp", 2, "a.tif: cannot be written (No space left on device); is the disk full"),  # the whole file
+])
+def test_a_full_disk_is_one_line_and_the_same_command_goes_on(run, unharmed, tmp_path, ending, n, said):
     file, want = unharmed
     argv = [run, file, "--out", tmp_path / "p"]
 
@@ -296,17 +301,17 @@ def test_a_full_disk_is_one_line_and_the_same_command_goes_on(run, unharmed, tmp
 
             def write(self, data):
                 count.append(1)
-                if len(count) == 3:  # after the head and one row of tiles: a part of the next
+                if len(count) == n:
                     self.file.write(bytes(data)[:50])
                     raise OSError(errno.ENOSPC, "No space left on device")
                 return self.file.write(data)
 
         def open_(name, mode="r", **how):
             file = inner(name, mode, **how)
-            return Full(file) if str(name).endswith(".part") and "a" in mode else file
+            return Full(file) if str(name).endswith(ending) and mode != "rb" else file
         sys.modules["data.tiff"].open = open_
     text = call(*argv, ok=2, patch=full)
-    assert text.count("\n") == 1 and "a.tif.part: cannot be written (No space left on device); make room" in text
+    assert text.count("\n") == 1 and said in text
     assert not (tmp_path / "p/a.tif").exists()
     call(*argv)
     assert (tmp_path / "p/a.tif").read_bytes() == (want / "a.tif").read_bytes()
