@@ -309,7 +309,8 @@ def predict_masks(args, images, rank, world, device):
                 if finished.find(name, marks[file]):
                     old += 1
                     for end in ends[file]:
-                        remove_part(out / f"{name}{end}")  # of a call killed just before it did that
+                        # Of a call that was killed just before it did that.
+                        remove_part(out / f"{name}{end}")
                     continue
                 scene = Strips(file, **p.reading)
                 if scene.note:

@@ -649,7 +649,7 @@ class Tiff:
         return mask_beside(self.path, self.shape[:2], window)
 
     def spans(self, window: Window) -> tuple[list[tuple[int, int]], tuple[int, int] | None]:
-        """How to read a window in parts: [(left, width)] that hold data, and an empty pixel or None.
+        """How to read a window in parts: [(left, width)] with data, and an empty pixel or None.
 
         The parts end between tiles, so that none is unpacked twice. What they leave out is sparse:
         all its pixels are as that one (row, column).
