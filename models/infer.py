@@ -5,6 +5,10 @@
     cm = evaluate(net, dataset, window)       (K, K) int64 confusion matrix
     for rows in slide_rows(net, scene.read, scene.shape, "imagenet", **window):
         ids = rows.ids()                      an image of any size, from top to bottom
+
+A crop that begins where windows do gets the classes of its place in the image, away from the rim by
+a window. Of any other crop 88 % of those pixels do without overlap, 90 % with .25, 92 % with .5 and
+93 % with .75 (tests/bench_predict.py --crops --seams 640, a demo run of 1,200 steps).
 """
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass

@@ -251,11 +251,17 @@ def test_what_somebody_has_changed_is_not_replaced(run, tmp_path):
 def test_what_cannot_be_read_is_named_and_the_rest_is_finished(run, tmp_path):
     for name in "abcd":
         scene(tmp_path / f"in/{name}.tif", IMAGE[:150, :150])
+    damaged = scene(tmp_path / "in/e.tif", IMAGE[:700, :150])  # found when its second row of tiles is unpacked
+    data = bytearray(damaged.read_bytes())
+    middle = int(Tiff(damaged).page.offsets[1]) + 50
+    data[middle:middle + 20] = bytes(20)
+    damaged.write_bytes(data)
     short, empty = tmp_path / "in/b.tif", tmp_path / "in/c.tif"
     short.write_bytes(short.read_bytes()[:-300])
     empty.write_bytes(b"")
     text = call(run, tmp_path / "in", "--out", tmp_path / "p", ok=2)
     assert f"left out: {short}: truncated TIFF" in text and f"left out: {empty}: " in text
+    assert f"left out: {damaged}: damaged TIFF: tile 2 of 3 cannot be unpacked" in text
     assert "wrote the masks of 2 images" in text
     assert sorted(f.name for f in (tmp_path / "p").glob("*.tif*")) == ["a.tif", "d.tif"]
     assert set(read(tmp_path / "p/summary.json")["images"]) == {"a", "d"}
