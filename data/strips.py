@@ -131,7 +131,7 @@ def rows_at_once(raster: Tiff) -> int:
 
 
 def about_strips(raster: Tiff) -> str | None:
-    """The note of a file whose strips fill the memory: what is packed is unpacked from its start."""
+    """The note of a file whose strips fill the memory: they are unpacked from their start."""
     rows, width = raster.block
     size = rows * width * raster.shape[2] * raster.dtype.itemsize
     if raster.page.tiled or raster.compression == "none" or size < HEAVY:

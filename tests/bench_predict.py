@@ -128,9 +128,9 @@ def show(what, H, W, seconds, peak):
 def plain_loop(run, image, result, step=1.0, mode="constant"):
     """Windows by themselves, a later one over an earlier one, as many a script has them -> seconds.
 
-    step: of the windows, as a part of their size. 1 is the plain loop over a rasterio file; .75 a grid with overlap that
-    is stitched by overwriting, as torchgeo's GridGeoSampler(size, stride) gives the windows; mode "reflect" pads as the
-    usual examples around segmentation_models_pytorch do: pad, tile, predict, stitch.
+    step: of the windows, as a part of their size. 1 is the plain loop over a rasterio file; .75 a grid with overlap,
+    stitched by overwriting, as torchgeo's GridGeoSampler(size, stride) gives the windows. mode "reflect" pads as usual
+    examples around segmentation_models_pytorch do: pad, tile, predict, stitch.
     """
     sys.path.insert(0, str(ROOT))
     import rasterio

@@ -50,8 +50,8 @@ def test_rows_of_a_tiff(tmp_path, how):
 
 
 @pytest.mark.parametrize("nodata", [0, 7, None])
-@pytest.mark.parametrize("how", [dict(), dict(interleave="band"), dict(mask=True), dict(alpha="yes"), dict(dtype="float32")],
-                         ids=str)
+@pytest.mark.parametrize("how", [
+    dict(), dict(interleave="band"), dict(mask=True), dict(alpha="yes"), dict(dtype="float32")], ids=str)
 def test_rows_of_a_sparse_tiff(tmp_path, monkeypatch, how, nodata):
     """Tiles that the file does not hold: scattered ones, whole columns and whole rows."""
     how = dict(how)
