@@ -11,9 +11,10 @@ Writes OUT/NAME.png (ids in a palette PNG: opens in colour, reads back as ids), 
 NAME_overlay.jpg, classes.json and summary.json (area of every class); folders below an input folder
 are kept. Of georeferenced images NAME.tif instead, a cloud-optimised GeoTIFF, with a style for QGIS,
 NAME.qml. What is transparent or nodata in an image gets no class: 255. A file that cannot be read
-is named and left out; exit code 2. Killed, the same command goes on where it stopped. Only files
-are replaced that predict.py wrote and nobody has changed since. Of a classification run it writes
-OUT/predictions.csv (file, class, probability, next classes) and montage.png.
+is named and left out; exit code 2, under torchrun 1. Killed, the same command goes on where it
+stopped. Only files are replaced that predict.py wrote and nobody has changed since. Of a
+classification run it writes OUT/predictions.csv (file, class, probability, next classes) and
+montage.png.
 """
 import os
 import sys
@@ -196,7 +197,7 @@ def endings(file, args, by_color):
     return found
 
 
-def predict_scene(p, scene, writers, say):
+def predict_rows(p, scene, writers, say):
     # Rows of windows from top to bottom, in columns that fit into memory.
     K = len(p.labels.names)
     H, W = scene.shape
@@ -240,7 +241,25 @@ def append_rows(p, scene, writers, rows, ids, inner):
             writers["probabilities"].append(part[:, inner])
 
 
-def write_scene(p, written, name, scene, writers, ends):
+def predict_scene(p, written, finished, name, scene, ends, mark, say):
+    # All files of one image.
+    out = written.folder / name
+    writers = open_writers(scene, out, ends, p.labels, p.raw, p.info, mark)
+    try:
+        predict_rows(p, scene, writers, lambda row: say(f"{escaped(name)}  {row}", flush=True))
+    except BadInput:
+        # It cannot be finished, so its tiles are of no use.
+        for writer in writers.values():
+            writer.discard()
+        raise
+    counts = write_files(p, written, name, scene, writers, ends)
+    digests = {f"{name}{end}": written.digests[f"{name}{end}"] for end in ends}
+    finished.add(name, mark, digests, areas(counts, scene.georef))
+    for writer in writers.values():
+        writer.discard()
+
+
+def write_files(p, written, name, scene, writers, ends):
     # The files of an image whose pixels are complete -> pixels of every id, (256,).
     labels = p.labels
     as_tif = ".tif" in ends
@@ -301,28 +320,25 @@ def predict_masks(args, images, rank, world, device):
     mine = list(images.items())[rank::world]
     left_out, began, old = [], time.time(), 0
     for i, (file, name) in enumerate(mine):
-        mark, writers = marks[file], {}
-        if finished.find(name, mark):
-            old += 1
-            for end in ends[file]:
-                remove_part(out / f"{name}{end}")  # of a call killed just before it did that
-            continue
         try:
-            scene = Strips(file, **p.reading)
-            writers = open_writers(scene, out / name, ends[file], labels, raw, p.info, mark)
-            predict_scene(p, scene, writers, lambda row: say(f"{escaped(name)}  {row}", flush=True))
+            with written.claim(name):
+                if finished.find(name, marks[file]):
+                    old += 1
+                    for end in ends[file]:
+                        # Of a call that was killed just before it did that.
+                        remove_part(out / f"{name}{end}")
+                    continue
+                scene = Strips(file, **p.reading)
+                if scene.note:
+                    print(f"note: {scene.note}", file=sys.stderr)
+                predict_scene(p, written, finished, name, scene, ends[file], marks[file], say)
         except BadInput as e:
             leave_out(e)
             left_out.append(file)
-        else:
-            counts = write_scene(p, written, name, scene, writers, ends[file])
-            digests = {f"{name}{end}": written.digests[f"{name}{end}"] for end in ends[file]}
-            finished.add(name, mark, digests, areas(counts, scene.georef))
-            rest = minutes((time.time() - began) / (i + 1) * (len(mine) - i - 1))
-            size = f"{scene.shape[0]} x {scene.shape[1]}"
-            say(f"{i + 1} of {len(mine)}  {escaped(name)}  {size}  ETA {rest}", flush=True)
-        for writer in writers.values():
-            writer.discard()
+            continue
+        rest = minutes((time.time() - began) / (i + 1) * (len(mine) - i - 1))
+        size = f"{scene.shape[0]} x {scene.shape[1]}"
+        say(f"{i + 1} of {len(mine)}  {escaped(name)}  {size}  ETA {rest}", flush=True)
 
     # ---- all images
     numbers = run.over_ranks(torch.tensor([len(mine) - len(left_out), old], device=device))
@@ -481,7 +497,7 @@ def main(args):
     images, others = find_images(args.inputs)
     if others and rank == 0:
         print(f"note: {not_used(others)}")
-    left_out = predict(args, images, rank, world, device)
+    left_out = run.from_all_ranks(predict(args, images, rank, world, device))
     run.end()
     if left_out:
         sys.exit(2)

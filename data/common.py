@@ -34,6 +34,11 @@ from typing import get_args, get_origin
 import numpy as np
 from PIL import Image
 
+try:
+    import fcntl
+except ImportError:  # Windows: nothing is locked there
+    fcntl = None
+
 IGNORE = 255  # the one ignore index: unlabelled, void, padding
 SILENT = 10.0  # seconds before a program says how far it is, and between such lines
 SHORT = reprlib.Repr()  # of user's values in messages, which may be of any length and depth
@@ -53,8 +58,12 @@ class BadInput(ValueError):
     """A user's file or flag that cannot be used: one line with what was found, what was expected and what to type."""
 
 
+class NotWritten(OSError):
+    """A file that cannot be written: one line that names it, and what to do."""
+
+
 def replace(path: str | Path, save: Callable[[str], None]) -> None:
-    """save(temporary name), then rename: a killed job or a full disk leaves the old file. Failures are OSErrors."""
+    """save(temporary name), then rename: a killed job or a full disk leaves the old file. Failures are NotWritten."""
     temporary = f"{path}.{os.getpid()}.tmp"
     try:
         Path(path).parent.mkdir(parents=True, exist_ok=True)
@@ -66,10 +75,11 @@ def replace(path: str | Path, save: Callable[[str], None]) -> None:
     except BaseException as e:
         with contextlib.suppress(OSError):
             os.unlink(temporary)
-        if not isinstance(e, (OSError, RuntimeError)):  # torch.save reports a full disk as a RuntimeError
+        # torch.save reports a full disk as a RuntimeError.
+        if isinstance(e, NotWritten) or not isinstance(e, (OSError, RuntimeError)):
             raise
         why = getattr(e, "strerror", None) or str(e)[:100]
-        raise OSError(f"{path}: cannot be written ({why}); is the disk full or read-only?") from None
+        raise NotWritten(f"{path}: cannot be written ({why}); is the disk full or read-only?") from None
 
 
 def write(path: str | Path, content: Image.Image | dict | list | str | bytes, **options) -> None:
@@ -90,6 +100,24 @@ def file_bytes(path: str | Path, content: Image.Image | dict | list | str | byte
     if isinstance(content, str):
         content = as_bytes(content)
     return content
+
+
+def try_lock(file: io.IOBase, byte: int | None = None) -> bool | None:
+    """Locks an open file, or one byte of it, for this process -> has it? None: no locks here.
+
+    The lock ends with the process, killed or not, or when it closes any handle of the file.
+    """
+    if fcntl is None:
+        return None
+    length, start = (0, 0) if byte is None else (1, byte)  # a length of 0: up to the end
+    try:
+        # lockf, not flock: a DataLoader worker, which is a fork, would hold that one too.
+        fcntl.lockf(file, fcntl.LOCK_EX | fcntl.LOCK_NB, length, start)
+    except (BlockingIOError, PermissionError):
+        return False
+    except OSError:  # a network disk
+        return None
+    return True
 
 
 class Written:
@@ -119,6 +147,22 @@ class Written:
                                    "program or was changed since; type --overwrite to replace it, "
                                    "or name another --out")
             self.checked.add(name)
+
+    @contextlib.contextmanager
+    def claim(self, name: str) -> Iterator[None]:
+        """While the block runs no other process has this name here; BadInput where one has it.
+
+        Of a file, or of all that is written of one image. One claim at a time.
+        """
+        place = self.folder / name
+        place.parent.mkdir(parents=True, exist_ok=True)
+        with open(place.parent / ".writing", "a") as locks:
+            # One byte stands for each name, so that others may write other files there.
+            digest = hashlib.sha256(as_bytes(place.name)).hexdigest()
+            if try_lock(locks, int(digest[:15], 16)) is False:
+                raise BadInput(f"{place}: another process is writing there; wait for it, or name "
+                               "another --out")
+            yield
 
     def write(self, name: str, content: Image.Image | dict | list | str | bytes, **options) -> None:
         """write(folder / name, ...) of a file that may be replaced."""

@@ -177,7 +177,8 @@ def read_back(file: Path, labels: Labels, raw: bool, n: int) -> tuple[np.ndarray
     for top in range(0, H, rows):
         pixels = tiff.read((top, 0, min(rows, H - top), W))
         ids = labels.encode(pixels) if raw else pixels[..., 0]
-        counts += np.bincount(ids.ravel(), minlength=256)
+        for row in ids:  # bincount makes eight bytes of each
+            counts += np.bincount(row, minlength=256)
         first = -top % n  # the first row of this strip that the thinned mask has
         parts.append(ids[first::n, ::n])
     return counts, np.concatenate(parts)

@@ -14,14 +14,16 @@ import numpy as np
 
 from .io import is_mask_band, read_valid
 from .raster import open_raster, part_of
-from .tiff import Tiff
+from .tiff import Tiff, Window
 
 MANY_ROWS = 256  # at least so many are read at once
+HEAVY = 2**28  # bytes of one strip, unpacked: above, a note says how to convert the file
 
 
 class Strips:
     """Rows of an image, of all columns or of some. shape: (H, W). georef: where it lies, or None.
 
+    note: None, or a line for the user: that reading takes much memory, and what to type.
     reading: bands and input_range of read_valid(). A file that cannot be read is a BadInput; a TIFF
     that ends too early is one at once, not when the missing rows are asked for.
     """
@@ -33,11 +35,14 @@ class Strips:
         self.shape = raster.shape[:2]
         self.georef = raster.georef
         self.is_tiff = isinstance(raster, Tiff)
+        self.raster = raster
+        self.note = None
         self.whole = None  # of a picture all pixels, and which of them are data
         if self.is_tiff:
             self.georef = self.georef or raster.position  # tie points alone give no transform
             raster.check_whole()
             self.step = rows_at_once(raster)
+            self.note = about_strips(raster)
             self.alpha_is_mask = None
             bands = reading.get("bands") or []
             if raster.alpha and raster.alpha not in bands:
@@ -67,8 +72,7 @@ class Strips:
             # Rows above `top` are not asked for again. Read on to the end of a strip or tile.
             stop = min(-(-(top + height) // self.step) * self.step, self.shape[0])
             window = end, self.left, stop - end, self.width
-            more, more_valid = read_valid(self.path, **self.reading, window=window,
-                                          alpha_is_mask=self.alpha_is_mask)
+            more, more_valid = self.unpack(window)
             if valid is not None or more_valid is not None:
                 valid = np.concatenate([everywhere(valid, image)[top - start:],
                                         everywhere(more_valid, more)])
@@ -77,6 +81,32 @@ class Strips:
             self.kept = start, stop, image, valid
         rows = slice(top - start, top - start + height)
         return image[rows], None if valid is None else valid[rows]
+
+    def unpack(self, window: Window) -> tuple[np.ndarray, np.ndarray | None]:
+        """read_valid() of a window of a TIFF, some tiles at a time."""
+        top, left, height, width = window
+        # Where the file has no tile all pixels are as one of them, and cost next to nothing.
+        spans, empty = self.raster.spans(window)
+        if empty is None and len(spans) == 1:
+            return self.read_valid(window)
+        image = np.empty((height, width, 3), np.uint8)
+        valid = None
+        if empty is not None:
+            pixel, is_data = self.read_valid((*empty, 1, 1))
+            image[:] = np.tile(pixel[0], (width, 1))  # a row: ten times as fast as the pixel
+            valid = None if is_data is None else np.full((height, width), is_data[0, 0])
+        for start, wide in spans:
+            columns = slice(start - left, start - left + wide)
+            image[:, columns], seen = self.read_valid((top, start, height, wide))
+            # A file marks pixels everywhere or nowhere.
+            if seen is not None:
+                valid = np.empty((height, width), bool) if valid is None else valid
+                valid[:, columns] = seen
+        return image, valid
+
+    def read_valid(self, window: Window) -> tuple[np.ndarray, np.ndarray | None]:
+        return read_valid(self.path, **self.reading, window=window,
+                          alpha_is_mask=self.alpha_is_mask)
 
     def thinned(self, n: int) -> np.ndarray:
         """Every n-th pixel of every n-th row of all columns."""
@@ -98,6 +128,17 @@ def rows_at_once(raster: Tiff) -> int:
     if raster.compression == "none":
         rows = min(rows, MANY_ROWS)  # any row can be read by itself
     return -(-MANY_ROWS // rows) * rows
+
+
+def about_strips(raster: Tiff) -> str | None:
+    """The note of a file whose strips fill the memory: they are unpacked from their start."""
+    rows, width = raster.block
+    size = rows * width * raster.shape[2] * raster.dtype.itemsize
+    if raster.page.tiled or raster.compression == "none" or size < HEAVY:
+        return None
+    advice = raster.page.gdal_translate("-co TILED=YES -co BIGTIFF=IF_SAFER ")
+    return (f"{raster.path}: strips of {rows} rows, which are unpacked as a whole: about "
+            f"{4 * size / 1e9:.1f} GB of memory; tiles take little: {advice}")
 
 
 def everywhere(valid: np.ndarray | None, image: np.ndarray) -> np.ndarray:

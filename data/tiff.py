@@ -33,7 +33,7 @@ from PIL import Image, features
 from PIL.TiffImagePlugin import COMPRESSION_INFO, TiffImageFile
 from PIL.WebPImagePlugin import WebPImageFile
 
-from .common import BadInput, as_bytes, check_file, read_text, replace
+from .common import BadInput, NotWritten, as_bytes, check_file, read_text, replace
 
 # A damaged header may ask for any size. What is larger than this is refused. Pillow's own limit is
 # lower than what large strips hold.
@@ -126,6 +126,7 @@ MODEL_TAGS = Tag.ModelPixelScale, Tag.ModelTiepoint, Tag.ModelTransformation
 KEY_TAGS = Tag.GeoKeyDirectory, Tag.GeoDoubleParams, Tag.GeoAsciiParams
 
 TILE = 512  # pixels a side of what is written
+WIDE = 4096  # columns that spans() puts together: what is unpacked at once takes little memory
 FILL = 0  # behind the edge of the image, where nobody looks
 CLASSIC_LIMIT = 2**32  # bytes; a larger file is a BigTIFF
 PART_HEAD = b"nanors part of a TIFF "
@@ -375,6 +376,13 @@ class Page:
         if size > LARGEST_BLOCK and self.compression != NONE:
             self.refuse(f"a {self.block_name} of {size >> 20} MiB",
                         self.gdal_translate("-co TILED=YES "))
+
+    def present(self, rows: range) -> np.ndarray:
+        """(columns of blocks,) bool: does the file hold any block of these rows of blocks?"""
+        held = self.offsets > 0
+        if self.compression != NONE:  # whose counts are often wrong
+            held &= self.counts > 0
+        return held.reshape(-1, *self.grid)[:, rows.start:rows.stop].any((0, 1))
 
     def read(self, window: Window, bands: list[int]) -> np.ndarray:
         """(height, width, len(bands)), from the strips or tiles that the window touches."""
@@ -639,6 +647,28 @@ class Tiff:
         if self.mask_page is not None:
             return self.mask_page.read(window, [1])[..., 0] != 0
         return mask_beside(self.path, self.shape[:2], window)
+
+    def spans(self, window: Window) -> tuple[list[tuple[int, int]], tuple[int, int] | None]:
+        """How to read a window in parts: [(left, width)] with data, and an empty pixel or None.
+
+        The parts end between tiles, so that none is unpacked twice. What they leave out is sparse:
+        all its pixels are as that one (row, column).
+        """
+        top, left, height, width = window
+        rows, columns = self.block
+        sparse = ~self.page.present(range(top // rows, -(-(top + height) // rows)))
+        if self.mask_page is not None or mask_file(self.path) is not None:
+            sparse[:] = False  # a mask may tell sparse pixels apart
+        parts, empty = [], None
+        for start in range(left // columns * columns, left + width, columns):
+            first, end = max(start, left), min(start + columns, left + width)
+            if sparse[start // columns]:
+                empty = top, first
+            elif parts and sum(parts[-1]) == first and end - parts[-1][0] <= WIDE:
+                parts[-1] = parts[-1][0], end - parts[-1][0]
+            else:
+                parts.append((first, end - first))
+        return parts, empty
 
     def check_whole(self) -> None:
         """BadInput where a strip or tile lies behind the end of the file: it was cut short."""
@@ -1023,6 +1053,7 @@ class TiffWriter:
         self.first_fields = georef.tags() if georef else {}
         if info or bands:
             self.first_fields[Tag.GDALMetadata] = ascii_field(metadata_xml(info or {}, bands))
+        self.uniform = {}  # {value: a tile of nothing else, packed}
         self.tiles = {}  # {number: (where in the .part, bytes)}
         self.end = 0  # of the .part
         self.unwritten = bytearray()  # its last bytes
@@ -1075,8 +1106,8 @@ class TiffWriter:
                 while rest:
                     rest = rest[file.write(rest):]
         except OSError as e:
-            raise OSError(f"{self.part}: cannot be written ({e.strerror}); make room on the disk "
-                          "and type the same command again") from None
+            raise NotWritten(f"{self.part}: cannot be written ({e.strerror}); make room on the "
+                             "disk and type the same command again") from None
         self.unwritten = bytearray()
 
     def discard(self) -> None:
@@ -1125,10 +1156,19 @@ class TiffWriter:
         """One tile of one band; behind the edge of the image it is filled."""
         tile = np.full((TILE, TILE), FILL, self.dtype.newbyteorder("<"))
         tile[:pixels.shape[0], :pixels.shape[1]] = pixels
-        data = zlib.compress(tile)
+        data = self.pack(tile)
         self.add_bytes(TILE_HEAD.pack(number, len(data)))
         self.tiles[number] = self.end, len(data)
         self.add_bytes(data)
+
+    def pack(self, tile: np.ndarray) -> bytes:
+        """Deflate; tiles of one value, which large maps are full of, are packed once."""
+        value = tile[0, 0]
+        if not (tile == value).all():
+            return zlib.compress(tile)
+        if value not in self.uniform:
+            self.uniform[value] = zlib.compress(tile)
+        return self.uniform[value]
 
     # The file.
 

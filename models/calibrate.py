@@ -121,7 +121,7 @@ def confidence(logits: Tensor, temperature: float = 1.0) -> Tensor:
 def probabilities(logits: Tensor, temperature: float | Tensor = 1.0) -> np.ndarray:
     """Logits (K, H, W) -> (H, W, K) uint8, 255 times the probabilities.
 
-    temperature: one for all pixels, or one for each row, (H, 1).
+    temperature: one for all pixels, or one for each, (H, W).
     """
     p = (logits / temperature).softmax(0)
     return p.mul_(255).round_().byte().permute(1, 2, 0).cpu().numpy()

@@ -6,6 +6,10 @@
     cm = evaluate(net, dataset, window)       (K, K) int64 confusion matrix
     for rows in slide_rows(net, scene.read, scene.shape, "imagenet", **window):
         ids = rows.ids()                      an image of any size, from top to bottom
+
+A crop that begins where windows do gets the classes of its place in the image, away from the rim by
+a window. Of any other crop 88 % of those pixels do without overlap, 90 % with .25, 92 % with .5 and
+93 % with .75 (tests/bench_predict.py --crops --seams 640, a demo run of 1,200 steps).
 """
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
@@ -29,6 +33,7 @@ from .run import keep_signals_from_worker, over_ranks, to_device
 
 ONE_PIECE = 2**22  # pixels: up to so many an image is blended at once
 LOGITS = 200_000_000  # bytes: at most so many for the logits of one row of windows
+CACHED_ROWS = 4  # whose classes are found at a time
 FEW_ROWS = 64  # of which probabilities are computed at a time
 
 
@@ -52,9 +57,24 @@ def windows(H: int, W: int, size: int, overlap: float) -> list[tuple[int, int, i
     return boxes
 
 
+def with_data(boxes: list[tuple], valid: np.ndarray | None) -> list[tuple]:
+    """The boxes in which a pixel is valid, (H, W) bool; all where that is None."""
+    if valid is None:
+        return boxes
+    return [(t, l, h, w) for t, l, h, w in boxes if valid[t:t + h, l:l + w].any()]
+
+
 def hann(n: int) -> torch.Tensor:
     """(n,) Hann weights without the zeros at both ends: the edge of a window still counts."""
     return torch.hann_window(n + 2, periodic=False)[1:-1].clamp(min=1e-3)
+
+
+def total_hann(n: int, size: int, overlap: float) -> torch.Tensor:
+    """(n,) sum of the Hann weights of all windows along n pixels."""
+    total = torch.zeros(n)
+    for start in starts(n, size, overlap):
+        total[start:start + size] += hann(min(size, n))
+    return total
 
 
 def blend_weight(h: int, w: int) -> torch.Tensor:
@@ -82,8 +102,20 @@ def in_batches(boxes: list[tuple], batch: int, H: int, whole: bool) -> list[Batc
     return found
 
 
+def window_logits(net: nn.Module, x: torch.Tensor, boxes: list[tuple], batch: int,
+                  amp: bool) -> Iterator[tuple[tuple, torch.Tensor]]:
+    """The boxes (top, left, h, w) of an image (3, H, W), each with its logits (K, h, w) fp32."""
+    device = next(net.parameters()).device
+    for i in range(0, len(boxes), batch):
+        group = boxes[i:i + batch]
+        tiles = torch.stack([x[:, t:t + h, l:l + w] for t, l, h, w in group])
+        with torch.autocast(device.type, torch.bfloat16, enabled=amp):
+            logits = net(tiles.to(device)).float().to(x.device)
+        yield from zip(group, logits)
+
+
 def slide(net: nn.Module, x: torch.Tensor, crop: int, overlap: float, batch: int,
-          amp: bool, valid: torch.Tensor | None = None) -> torch.Tensor:
+          amp: bool, valid: np.ndarray | None = None) -> torch.Tensor:
     """Image (3, H, W) -> logits (K, H, W) fp32 on net's device, from blended windows.
 
     batch: windows that are computed at once. valid: (H, W) bool, True somewhere; windows without a
@@ -95,7 +127,7 @@ def slide(net: nn.Module, x: torch.Tensor, crop: int, overlap: float, batch: int
 
 @torch.inference_mode()
 def slide_down(net: nn.Module, x: torch.Tensor, crop: int, overlap: float, batch: int, amp: bool,
-               valid: torch.Tensor | None = None, whole: bool = False,
+               valid: np.ndarray | None = None, whole: bool = False,
                norm: str | None = None,
                maps: Callable | None = None) -> Iterator[tuple[slice, torch.Tensor]]:
     """As slide(), but (rows, logits (K, n, W)) of some rows after the other, from top to bottom.
@@ -106,9 +138,7 @@ def slide_down(net: nn.Module, x: torch.Tensor, crop: int, overlap: float, batch
     gives for windows i..j, where that is known; not with `valid`.
     """
     H, W = x.shape[-2:]
-    boxes = windows(H, W, crop, overlap)
-    if valid is not None:
-        boxes = [(t, l, h, w) for t, l, h, w in boxes if valid[t:t + h, l:l + w].any()]
+    boxes = with_data(windows(H, W, crop, overlap), valid)
     # All windows are of one size, and so have the same weights.
     h, w = boxes[0][2:]
     device = next(net.parameters()).device
@@ -154,6 +184,26 @@ def slide_down(net: nn.Module, x: torch.Tensor, crop: int, overlap: float, batch
             sums[..., :kept.shape[-2], :] = kept
 
 
+def class_ids(logits: torch.Tensor) -> np.ndarray:
+    """(K, h, w) -> (h, w) uint8: the class of the highest one, of equal ones the first."""
+    if logits.device.type != "cpu":
+        return logits.max(0).indices.byte().cpu().numpy()
+    # torch's max finds indices of eight bytes. With bytes, and rows that stay in the CPU's cache,
+    # this takes a quarter of its time.
+    all_scores = logits.numpy()
+    ids = np.zeros(all_scores.shape[1:], np.uint8)
+    for i in range(0, len(ids), CACHED_ROWS):
+        rows = slice(i, i + CACHED_ROWS)
+        best = all_scores[0, rows].copy()
+        for k in range(1, len(all_scores)):
+            scores = all_scores[k, rows]
+            # k is larger than what is in ids: the maximum puts it where this class is better.
+            better = (scores > best).view(np.uint8)
+            np.maximum(ids[rows], better * np.uint8(k), out=ids[rows])
+            np.maximum(best, scores, out=best)
+    return ids
+
+
 # ---- images of any size
 
 @dataclass
@@ -161,7 +211,7 @@ class FinishedRows:
     """Rows of an image for which all windows have been computed; good until the next ones are."""
     top: int  # number of the first row
     logits: torch.Tensor | None  # (K, n, W), times `weight`; None where no pixel is valid
-    weight: torch.Tensor  # (n, 1), sum of the weights of the windows
+    weight: torch.Tensor  # (n, W), sum of the weights of the windows
     valid: np.ndarray | None  # (n, W) bool, None where all are
 
     def ids(self) -> np.ndarray:
@@ -169,7 +219,7 @@ class FinishedRows:
         if self.logits is None:
             return np.full(self.valid.shape, IGNORE, np.uint8)
         # No division: at a pixel all classes have the same sum of weights.
-        ids = self.logits.max(0).indices.byte().cpu().numpy()
+        ids = class_ids(self.logits)
         if self.valid is not None:
             ids[~self.valid] = IGNORE
         return ids
@@ -219,47 +269,55 @@ def slide_rows(net: nn.Module, read: Callable, size: tuple[int, int], norm: str,
     """
     H, W = size
     device = next(net.parameters()).device
-    one_piece = H * W <= (ONE_PIECE if whole is None else whole)
-    height = H if one_piece else min(crop, H)  # rows that are computed at once
-    tops = [0] if one_piece else starts(H, crop, overlap)
-    # Rows that the next windows reach too: the sum of their weighted logits, and of the weights.
-    held = held_weight = None
+    if H * W <= (ONE_PIECE if whole is None else whole):
+        image, valid = read(0, H)
+        seen = valid if skip_empty else None
+        logits = None
+        if seen is None or seen.any():
+            x = normalise(image, norm).to(device)
+            logits = slide(net, x, crop, overlap, batch, amp, seen)[:, first:]
+        weight = torch.ones(H, W, device=device)
+        yield FinishedRows(first, logits, weight[first:], None if valid is None else valid[first:])
+        return
+
+    height = min(crop, H)  # rows that are computed at once
+    row = windows(height, W, crop, overlap)
+    weight = blend_weight(height, min(crop, W)).to(device)
+    # A window's weight is row times column. The sum over all windows is, too: of rows by columns.
+    down = total_hann(H, crop, overlap).to(device)[:, None]
+    across = total_hann(W, crop, overlap).to(device)
+    total = None  # (K, height, W): weighted logits of the windows so far; None: no pixel is data
+    tops = starts(H, crop, overlap)
     for top, next_top in zip(tops, [*tops[1:], H]):
         if top + height <= first:
             continue
         image, valid = read(top, height)
-        seen = None  # (height, W): where windows are computed; None: everywhere
-        if skip_empty and valid is not None:
-            seen = torch.from_numpy(valid)
-        logits = None  # (K, height, W); None: no pixel is data
-        if seen is None or seen.any():
+        boxes = with_data(row, valid if skip_empty else None)
+        if not boxes:
+            total = None  # nobody asks for the logits of these rows
+        else:
             x = normalise(image, norm).to(device)
-            logits = slide(net, x, crop, overlap, batch, amp, seen)
-
-        # A window's weight is row times column. slide() has blended the columns; weighted by row,
-        # the rows of windows add up to the image's.
-        weight = (torch.ones(height) if one_piece else hann(height)).to(device)[:, None]
-        if logits is not None and not one_piece:
-            logits.mul_(weight)
-        if logits is not None and held is not None:
-            logits[:, :held.shape[1]] += held
-        if held_weight is not None:
-            weight[:len(held_weight)] += held_weight
+            for (_, l, _, w), logits in window_logits(net, x, boxes, batch, amp):
+                if total is None:
+                    total = torch.zeros(len(logits), height, W, device=device)
+                # In one pass: what blending costs is memory that is read and written.
+                total[:, :, l:l + w].addcmul_(logits, weight)
 
         # No further window reaches the rows above the next one's top.
-        final = slice(max(first - top, 0), next_top - top)
+        done = next_top - top
+        final = slice(max(first - top, 0), done)
         if final.start < final.stop:
-            rows = FinishedRows(top + final.start, None, weight[final], None)
-            if logits is not None:
-                rows.logits = logits[:, final]
+            begin = top + final.start
+            rows = FinishedRows(begin, None, down[begin:next_top] * across, None)
+            if total is not None:
+                rows.logits = total[:, final]
             if valid is not None:
                 rows.valid = valid[final]
             yield rows
-            rows.logits = None  # or two rows of windows would be in memory
-        # Where no pixel is data nothing is held: nobody asks for the logits of such rows.
-        held = None if logits is None else logits[:, final.stop:].clone()
-        held_weight = weight[final.stop:]
-        logits = x = None
+        # The next row of windows goes on with the rest.
+        if total is not None:
+            rest = total[:, done:].clone()
+            total.zero_()[:, :height - done] = rest
 
 
 # ---- a whole split

@@ -35,18 +35,13 @@ from torch.nn.parallel import DistributedDataParallel
 from data.check import flags
 from data.common import (
     MAX_PIXELS, PIXELS_VARIABLE, BadInput, as_text, escaped, nfc, number, print_anything,
-    read_json)
+    read_json, try_lock)
 from data.datasets import are_bands
 from data.files import SYSTEM_FILES
 from data.ranges import is_range, parse_range
 
 from .checkpoint import load_state
 from .weights import BadWeights
-
-try:
-    import fcntl
-except ImportError:  # Windows: run folders are not locked there
-    fcntl = None
 
 # Flags that training scripts once had, and what there is instead.
 REMOVED = {
@@ -765,20 +760,6 @@ def lock(out: Path, going_on: bool) -> bool:
         for old in out.iterdir():
             if is_temporary(old.name):
                 old.unlink()
-    return True
-
-
-def try_lock(file) -> bool | None:
-    """Locks the open file for this process -> has it? None where the system has no locks."""
-    if fcntl is None:
-        return None
-    try:
-        # lockf, not flock: a DataLoader worker, which is a fork, would hold that one too.
-        fcntl.lockf(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
-    except (BlockingIOError, PermissionError):
-        return False
-    except OSError:  # a network disk
-        return None
     return True
 
 

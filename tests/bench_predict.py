@@ -3,6 +3,7 @@
     python tests/bench_predict.py                       20,000 x 20,000 pixels, tiled, three bands
     python tests/bench_predict.py --side 4096           a smaller one
     python tests/bench_predict.py --sparse              100,000 x 60,000, mostly nodata, a constant network
+    python tests/bench_predict.py --crops               predict(crop) against crop(predict), per overlap
     python tests/bench_predict.py --png 512 2048 8192   PNGs, which are read whole: bytes per further pixel
 
 The run is a demo run of a few steps (or --run); what is large is written to --folder and deleted.
@@ -21,6 +22,8 @@ from PIL import Image
 
 ROOT = Path(__file__).resolve().parents[1]
 TILE = 512
+# plain_loop()'s step and mode
+OTHERS = {"plain rasterio loop": (1,), "grid of torchgeo, overwriting": (0.75,), "pad, tile, stitch": (1, "reflect")}
 
 
 # ---- what is predicted
@@ -122,8 +125,13 @@ def show(what, H, W, seconds, peak):
 
 # ---- what a user would write instead
 
-def plain_loop(run, image, result):
-    """Windows side by side, each by itself, as many a script has them -> seconds."""
+def plain_loop(run, image, result, step=1.0, mode="constant"):
+    """Windows by themselves, a later one over an earlier one, as many a script has them -> seconds.
+
+    step: of the windows, as a part of their size. 1 is the plain loop over a rasterio file; .75 a grid with overlap,
+    stitched by overwriting, as torchgeo's GridGeoSampler(size, stride) gives the windows. mode "reflect" pads as usual
+    examples around segmentation_models_pytorch do: pad, tile, predict, stitch.
+    """
     sys.path.insert(0, str(ROOT))
     import rasterio
     import torch
@@ -136,12 +144,13 @@ def plain_loop(run, image, result):
     began = time.process_time()
     with torch.inference_mode(), rasterio.open(image) as f:
         with rasterio.open(result, "w", **f.profile | dict(count=1)) as g:
-            for top in range(0, f.height, size):
-                for left in range(0, f.width, size):
+            for top in range(0, f.height, int(size * step)):
+                for left in range(0, f.width, int(size * step)):
                     window = Window(left, top, min(size, f.width - left), min(size, f.height - top))
-                    pixels = np.zeros((size, size, 3), np.uint8)
-                    pixels[:window.height, :window.width] = f.read(window=window).transpose(1, 2, 0)
-                    ids = net(normalise(pixels, meta["norm"])[None])[0].argmax(0).byte().numpy()
+                    pixels = f.read(window=window).transpose(1, 2, 0)
+                    beside = (0, size - window.height), (0, size - window.width), (0, 0)
+                    x = normalise(np.pad(pixels, beside, mode), meta["norm"])
+                    ids = net(x[None])[0].argmax(0).byte().numpy()
                     g.write(ids[None, :window.height, :window.width], window=window)
     return time.process_time() - began
 
@@ -166,15 +175,42 @@ def compare(run, folder, side, data, size):
             return f.read(1)
     image = folder / "small.tif"
     make_scene(image, side, side, data)
-    loop = plain_loop(run, image, folder / "plain.tif")
+    others = {}
+    for what, how in OTHERS.items():
+        others[what] = plain_loop(run, image, folder / f"{what}.tif", *how)
     ours, _ = predict(run, image, folder / "ours")
     predict(run, image, folder / "reference", "--overlap", 0.5)
     reference = ids(folder / "reference/small.tif")
-    for what, path, seconds in (("plain rasterio loop", folder / "plain.tif", loop),
-                                ("predict.py", folder / "ours/small.tif", ours["total"])):
+    found = [(what, folder / f"{what}.tif", seconds) for what, seconds in others.items()]
+    for what, path, seconds in [*found, ("predict.py", folder / "ours/small.tif", ours["total"])]:
         at_borders, everywhere = seams(ids(path), reference, size)
         print(f"{what}: {side} x {side}  {seconds:.0f} s of CPU time  differs from overlap .5 on {at_borders:.2%} "
               f"of the pixels along window borders, {everywhere:.2%} of all", flush=True)
+
+
+def crops(run, folder, side, data):
+    """Share of pixels of an unaligned crop that have the class they have in the whole image."""
+    sys.path.insert(0, str(ROOT))
+    import torch
+
+    from data.datasets import normalise
+    from data.io import read_image
+    from models.infer import class_ids, slide
+    from models.nets import load_run
+    net, meta = load_run(run)
+    size = meta["crop"]
+    make_scene(folder / "small.tif", side, side, data)
+    x = normalise(read_image(folder / "small.tif"), meta["norm"])
+    top, left, reach = size // 3 + 1, size // 2 + 3, side - size
+    print("overlap   same class, a window or more from the rim   nearer to it")
+    for overlap in (0, 0.25, 0.5, 0.75):
+        window = dict(crop=size, overlap=overlap, batch=16, amp=False)
+        with torch.inference_mode():
+            whole = class_ids(slide(net, x, **window))[top:top + reach, left:left + reach]
+            part = class_ids(slide(net, x[:, top:top + reach, left:left + reach], **window))
+        same, near = whole == part, np.ones(whole.shape, bool)
+        near[size:-size, size:-size] = False
+        print(f"{overlap:7} {same[~near].mean():45.2%} {same[near].mean():14.2%}", flush=True)
 
 
 def pngs(run, folder, sides):
@@ -197,6 +233,7 @@ def main():
     p.add_argument("--seams", type=int, default=2_048, help="side of the image for the seams")
     p.add_argument("--constant", action="store_true", help="a network that costs nothing, and no seams")
     p.add_argument("--sparse", action="store_true", help="100,000 x 60,000 pixels, a constant network")
+    p.add_argument("--crops", action="store_true", help="crops of an image of --seams pixels a side")
     p.add_argument("--png", type=int, nargs="+", help="sides of PNGs")
     p.add_argument("--folder", help="where the large files lie for a while")
     p.add_argument("--flags", default="", help="more flags of predict.py, such as '--confidence'")
@@ -211,6 +248,8 @@ def main():
         made = [*demo, "--steps", str(args.steps if not args.run else 1), "--out", f"{folder}/run"]
         subprocess.run([sys.executable, ROOT / "train_seg.py", *made], check=True, stdout=subprocess.DEVNULL)
         data = f"{folder}/demo"
+        if args.crops:
+            return crops(run, folder, args.seams, data)
         if args.png:
             return pngs(run, folder, args.png)
         if args.sparse:

@@ -24,10 +24,10 @@ from models.ensemble import VIEWS, load_runs  # noqa: E402
 from models.infer import evaluate  # noqa: E402
 
 
-def score(net, meta, folder, batch):
+def score(net, meta, folder, root, batch):
     """-> (1 + K,) IoU mean and per class of the split that the run reports, seconds."""
     kind = meta["source"] if meta["source"] in public.SETS else "folder"
-    d = Source(kind, meta["root"], meta["variant"], Path(folder) / "split.json", need=())
+    d = Source(kind, root or meta["root"], meta["variant"], Path(folder) / "split.json", need=())
     d.reading = meta["reading"]
     data = d.part(meta["reported"], meta["norm"])
     window = dict(crop=meta["crop"], overlap=meta["overlap"], batch=batch, amp=False)
@@ -49,6 +49,7 @@ def main():
     p = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     p.add_argument("--runs", nargs="+", required=True, help="finished runs of several seeds")
     p.add_argument("--soup", nargs="+", default=[], metavar="RUN", help="finished runs of one start")
+    p.add_argument("--root", help="where the data set lies now, if not where the runs were trained")
     p.add_argument("--batch-size", type=int, default=16, help="windows at once")
     args = p.parse_args()
     _, _, device = run.start()
@@ -58,7 +59,7 @@ def main():
 
     def answer(folder, **how):
         net, meta = load_runs(folder, **how)
-        return score(net.to(device), meta, folder, args.batch_size)
+        return score(net.to(device), meta, folder, args.root, args.batch_size)
 
     for tta in (None, *VIEWS):
         row(tta or "plain", [answer(folder, tta=tta) for folder in args.runs])

@@ -15,6 +15,7 @@ from types import SimpleNamespace
 
 import numpy as np
 import pytest
+from gloo import FORK
 from PIL import Image
 
 from data import common
@@ -445,3 +446,40 @@ def test_a_folder_in_the_place_of_a_file_is_named(tmp_path):
     (tmp_path / "a.txt").mkdir()
     with pytest.raises(BadInput, match="a.txt: a folder, .*--out"):
         Written(tmp_path, overwrite=True).check(["a.txt"])
+
+
+def test_a_name_is_for_one_process_at_a_time_and_free_when_that_is_killed(tmp_path):
+    """A fork claims two names one after the other; this process knocks meanwhile."""
+    out = Written(tmp_path)
+    mine, other = FORK.Pipe()
+
+    def hold():
+        for name in ("sub/a", "b"):
+            with out.claim(name):
+                other.send(name)
+                other.recv()
+        other.send("both")
+        with out.claim("sub/a"):
+            other.send("again")
+            time.sleep(60)
+
+    def free(name):
+        try:
+            with out.claim(name):
+                return True
+        except BadInput as e:
+            assert str(e).startswith(f"{tmp_path / name}: another process is writing there")
+            return False
+
+    process = FORK.Process(target=hold)
+    process.start()
+    found = []
+    for _ in range(2):
+        mine.recv()
+        found.append([free(name) for name in ("sub/a", "b", "a")])
+        mine.send("go on")
+    assert found == [[False, True, True], [True, False, True]]
+    assert (mine.recv(), mine.recv()) == ("both", "again") and not free("sub/a")
+    process.kill()
+    process.join()
+    assert free("sub/a")

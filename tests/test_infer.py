@@ -11,8 +11,8 @@ from data.common import IGNORE, BadInput
 from data.datasets import NORMS, SegDataset, normalise
 from data.io import Labels
 from models.infer import (
-    as_tensor, blend_weight, evaluate, examples, hann, ids_of, panels, predictions, slide, slide_down, slide_rows,
-    starts, windows)
+    as_tensor, blend_weight, class_ids, evaluate, examples, hann, ids_of, panels, predictions, slide, slide_down,
+    slide_rows, starts, windows)
 
 SIZES = [(1, 1), (5, 200), (31, 33), (32, 32), (33, 65), (64, 65), (100, 47)]
 
@@ -125,6 +125,14 @@ def test_some_rows_after_the_other_are_the_same_bits(overlap, H, W, batch):
         parts.append(logits.clone())
     assert height == H and torch.equal(torch.cat(parts, 1), whole)
     assert len(parts) > 2 or batch > 1 or H <= 128
+
+
+@pytest.mark.parametrize("classes", [1, 2, 8, 254])
+def test_the_class_of_the_highest_logit_and_of_equal_ones_the_first(classes):
+    logits = np.random.default_rng(0).integers(-3, 4, (classes, 9, 7)).astype(np.float32)
+    ids = class_ids(torch.from_numpy(logits))
+    assert ids.dtype == np.uint8
+    np.testing.assert_array_equal(ids, logits.argmax(0))
 
 
 def reader(image, valid=None):

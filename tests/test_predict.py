@@ -4,6 +4,7 @@ import shutil
 import numpy as np
 import onnxruntime
 import pytest
+import rasterio
 import torch
 from PIL import Image
 from runs import (  # noqa: F401, forks is a fixture
@@ -217,6 +218,23 @@ def test_ranks_share_the_images(run, forks, tmp_path, ranks):
     assert "masks of 3 images" in text
     for file in (tmp_path / "one").glob("*.png"):
         np.testing.assert_array_equal(ids(file), ids(tmp_path / "many" / file.name))
+
+
+def test_ranks_share_geotiffs_and_all_end_with_2_where_one_left_a_file_out(run, forks, tmp_path):
+    for file, name in zip(scenes(), "abc"):
+        with rasterio.open(tmp_path / f"{name}.tif", "w", driver="GTiff", width=64, height=64, count=3, dtype="uint8",
+                           crs="EPSG:32632", transform=rasterio.Affine(0.5, 0, 5e5, 0, -0.5, 5e6)) as f:
+            f.write(ids(file).transpose(2, 0, 1))
+    broken = tmp_path / "b.tif"
+    broken.write_bytes(broken.read_bytes()[:8000])
+    text = forks.run("predict", run, tmp_path, "--out", tmp_path / "p", ranks=2, ok=2)  # rank 1 has b.tif
+    assert f"left out: {broken}: truncated TIFF" in text and "masks of 2 images" in text
+    summary = read(tmp_path / "p/summary.json")["images"]
+    for name in "ac":
+        with rasterio.open(tmp_path / f"p/{name}.tif") as f:
+            found = np.bincount(f.read(1).ravel(), minlength=8).tolist()
+        assert list(summary[name]["pixels"].values()) == found
+    assert list(summary) == ["a", "c"] and not list((tmp_path / "p").glob("b*"))
 
 
 # ---- several runs and views; models/ensemble.py has the arithmetic

@@ -16,7 +16,7 @@ from runs import read
 from torch import nn
 
 import predict
-from data.common import file_sha256, write
+from data.common import Written, file_sha256, write
 from data.datasets import normalise
 from data.tiff import Tiff, TiffWriter
 from models import infer
@@ -283,17 +283,42 @@ def test_what_somebody_has_changed_is_not_replaced(run, tmp_path):
 def test_what_cannot_be_read_is_named_and_the_rest_is_finished(run, tmp_path):
     for name in "abcd":
         scene(tmp_path / f"in/{name}.tif", IMAGE[:150, :150])
+    damaged = scene(tmp_path / "in/e.tif", IMAGE[:700, :150])  # found when its second row of tiles is unpacked
+    data = bytearray(damaged.read_bytes())
+    middle = int(Tiff(damaged).page.offsets[1]) + 50
+    data[middle:middle + 20] = bytes(20)
+    damaged.write_bytes(data)
     short, empty = tmp_path / "in/b.tif", tmp_path / "in/c.tif"
     short.write_bytes(short.read_bytes()[:-300])
     empty.write_bytes(b"")
     text = call(run, tmp_path / "in", "--out", tmp_path / "p", ok=2)
     assert f"left out: {short}: truncated TIFF" in text and f"left out: {empty}: " in text
+    assert f"left out: {damaged}: damaged TIFF: tile 2 of 3 cannot be unpacked" in text
     assert "wrote the masks of 2 images" in text
     assert sorted(f.name for f in (tmp_path / "p").glob("*.tif*")) == ["a.tif", "d.tif"]
     assert set(read(tmp_path / "p/summary.json")["images"]) == {"a", "d"}
 
 
-def test_a_full_disk_is_one_line_and_the_same_command_goes_on(run, unharmed, tmp_path):
+def test_what_another_process_writes_is_left_out_and_its_tiles_stay(run, tmp_path):
+    for name in "ab":
+        scene(tmp_path / f"in/{name}.tif", IMAGE[:150, :150])
+    part = tmp_path / "p/a.tif.part"
+    argv = [run, tmp_path / "in", "--out", tmp_path / "p"]
+    with Written(tmp_path / "p").claim("a"):
+        TiffWriter(tmp_path / "p/a.tif", (150, 150, 1))
+        before = part.read_bytes()
+        text = call(*argv, ok=2)
+        assert f"left out: {tmp_path}/p/a: another process is writing there; wait for it" in text
+        assert part.read_bytes() == before and (tmp_path / "p/b.tif").exists()
+    assert "masks of 2 images (1 of them by an earlier call)" in call(*argv)
+
+
+@pytest.mark.parametrize("ending, n, said", [
+    (".tif.part", 3, "a.tif.part: cannot be written (No space left on device); make room"),  # a row of tiles
+    (".tif.part", 6, "a.tif.part: cannot be written (No space left on device); make room"),  # of an overview
+    (".tmp", 2, "a.tif: cannot be written (No space left on device); is the disk full"),  # the whole file
+])
+def test_a_full_disk_is_one_line_and_the_same_command_goes_on(run, unharmed, tmp_path, ending, n, said):
     file, want = unharmed
     argv = [run, file, "--out", tmp_path / "p"]
 
@@ -314,17 +339,17 @@ def test_a_full_disk_is_one_line_and_the_same_command_goes_on(run, unharmed, tmp
 
             def write(self, data):
                 count.append(1)
-                if len(count) == 3:  # after the head and one row of tiles: a part of the next
+                if len(count) == n:
                     self.file.write(bytes(data)[:50])
                     raise OSError(errno.ENOSPC, "No space left on device")
                 return self.file.write(data)
 
         def open_(name, mode="r", **how):
             file = inner(name, mode, **how)
-            return Full(file) if str(name).endswith(".part") and "a" in mode else file
+            return Full(file) if str(name).endswith(ending) and mode != "rb" else file
         sys.modules["data.tiff"].open = open_
     text = call(*argv, ok=2, patch=full)
-    assert text.count("\n") == 1 and "a.tif.part: cannot be written (No space left on device); make room" in text
+    assert text.count("\n") == 1 and said in text
     assert not (tmp_path / "p/a.tif").exists()
     call(*argv)
     assert (tmp_path / "p/a.tif").read_bytes() == (want / "a.tif").read_bytes()

@@ -4,6 +4,7 @@ import pytest
 import rasterio
 from PIL import Image
 
+from data import strips, tiff
 from data.common import BadInput
 from data.io import read_valid
 from data.strips import Strips
@@ -24,20 +25,20 @@ def scene(path, bands=3, zeros=True, **how):
 
 def assert_same_rows(path, **reading):
     image, valid = read_valid(path, **reading)
-    strips = Strips(path, **reading)
-    assert strips.shape == (H, W)
+    rows = Strips(path, **reading)
+    assert rows.shape == (H, W)
     rising = [(0, 64), (48, 64), (96, 300), (390, 310)]
     for left, width in [(0, W), (16, 50)]:
-        strips.columns(left, width)
+        rows.columns(left, width)
         # Rows that follow each other, then a step back and one far ahead.
         for top, height in [*rising, (10, 20), (600, 100)]:
-            got, seen = strips.read(top, height)
+            got, seen = rows.read(top, height)
             part = slice(top, top + height), slice(left, left + width)
             np.testing.assert_array_equal(got, image[part])
             want = np.ones((height, width), bool) if valid is None else valid[part]
             np.testing.assert_array_equal(np.ones_like(want) if seen is None else seen, want)
     for n in (1, 7, 300):
-        np.testing.assert_array_equal(strips.thinned(n), image[::n, ::n])
+        np.testing.assert_array_equal(rows.thinned(n), image[::n, ::n])
 
 
 @pytest.mark.parametrize("how", [
@@ -46,6 +47,28 @@ def assert_same_rows(path, **reading):
 def test_rows_of_a_tiff(tmp_path, how):
     assert_same_rows(scene(tmp_path / "a.tif", nodata=0, **how))
     assert_same_rows(scene(tmp_path / "b.tif", bands=5, **how), bands=[4, 1, 2], input_range=[0, 200])
+
+
+@pytest.mark.parametrize("nodata", [0, 7, None])
+@pytest.mark.parametrize("how", [
+    dict(), dict(interleave="band"), dict(mask=True), dict(alpha="yes"), dict(dtype="float32")], ids=str)
+def test_rows_of_a_sparse_tiff(tmp_path, monkeypatch, how, nodata):
+    """Tiles that the file does not hold: scattered ones, whole columns and whole rows."""
+    how = dict(how)
+    bands, dtype, masked = 3 + ("alpha" in how), how.pop("dtype", "uint8"), how.pop("mask", False)
+    if "alpha" in how:
+        how["photometric"] = "rgb"
+    monkeypatch.setattr(tiff, "WIDE", 32)  # more than one part in a row
+    with rasterio.Env(GDAL_TIFF_INTERNAL_MASK=True), rasterio.open(
+            tmp_path / "a.tif", "w", driver="GTiff", count=bands, height=H, width=W, dtype=dtype, nodata=nodata,
+            sparse_ok=True, tiled=True, blockxsize=16, blockysize=16, compress="deflate", **how) as f:
+        for top, left in [(0, 16), (48, 0), (48, 16), (48, 64), (304, 80), (688, 32)]:
+            h, w = min(16, H - top), min(16, W - left)
+            pixels = RNG.integers(0, 9, (bands, h, w)).astype(dtype)
+            f.write(pixels, window=rasterio.windows.Window(left, top, w, h))
+        if masked:
+            f.write_mask(RNG.integers(0, 2, (H, W)).astype(bool))
+    assert_same_rows(tmp_path / "a.tif", bands=[3, 1, 2] if "alpha" in how else None, input_range=[0, 9])
 
 
 def test_rows_of_a_picture(tmp_path):
@@ -77,3 +100,17 @@ def test_a_file_that_was_cut_short_is_refused_before_a_row_is_read(tmp_path):
     path.write_bytes(path.read_bytes()[:-1000])
     with pytest.raises(BadInput, match="a.tif: truncated TIFF"):
         Strips(path)
+
+
+def test_only_packed_strips_that_fill_the_memory_get_a_note(tmp_path, monkeypatch):
+    files = dict(one=dict(compress="deflate", blockysize=H), few=dict(compress="deflate", blockysize=8),
+                 plain=dict(blockysize=H), tiles=dict(tiled=True, blockxsize=512, blockysize=512, compress="deflate"))
+    paths = {name: scene(tmp_path / f"{name}.tif", **how) for name, how in files.items()}
+    assert not any(Strips(path).note for path in paths.values())
+    monkeypatch.setattr(strips, "HEAVY", 3 * H * W)
+    notes = {name: Strips(path).note for name, path in paths.items()}
+    path = paths["one"]
+    assert notes.pop("one") == (
+        f"{path}: strips of 700 rows, which are unpacked as a whole: about 0.0 GB of memory; tiles take little: "
+        f"gdal_translate -co TILED=YES -co BIGTIFF=IF_SAFER -co COMPRESS=DEFLATE {path} NEW.tif")
+    assert not any(notes.values())
