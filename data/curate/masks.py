@@ -104,7 +104,7 @@ def held_out_names(source: Source, decisions: dict) -> dict[str, str]:
         found |= dict.fromkeys(source.splits[split], split)
     # A split of another file than dataset.json: eval.py has said its name.
     asked = {model.get("split") for model in decisions["models"]}
-    if asked <= HELD_OUT:
+    if asked and asked <= HELD_OUT:
         split = ", ".join(sorted(asked))
         found |= {decision["image"]: split for decision in decisions["decisions"]}
     return found
