@@ -48,6 +48,7 @@ def read_suspects(path: str | Path) -> dict:
 
 def page_of(suspects: dict, source: Source, limit: int, controls: int, seed: int) -> dict:
     """All that the page shows: the `limit` most suspect regions and so many controls, shuffled."""
+    # By score, the reviewer would soon learn that the first ones are always wrong.
     rng = np.random.default_rng(seed)
     regions = [dict(region, control=False) for region in suspects["regions"][:limit]]
     planted = [dict(region, control=True) for region in suspects["controls"]]
@@ -58,10 +59,12 @@ def page_of(suspects: dict, source: Source, limit: int, controls: int, seed: int
     # Half of them each, so that a reviewer who always says A is right half of the time.
     for item, side in zip(items, rng.permutation(len(items)) % 2):
         item["labelIs"] = "ab"[side]
+    # Cut out here, in the order of the page: the browser needs no other file.
     items = in_threads(lambda item: with_pictures(item, source), items, "pictures")
 
     about = {key: suspects.get(key) for key in KEPT}
     about |= {"suspects": suspects["sha256"], "seed": seed}
+    # The name under which a browser keeps progress: another page must not take it over.
     drawn = json.dumps([suspects["sha256"], limit, controls, seed])
     colors = [color_text(color) for color in source.labels.colors]
     return dict(
@@ -77,6 +80,7 @@ def with_pictures(item: dict, source: Source) -> dict:
                        "search suspects again")
     image, labels = read_sample(source, item["image"])
     size = tuple(item["box"][2:])
+    # Regions are boxes in the image, with runs of pixels inside of the box.
     inside = from_runs(item["runs"], size)
     place = part(item["box"])
     label, proposed = (source.names.index(item[key]) for key in ("label", "proposed"))
@@ -111,6 +115,7 @@ def shrunk(picture: Image.Image) -> Image.Image:
     if scale >= 1:
         return picture
     wide, high = (max(1, round(scale * side)) for side in picture.size)
+    # Class ids must not be mixed; colours of the image should be.
     return picture.resize((wide, high), Image.NEAREST if picture.mode == "P" else Image.BOX)
 
 
@@ -127,6 +132,7 @@ def html(page: dict) -> str:
     data = json.dumps(page)
     for sign in "<>&":
         data = data.replace(sign, f"\\u{ord(sign):04x}")
+    # One file can be mailed to a reviewer, and opens where there is no network.
     text = (FOLDER / "review.html").read_text("utf-8")
     script = (FOLDER / "review.js").read_text("utf-8")
     before, between, after = re.split("@DATA@|@SCRIPT@", text)
