@@ -16,6 +16,7 @@ import rasterio
 from PIL import Image
 from scipy import ndimage, stats
 
+import eval as eval_script
 from data.common import write
 from data.curate import masks, review
 from data.curate.__main__ import main
@@ -596,6 +597,40 @@ def test_a_second_round_stands_on_the_first(tmp_path, capsys):
     assert d["masks"] == "two/m/*.png"
     mask = find_pairs(root, read_description(root))["i/0"][1]
     assert np.array_equal(Labels.of(read_description(root)).load(mask), before)
+
+
+def test_eval_scores_old_and_new_labels_side_by_side(tmp_path, capsys):
+    """Masks of a program, right by the new labels: 1 there, by the old ones IoU in plain Python; twice reviewed, too."""
+    root = tmp_path / "D"
+    old, _ = mask_set(root, "ids")
+    d = json.loads((root / "dataset.json").read_text())
+    write(root / "dataset.json", d | {"splits": {"train": "i/0", "test": "i/1"}})
+    write(root / "m/manifest.json", {"name": "app"})  # of another program: says nothing
+    new = old.copy()
+    flags = ["--masks", tmp_path / "P", "--mask-ids", "train", "--root", root, "--split", "test"]
+    for n, box in enumerate([(2, 9, 3, 4), (6, 9, 3, 4)]):
+        file, inside = decided(root, image="i/1", box=box)
+        assert run(capsys, "apply", file, "--out", root / "m2")[0] == 2  # test labels, without being asked for
+        code, said = run(capsys, "apply", file, "--out", tmp_path / f"m{n}", "--including-heldout")
+        assert code == 0, said
+        d = json.loads((root / "dataset.json").read_text())
+        write(root / "dataset.json", d | json.loads("{" + said.split("dataset.json:")[1] + "}"))
+        new[box[0]:box[0] + 3, 9:13][inside] = 1
+        save(tmp_path / "P/i/1.png", new)
+        eval_script.main(eval_script.parse_args([str(f) for f in [*flags, "--out", tmp_path / f"E{n}"]]))
+        assert (tmp_path / f"m{n}/m/1.png").exists() and "changed 1 of 1 masks" in capsys.readouterr().out
+        report = json.loads((tmp_path / f"E{n}/eval.json").read_text())
+        ious = [((old == c) & (new == c)).sum() / ((old == c) | (new == c)).sum() for c in (0, 1)]
+        assert report["miou"] == 1 and report["before_review"]["miou"] == pytest.approx(sum(ious) / 2)
+        assert list(report["before_review"]["iou"].values()) == pytest.approx(ious, abs=1e-6)
+    # The second round taken back, the first one counts.
+    assert run(capsys, "revert", tmp_path / "m1")[0] == 0
+    first = Labels.of(read_description(root)).load(tmp_path / "m0/m/1.png")
+    eval_script.main(eval_script.parse_args([str(f) for f in [*flags, "--out", tmp_path / "E"]]))
+    report = json.loads((tmp_path / "E/eval.json").read_text())
+    for truth_ids, found in (first, report), (old, report["before_review"]):
+        ious = [((truth_ids == c) & (new == c)).sum() / ((truth_ids == c) | (new == c)).sum() for c in (0, 1)]
+        assert found["miou"] == pytest.approx(sum(ious) / 2)
 
 
 # ---- what to label next

@@ -5,10 +5,12 @@
     carry_out(manifest, Path("D/masks_2"))              all masks, and manifest.json
     revert(Path("D/masks_2"), [17])                     region 17 as it was; None: all regions
     faults = verify(Path("D/masks_2"))                  lines about what is not as it was written
+    before = before_review(source, "test")              its images whose masks were changed
 
 The masks of the data set are only read. Changed ones keep their form: ids or colours, palette,
 alpha, georeference; what is written is read again and compared before it gets its name.
 """
+import filecmp
 import functools
 import os
 import re
@@ -22,6 +24,7 @@ from PIL import Image
 
 from ..common import (IGNORE, BadInput, as_text, file_sha256, fits, nfc, progress, read_json,
                       replace, write)
+from ..datasets import SegDataset
 from ..files import is_image, match, star_key
 from ..io import Labels
 from ..raster import open_raster
@@ -159,9 +162,15 @@ def new_ids(mask: Path, regions: list[dict], labels: Labels) -> tuple[np.ndarray
 # ---- places
 
 @functools.cache
-def is_made_here(folder: Path) -> bool:
-    """Is this a folder of masks that an earlier review has made?"""
-    return (folder / MANIFEST).is_file()
+def masks_made_in(folder: Path) -> dict[str, dict]:
+    """{path: its original and the root of that} of a folder that apply has written; else {}."""
+    if not (folder / MANIFEST).is_file():
+        return {}
+    try:
+        manifest = read_manifest(folder, whole=False)
+    except BadInput:  # a manifest.json of another program
+        return {}
+    return {place: about | {"root": manifest["root"]} for place, about in manifest["masks"].items()}
 
 
 def new_place(root: Path, path: str) -> str:
@@ -172,7 +181,7 @@ def new_place(root: Path, path: str) -> str:
     # Masks of a second round lie in masks_2 already, and must not go to masks_3/masks_2.
     parts = Path(path).parts
     for n in range(len(parts) - 1, 0, -1):
-        if is_made_here(root.joinpath(*parts[:n])):
+        if masks_made_in(root.joinpath(*parts[:n])):
             return Path(*parts[n:]).as_posix()
     return Path(*[p for p in parts if p != ".."]).as_posix()
 
@@ -466,3 +475,28 @@ def verify(out: Path) -> list[str]:
         if is_image(file) and file not in known:
             faults.append(f"{file}: not in {MANIFEST}")
     return [as_text(fault) for fault in faults]
+
+
+def before_review(source: Source, split: str) -> SegDataset | None:
+    """Images of a split whose masks apply has changed, with the masks they had; None without any.
+
+    After several reviews these are the masks of before the first one.
+    """
+    found = {}
+    for name, (image, mask, *tile) in source.files(split).items():
+        original = mask and original_of(mask)
+        # Copied into the new folder without a decision, a mask is the same bytes.
+        if original != mask and original.exists() and not filecmp.cmp(original, mask, False):
+            found[name] = (image, original, *tile)
+    if not found:
+        return None
+    return SegDataset(found, source.labels, "imagenet", **source.reading)
+
+
+def original_of(mask: Path) -> Path:
+    """The first mask of which reviews have made this one; itself, if it is of none."""
+    for folder in mask.parents:
+        about = masks_made_in(folder).get(mask.relative_to(folder).as_posix())
+        if about:
+            return original_of(Path(about["root"]) / about["original"])
+    return mask
