@@ -286,6 +286,7 @@ def test_keys_decide_undo_and_survive_closing(searched):
     # A for all, the first one undone and said to be the second class; closed in the middle; the last left open.
     found = played(searched[1], ["name:Eva", " ", "a", "u", "2", "a", "close", *["a"] * (len(items) - 3)])
     assert found["count"] == f"{len(items) - 1} of {len(items)}" and found["outside"] == []
+    assert found["saved"]["open"] == (not items[-1]["control"])
     saved = {d["id"]: d for d in found["saved"]["decisions"]}
     assert set(saved) == {items[i]["id"] for i in regions if i < len(items) - 1}
     for i in set(regions) - {len(items) - 1}:
@@ -515,6 +516,9 @@ def test_taken_back_it_is_the_original_byte_for_byte(tmp_path, capsys):
     region, = manifest["masks"]["m/0.png"]["regions"]
     assert (region["id"], region["to"], region["reviewer"], region["reason"]) == (7, "y", "Eva", "accept")
     assert run(capsys, "verify", root / "m2")[0] == 0
+    write(root / "more.json", json.loads(file.read_text()) | {"open": 3})
+    code, said = run(capsys, "apply", root / "more.json", "--out", root / "m3", "--dry-run")
+    assert "2 decisions (1 accept, 1 keep), the last of 2026-01-01; 3 regions of the page were still open" in said
     code, said = run(capsys, "revert", root / "m2", "--region", 8)
     assert code == 2 and "there are 7" in said
     assert run(capsys, "revert", root / "m2", "--region", 7)[0] == 0

@@ -44,7 +44,10 @@ def parse_args(argv=None):
 
     label_programs(add)
     set_programs(add)
-    return p.parse_args(argv)
+    words = sys.argv[1:] if argv is None else argv
+    if not words:  # nothing asked: say what can be asked
+        words = ["--help"]
+    return p.parse_args(words)
 
 
 def label_programs(add) -> None:

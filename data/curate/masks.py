@@ -15,7 +15,7 @@ import functools
 import os
 import re
 import time
-from collections import defaultdict
+from collections import Counter, defaultdict
 from pathlib import Path
 from tempfile import TemporaryDirectory
 
@@ -101,6 +101,19 @@ def plan(decisions: dict, source: Source, out: Path, including_heldout: bool) ->
     return dict(complete=False, decisions=decisions["sha256"], root=str(source.root),
                 reviewer=decisions.get("reviewer"), controls=decisions.get("controls"),
                 models=decisions["models"], labels=table, masks=masks)
+
+
+def told(decisions: dict) -> str:
+    """A line that shows whether this is the file that was meant: how many decisions, until when."""
+    found = decisions["decisions"]
+    counts = Counter(decision["verdict"] for decision in found)
+    kinds = ", ".join(f"{count} {verdict}" for verdict, count in sorted(counts.items()))
+    line = f"{len(found)} decisions ({kinds})" if found else "no decision"
+    if found:
+        line += f", the last of {max(decision['time'] for decision in found)}"
+    if decisions.get("open"):
+        line += f"; {decisions['open']} regions of the page were still open"
+    return as_text(line)
 
 
 def held_out_names(source: Source, decisions: dict) -> dict[str, str]:

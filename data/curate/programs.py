@@ -76,8 +76,8 @@ def make_page(args) -> None:
     regions = len(page["items"]) - planted
     size = f"{len(text) / 1e6:.1f} MB"
     print(f"wrote {out.folder}/review.html ({size}): {regions} regions, {planted} controls; "
-          "open it in a browser, decide, save decisions.json, then type: "
-          f"{curate_command('apply decisions.json --out NEWMASKS')}")
+          "open it in a browser, decide, save decisions.json, then type, with the path where the "
+          f"browser has saved it: {curate_command('apply decisions.json --out NEWMASKS')}")
 
 
 def apply_decisions(args) -> None:
@@ -86,6 +86,7 @@ def apply_decisions(args) -> None:
     source = open_source(decisions, args.root)
     # Everything that can be refused is refused here, before a file is written.
     manifest = masks.plan(decisions, source, args.out, args.including_heldout)
+    print(masks.told(decisions))
     for line in masks.summary(manifest):
         print(line)
     # How far the decisions can be trusted, in the reviewer's own answers.

@@ -51,8 +51,9 @@ function exported(page, state) {
     decisions.push({ id, image, box, runs, label, proposed, ...verdict(item, answer.answer),
                      reviewer: answer.reviewer, time: answer.time });
   });
+  const open = page.items.filter((item, i) => !item.control && !state.answers[i]).length;
   return { ...page.about, reviewer: state.reviewer, controls: controlResult(page.items, state.answers),
-           decisions };
+           open, decisions };
 }
 
 // The next region without an answer, in the order of the page; -1 where all have one.
