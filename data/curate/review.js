@@ -177,9 +177,9 @@ function start(page) {
   function ended() {
     const { answered, wrong, low, high } = controlResult(page.items, state.answers);
     const percent = (share) => `${(100 * share).toFixed(1)} %`;
-    if (!answered) return "All decided. No controls: your error rate is not known.";
+    if (!answered) return "All decided. No controls: your error rate is not known. Now save.";
     return `All decided. Of ${answered} controls, whose labels were known, ${wrong} were answered wrongly: ` +
-      `error rate ${percent(wrong / answered)}, 95 % interval ${percent(low)} to ${percent(high)}.`;
+      `error rate ${percent(wrong / answered)}, 95 % interval ${percent(low)} to ${percent(high)}. Now save.`;
   }
 
   function draw() {
