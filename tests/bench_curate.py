@@ -315,8 +315,8 @@ def spread(values):
 def print_suspects(results):
     wrong = spread([100 * r["wrong"] for r in results])
     print(f"{len(results)} seeds, {results[0]['images']} images each, {wrong} % of the labels are wrong")
-    print("| regions looked at | mostly wrong | wrong labels mended | as many pixels by | precision | recall | pieces |")
-    print("|---|---|---|---|---|---|---|")
+    print("| regions looked at | mostly wrong | wrong labels mended | as many pixels by | precision | recall | pieces |",
+          "|---|---|---|---|---|---|---|", sep="\n")
     for budget in results[0]["budgets"]:
         rows = [r["budgets"][budget] for r in results]
         first = f"{budget} | {spread([r['mostly_wrong'] for r in rows])} | {spread([r['mended'] for r in rows])}"

@@ -604,7 +604,7 @@ def test_a_second_round_stands_on_the_first(tmp_path, capsys):
 
 
 def test_eval_scores_old_and_new_labels_side_by_side(tmp_path, capsys):
-    """Masks of a program, right by the new labels: 1 there, by the old ones IoU in plain Python; twice reviewed, too."""
+    """Masks of a program that are right by the new labels: mIoU 1 there, of the old ones IoU in plain Python."""
     root = tmp_path / "D"
     old, _ = mask_set(root, "ids")
     d = json.loads((root / "dataset.json").read_text())

@@ -103,7 +103,7 @@ def plan(decisions: dict, source: Source, out: Path, including_heldout: bool) ->
                 models=decisions["models"], labels=table, masks=masks)
 
 
-def told(decisions: dict) -> str:
+def overview(decisions: dict) -> str:
     """A line that shows whether this is the file that was meant: how many decisions, until when."""
     found = decisions["decisions"]
     counts = Counter(decision["verdict"] for decision in found)
@@ -493,7 +493,7 @@ def verify(out: Path) -> list[str]:
 def before_review(source: Source, split: str) -> SegDataset | None:
     """Images of a split whose masks apply has changed, with the masks they had; None without any.
 
-    After several reviews these are the masks of before the first one.
+    After several reviews these are the masks of before the first one; what is gone is left out.
     """
     found = {}
     for name, (image, mask, *tile) in source.files(split).items():

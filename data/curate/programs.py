@@ -86,7 +86,7 @@ def apply_decisions(args) -> None:
     source = open_source(decisions, args.root)
     # Everything that can be refused is refused here, before a file is written.
     manifest = masks.plan(decisions, source, args.out, args.including_heldout)
-    print(masks.told(decisions))
+    print(masks.overview(decisions))
     for line in masks.summary(manifest):
         print(line)
     # How far the decisions can be trusted, in the reviewer's own answers.
