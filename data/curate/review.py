@@ -59,8 +59,12 @@ def page_of(suspects: dict, source: Source, limit: int, controls: int, seed: int
     # Half of them each, so that a reviewer who always says A is right half of the time.
     for item, side in zip(items, rng.permutation(len(items)) % 2):
         item["labelIs"] = "ab"[side]
-    # Cut out here, in the order of the page: the browser needs no other file.
-    items = in_threads(lambda item: with_pictures(item, source), items, "pictures")
+    # Cut out here: the browser needs no other file. Each image is read once, since a large one
+    # takes seconds.
+    by_image = {}
+    for item in items:
+        by_image.setdefault(item["image"], []).append(item)
+    in_threads(lambda group: add_pictures(group, source), list(by_image.values()), "images")
 
     about = {key: suspects.get(key) for key in KEPT}
     about |= {"suspects": suspects["sha256"], "seed": seed}
@@ -73,30 +77,33 @@ def page_of(suspects: dict, source: Source, limit: int, controls: int, seed: int
         ignore=source.labels.void is not None, items=items)
 
 
-def with_pictures(item: dict, source: Source) -> dict:
-    """A region and its surroundings: image, and labels A and B, as data URLs."""
-    if item["image"] not in source.pairs:
-        raise BadInput(f"{source.root}: no image {item['image']!r}, which is in suspects.json; "
-                       "search suspects again")
-    image, labels = read_sample(source, item["image"])
-    size = tuple(item["box"][2:])
-    # Regions are boxes in the image, with runs of pixels inside of the box.
-    inside = from_runs(item["runs"], size)
-    place = part(item["box"])
-    label, proposed = (source.names.index(item[key]) for key in ("label", "proposed"))
-    there = proposed if item["control"] else label  # the label of a control is altered here
-    if labels[place].shape != size or not (labels[place][inside] == there).all():
-        raise BadInput(f"{source.pairs[item['image']][1]}: other labels than when suspects were "
-                       "searched; search them again: python -m data.curate suspects")
-    around = surroundings(item["box"], labels.shape)
-    urls = {"picture": picture_url(image[part(around)])}
-    by_class = {"label": label, "proposed": proposed}
-    other = "b" if item["labelIs"] == "a" else "a"
-    # The same surroundings in both: only the region differs.
-    for layer, key in ((item["labelIs"], "label"), (other, "proposed")):
-        labels[place][inside] = by_class[key]
-        urls[layer] = mask_url(labels[part(around)], source.labels.colors)
-    return item | urls | {"around": around}
+def add_pictures(items: list[dict], source: Source) -> None:
+    """To each region of one image its surroundings: image, and labels A and B, as data URLs."""
+    name = items[0]["image"]
+    if name not in source.pairs:
+        raise BadInput(f"{source.root}: no image {name!r}, which is in suspects.json; search "
+                       "suspects again")
+    image, labels = read_sample(source, name)
+    for item in items:
+        # Regions are boxes in the image, with runs of pixels inside of the box.
+        size = tuple(item["box"][2:])
+        inside = from_runs(item["runs"], size)
+        place = part(item["box"])
+        label, proposed = (source.names.index(item[key]) for key in ("label", "proposed"))
+        there = proposed if item["control"] else label  # the label of a control is altered here
+        if labels[place].shape != size or not (labels[place][inside] == there).all():
+            raise BadInput(f"{source.pairs[name][1]}: other labels than when suspects were "
+                           "searched; search them again: python -m data.curate suspects")
+        around = surroundings(item["box"], labels.shape)
+        urls = {"picture": picture_url(image[part(around)])}
+        by_class = {"label": label, "proposed": proposed}
+        other = "b" if item["labelIs"] == "a" else "a"
+        # The same surroundings in both: only the region differs.
+        for layer, key in ((item["labelIs"], "label"), (other, "proposed")):
+            labels[place][inside] = by_class[key]
+            urls[layer] = mask_url(labels[part(around)], source.labels.colors)
+        labels[place][inside] = there  # as it was, for the next region
+        item.update(urls, around=around)
 
 
 def picture_url(pixels: np.ndarray) -> str:
