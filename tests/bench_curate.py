@@ -3,7 +3,7 @@
     python tests/bench_curate.py suspects OUT          labels spoilt at a known rate, found, reviewed, trained on
     python tests/bench_curate.py next OUT              mIoU by the share of labelled images, beside random choice
 
-Needs about 12 and 9 CPU minutes a seed. Killed and typed again it goes on: what lies in OUT is not made anew, and
+Needs about 7 CPU minutes a seed each. Killed and typed again it goes on: what lies in OUT is not made anew, and
 OUT/suspects-SEED.json and next-SEED.json keep each seed's numbers. Cleanlab stands beside the suspects where it is
 installed (pip install cleanlab).
 """
@@ -315,7 +315,7 @@ def spread(values):
 def print_suspects(results):
     wrong = spread([100 * r["wrong"] for r in results])
     print(f"{len(results)} seeds, {results[0]['images']} images each, {wrong} % of the labels are wrong")
-    print("| regions looked at | mostly wrong | wrong labels mended | as many pixels by | precision | recall | pieces |",
+    print("| regions seen | mostly wrong | wrong labels mended | as many pixels by | precision | recall | pieces |",
           "|---|---|---|---|---|---|---|", sep="\n")
     for budget in results[0]["budgets"]:
         rows = [r["budgets"][budget] for r in results]
