@@ -11,6 +11,9 @@
     python eval.py --summary runs/*                  one table of what these runs reported
     torchrun --standalone --nproc_per_node=8 eval.py runs/demo    the numbers stay the same
 
+Where python -m data.curate apply has changed masks of the split, the scores on the labels of
+before stand beside those on the new ones.
+
 Writes eval.json, scenes.csv (a row per image), matrices.npz (for --compare), confusion.png,
 reliability.png and worst.png into RUN/eval-SPLIT, of --masks into RUN/eval-SPLIT-masks.
 """
@@ -27,6 +30,7 @@ import torch
 from data import boundary, metrics, plots, public, samplers
 from data.common import BadInput, Written, nfc, read_json
 from data.compare import compare, pack_matrices, read_scored, scene_table
+from data.curate.masks import before_review
 from data.datasets import scenes_of
 from data.io import Labels
 from data.masks import find_masks, mask_table, read_masks
@@ -222,6 +226,14 @@ def answers_of_masks(args, d, data, rank, world, device):
         yield name, torch.from_numpy(y.copy()).to(device), torch.from_numpy(ids).to(device)
 
 
+def label_before(reviewed, name, y):
+    # -> (H, W) uint8, where data.curate apply has changed the mask; else the same
+    if name not in reviewed.names:
+        return y
+    _, ids = reviewed.read(reviewed.names.index(name))
+    return torch.from_numpy(ids.copy()).to(y.device)
+
+
 # ---- files for other programs
 
 def write_map(path, p, classes, pair):
@@ -396,6 +408,9 @@ def main(args):
         means = MeanFeatures(net) if args.features else None
         found = predictions(net, data, window, args.workers, args.split)
     counts = Counts(len(names), K, device, args.ignore_boundary, temperature)
+    reviewed = before_review(d, args.split)  # None: these labels were never changed
+    if reviewed:
+        counts_before = Counts(len(names), K, device, args.ignore_boundary)
     worst = Worst()
     sample = calibrate.PixelSample()
     vectors = []  # features of this rank's images
@@ -419,6 +434,9 @@ def main(args):
                     p.append(calibrate.probabilities(logits, temperature or 1.0))
         counts.add(i, y, counted, pred)
         worst.add(i, counts.matrices[i], pred)
+        if reviewed:
+            before = label_before(reviewed, name, y)
+            counts_before.add(i, before, counts_before.labels(before), pred)
         if args.features:
             vectors.append(means.take().float())
         if args.probabilities:
@@ -426,6 +444,8 @@ def main(args):
                                                 pair=d.pairs[name]))
     counts.over_ranks()
     worst.over_ranks()
+    if reviewed:
+        counts_before.over_ranks()
     if not counts.matrices.any():
         check = 'check "ignore" in dataset.json'
         if args.ignore_boundary:
@@ -445,6 +465,10 @@ def main(args):
         print(table(report))
         print(metrics.headline(report, meta["report"]))
         print(further(report))
+        if reviewed:
+            report["before_review"] = old = counts_before.report(d.names, groups, meta["report"])
+            print(f"on the labels before data.curate apply, which has changed {len(reviewed)} of "
+                  f"{len(names)} masks:\n    {metrics.headline(dict(old, split=args.split))}")
         protocol = protocol_of(args, d, meta, weights, temperature, window, several)
         protocol |= run.facts(device, world)
         out.write("eval.json", report | dict(protocol=protocol))

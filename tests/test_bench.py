@@ -4,6 +4,7 @@ import sys
 from collections import Counter
 from pathlib import Path
 
+import bench_curate
 import bench_kd
 import bench_points
 import pytest
@@ -119,3 +120,40 @@ def test_images_are_weighted_by_what_their_own_baseline_finds_hard(kd, tmp_path)
         assert args.difficulty == str(tmp_path / f"demo-baseline-{seed}/eval-train/difficulty.json")
     scored = [args for script, args in called if script == "eval.py"]
     assert all(args.split == "train" and args.difficulty for args in scored)
+
+
+# ---- what to label next
+
+def test_both_arms_start_alike_and_label_the_same_numbers(tmp_path, monkeypatch, capsys):
+    splits = []
+
+    def call(script, *flags):
+        args = parsed(script, *flags)
+        if script == "train_seg.py":
+            splits.append(json.loads(Path(args.split_file).read_text()))
+            write(Path(args.out) / "results.json", {"miou": 0.01 * len(splits[-1]["train"]) + 0.1 * args.seed})
+        else:
+            names = splits[-1]["pool" if args.probabilities else "train"]
+            write(Path(args.probabilities or args.features) / "index.json", {"names": names})
+
+    def choose(words):  # the last ones of the pool
+        _, folder, _, seen, _, budget, _ = words
+        names = json.loads((Path(folder) / "index.json").read_text())["names"]
+        write(Path(folder) / "next/next.txt", "\n".join(names[-int(budget):]))
+        assert (Path(seen) / "index.json").exists()
+
+    monkeypatch.setattr(bench_curate, "call", call)
+    monkeypatch.setattr(bench_curate, "curate", choose)
+    monkeypatch.setattr(bench_curate.demo, "make", lambda root, **how: root)
+    monkeypatch.setattr(bench_curate, "SCENES", (20, 2, 2))
+    for _ in range(2):  # the second time all is there
+        bench_curate.main(["next", str(tmp_path), "--seeds", "0", "1"])
+        rows = capsys.readouterr().out.splitlines()[-3:]
+        assert rows[-1] == "| 40% | 0.130 +/- 0.071 | 0.130 +/- 0.071 | +0.000, +0.000 |"
+        assert len(splits) == 10  # five trainings a seed
+    first, second, third, fourth, fifth = splits[:5]
+    assert [len(s["train"]) for s in splits[:5]] == [2, 4, 8, 4, 8]
+    assert set(first["train"]) < set(second["train"]) < set(third["train"])
+    assert set(first["train"]) < set(fourth["train"]) < set(fifth["train"])
+    assert fourth["train"][2:] == first["pool"][-2:] and second["train"][2:] == first["pool"][:2]
+    assert all(len({*s["train"], *s["pool"]}) == 20 for s in splits)

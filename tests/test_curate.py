@@ -4,6 +4,7 @@ import csv
 import hashlib
 import io
 import json
+import os
 import re
 import shutil
 import subprocess
@@ -15,6 +16,7 @@ import rasterio
 from PIL import Image
 from scipy import ndimage, stats
 
+import eval as eval_script
 from data.common import write
 from data.curate import masks, review
 from data.curate.__main__ import main
@@ -26,8 +28,9 @@ from data.source import Source
 from data.tiff import write_tiff
 from folder_sets import save
 
+SCRIPT = "<script>alert(1)</script>"  # the name of a class: text, wherever it is shown
 COLORS = ["#000080", "#FF0000", "#00C000"]
-CLASSES = [{"name": "land", "id": 10, "color": COLORS[0]}, {"name": "<script>", "id": 20, "color": COLORS[1]},
+CLASSES = [{"name": "land", "id": 10, "color": COLORS[0]}, {"name": SCRIPT, "id": 20, "color": COLORS[1]},
            {"name": "water", "id": 30, "color": COLORS[2]}]
 H, W = 60, 70
 WRONG = (slice(10, 20), slice(15, 35))  # water that the masks of images/0 to 3 call land
@@ -255,8 +258,8 @@ def picture(url):
 def test_the_page_needs_nothing_else_and_no_name_can_break_out(searched):
     text, page = page_data(searched[1])
     assert not re.search(r"""(src|href)\s*=\s*["']|https?:|@import|url\(""", text)
-    assert text.count("<script") == text.count("</script") == 2  # a class is called so, too
-    assert "<script>" in page["classes"] and "innerHTML" not in text
+    assert text.count("<script") == text.count("</script") == 2
+    assert SCRIPT in page["classes"] and "innerHTML" not in text
 
 
 def test_the_page_shows_label_and_proposal_of_each_region_in_colour(searched):
@@ -283,17 +286,18 @@ def test_keys_decide_undo_and_survive_closing(searched):
     # A for all, the first one undone and said to be the second class; closed in the middle; the last left open.
     found = played(searched[1], ["name:Eva", " ", "a", "u", "2", "a", "close", *["a"] * (len(items) - 3)])
     assert found["count"] == f"{len(items) - 1} of {len(items)}" and found["outside"] == []
+    assert found["saved"]["open"] == (not items[-1]["control"])
     saved = {d["id"]: d for d in found["saved"]["decisions"]}
     assert set(saved) == {items[i]["id"] for i in regions if i < len(items) - 1}
     for i in set(regions) - {len(items) - 1}:
         item, d = items[i], saved.get(items[i]["id"])
         if i == 0:
-            expected = "<script>", "other"
+            expected = SCRIPT, "other"
         else:
             expected = (item["label"], "keep") if item["labelIs"] == "a" else (item["proposed"], "accept")
         assert (d["class"], d["verdict"]) == expected and d["reviewer"] == "Eva" and d["runs"] == item["runs"]
     answered = [i for i, item in enumerate(items) if item["control"] and i < len(items) - 1]
-    wrong = [i for i in answered if (items[0]["proposed"] != "<script>" if i == 0 else items[i]["labelIs"] == "a")]
+    wrong = [i for i in answered if (items[0]["proposed"] != SCRIPT if i == 0 else items[i]["labelIs"] == "a")]
     assert (found["saved"]["controls"]["answered"], found["saved"]["controls"]["wrong"]) == (len(answered), len(wrong))
 
 
@@ -329,6 +333,76 @@ def test_the_outline_is_the_border_and_zoom_keeps_the_place_under_the_cursor(rng
     assert len(lines) == len(expected) and set(map(tuple, lines)) == expected
     # The pixel under the cursor, before and after.
     assert view["scale"] == 6 and [(100 - view["x"]) / 6, (50 - view["y"]) / 6] == [45, 15]
+
+
+BROWSER = Path(os.environ.get("NANORS_BROWSER", Path.home() / ".cache/nanors-browser"))
+has_browser = NODE and (BROWSER / "node_modules/puppeteer-core").exists()
+
+
+@pytest.mark.skipif(not has_browser, reason="needs Chromium from npm")
+def test_the_page_in_a_real_browser(made, capsys, tmp_path):
+    """Chromium without a screen and without root, 120 MB:
+
+    npm install --prefix ~/.cache/nanors-browser puppeteer-core@24.43 @sparticuz/chromium@147
+    """
+    root, folder = made
+    assert run(capsys, "suspects", folder)[0] == 0
+    assert run(capsys, "review", folder / "suspects/suspects.json", "--controls", 3)[0] == 0
+    _, page = page_data(folder)
+    items = page["items"]
+    looks = "view.toDataURL()"
+    actions = [
+        # Nothing without a name, and what is said about it can be seen.
+        ["press", "a"], ["read", "warning", "warning.textContent"],
+        ["read", "in sight", "save.getBoundingClientRect().bottom <= innerHeight"],
+        ["type", "#reviewer", "Eva"], ["press", "Enter"],
+        # Blinking, and the image alone.
+        ["read", "A", looks], ["press", " "], ["read", "B", looks], ["press", " "], ["read", "A again", looks],
+        ["press", "c"], ["read", "bare", looks], ["press", "c"]]
+    cursors = [(300, 306, -300), (520, 410, -300), (340, 420, 200)]
+    for x, y, turn in cursors:
+        color = f"String(view.getContext('2d').getImageData({x}, {y}, 1, 1).data)"
+        actions += [["read", f"before {x}", color], ["wheel", x, y, turn], ["read", f"after {x}", color],
+                    ["read", f"zoomed {x}", looks]]
+    actions += [
+        # Decided and undone; a key that is held down decides once; closed and opened again.
+        ["press", "a"], ["press", "u"], ["read", "undone", "count.textContent"], ["press", "B"], ["hold", "a", 3],
+        ["read", "held", "count.textContent"], ["reopen"], ["read", "kept", "count.textContent + reviewer.value"],
+        *[["press", "2"]] * (len(items) - 3), ["press", "s"], ["read", "end", "result.textContent"],
+        ["download", "#save"], ["press", " "],
+        ["read", "scripts", "document.scripts.length"], ["read", "classes", "choices.textContent"]]
+    done = subprocess.run([NODE, Path(__file__).with_name("browse_page.mjs"), BROWSER, tmp_path / "browser",
+                           folder / "suspects/review.html", json.dumps(actions)], capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
+    played = json.loads(done.stdout)
+    assert played["errors"] == [] and played["downloads"] == ["decisions.json"]
+    assert all(url.startswith(("file:///", "data:image/")) for url in played["requests"]), played["requests"]
+    seen = played["found"]
+    assert "name first" in seen["warning"] and seen["in sight"]
+    assert seen["A"] == seen["A again"] and len({seen["A"], seen["B"], seen["bare"]}) == 3
+    for x, _, _ in cursors:  # the image is noise: another pixel would have another colour
+        assert seen[f"before {x}"] == seen[f"after {x}"] != "0,0,0,0"
+    assert len({seen["A"], *[seen[f"zoomed {x}"] for x, _, _ in cursors]}) == 4
+    assert seen["undone"] == f"0 of {len(items)}" and seen["held"] == f"2 of {len(items)}"
+    assert seen["kept"] == f"2 of {len(items)}Eva" and seen["end"].startswith("All decided")
+    assert seen["scripts"] == 2 and SCRIPT in seen["classes"]
+
+    # What was decided: B, A, always the second class, and nothing about the last one.
+    expected = {f"images/{i}": labels(i) for i in range(6)}
+    names = page["classes"]
+    for i, item in enumerate(items[:-1]):
+        if item["control"]:
+            continue
+        chosen = SCRIPT
+        if i < 2:
+            chosen = item["label"] if item["labelIs"] == "ba"[i] else item["proposed"]
+        top, left, h, w = item["box"]
+        inside = from_runs(item["runs"], (h, w))
+        expected[item["image"]][top:top + h, left:left + w][inside] = names.index(chosen)
+    code, said = run(capsys, "apply", tmp_path / "browser/downloads/decisions.json", "--out", tmp_path / "M")
+    assert code == 0, said
+    for i in range(6):
+        assert np.array_equal(np.array(Image.open(tmp_path / f"M/masks/{i}.png")), RAW[expected[f"images/{i}"]])
 
 
 # ---- masks
@@ -442,6 +516,11 @@ def test_taken_back_it_is_the_original_byte_for_byte(tmp_path, capsys):
     region, = manifest["masks"]["m/0.png"]["regions"]
     assert (region["id"], region["to"], region["reviewer"], region["reason"]) == (7, "y", "Eva", "accept")
     assert run(capsys, "verify", root / "m2")[0] == 0
+    # Of no model, such as decisions of a script; then no split is taken for held out.
+    write(root / "more.json", json.loads(file.read_text()) | {"open": 3, "models": []})
+    code, said = run(capsys, "apply", root / "more.json", "--out", root / "m3", "--dry-run")
+    assert code == 0
+    assert "2 decisions (1 accept, 1 keep), the last of 2026-01-01; 3 regions of the page were still open" in said
     code, said = run(capsys, "revert", root / "m2", "--region", 8)
     assert code == 2 and "there are 7" in said
     assert run(capsys, "revert", root / "m2", "--region", 7)[0] == 0
@@ -524,6 +603,40 @@ def test_a_second_round_stands_on_the_first(tmp_path, capsys):
     assert d["masks"] == "two/m/*.png"
     mask = find_pairs(root, read_description(root))["i/0"][1]
     assert np.array_equal(Labels.of(read_description(root)).load(mask), before)
+
+
+def test_eval_scores_old_and_new_labels_side_by_side(tmp_path, capsys):
+    """Masks of a program that are right by the new labels: mIoU 1 there, of the old ones IoU in plain Python."""
+    root = tmp_path / "D"
+    old, _ = mask_set(root, "ids")
+    d = json.loads((root / "dataset.json").read_text())
+    write(root / "dataset.json", d | {"splits": {"train": "i/0", "test": "i/1"}})
+    write(root / "m/manifest.json", {"name": "app"})  # of another program: says nothing
+    new = old.copy()
+    flags = ["--masks", tmp_path / "P", "--mask-ids", "train", "--root", root, "--split", "test"]
+    for n, box in enumerate([(2, 9, 3, 4), (6, 9, 3, 4)]):
+        file, inside = decided(root, image="i/1", box=box)
+        assert run(capsys, "apply", file, "--out", root / "m2")[0] == 2  # test labels, without being asked for
+        code, said = run(capsys, "apply", file, "--out", tmp_path / f"m{n}", "--including-heldout")
+        assert code == 0, said
+        d = json.loads((root / "dataset.json").read_text())
+        write(root / "dataset.json", d | json.loads("{" + said.split("dataset.json:")[1] + "}"))
+        new[box[0]:box[0] + 3, 9:13][inside] = 1
+        save(tmp_path / "P/i/1.png", new)
+        eval_script.main(eval_script.parse_args([str(f) for f in [*flags, "--out", tmp_path / f"E{n}"]]))
+        assert (tmp_path / f"m{n}/m/1.png").exists() and "changed 1 of 1 masks" in capsys.readouterr().out
+        report = json.loads((tmp_path / f"E{n}/eval.json").read_text())
+        ious = [((old == c) & (new == c)).sum() / ((old == c) | (new == c)).sum() for c in (0, 1)]
+        assert report["miou"] == 1 and report["before_review"]["miou"] == pytest.approx(sum(ious) / 2)
+        assert list(report["before_review"]["iou"].values()) == pytest.approx(ious, abs=1e-6)
+    # The second round taken back, the first one counts.
+    assert run(capsys, "revert", tmp_path / "m1")[0] == 0
+    first = Labels.of(read_description(root)).load(tmp_path / "m0/m/1.png")
+    eval_script.main(eval_script.parse_args([str(f) for f in [*flags, "--out", tmp_path / "E"]]))
+    report = json.loads((tmp_path / "E/eval.json").read_text())
+    for truth_ids, found in (first, report), (old, report["before_review"]):
+        ious = [((truth_ids == c) & (new == c)).sum() / ((truth_ids == c) | (new == c)).sum() for c in (0, 1)]
+        assert found["miou"] == pytest.approx(sum(ious) / 2)
 
 
 # ---- what to label next
@@ -612,7 +725,7 @@ def test_filter_and_replicate_write_what_training_reads(made, capsys, tmp_path):
     assert code == 0, said
     names = Source(root=root, cache="off").names_to_repeat(str(tmp_path / "R/replicated.txt"))
     assert names == ["images/1"]
-    for words, named in (["filter", root, "--class", "sea", "--at-most", "5%"], "land, <script>, water"), \
+    for words, named in (["filter", root, "--class", "sea", "--at-most", "5%"], f"land, {SCRIPT}, water"), \
                         (["filter", root, "--class", "land", "--at-most", "0%"], None), \
                         (["replicate", root, "--class", "land", "--share", "100%"], "lower share"):
         code, said = run(capsys, *words, "--out", tmp_path / "N")
@@ -688,7 +801,7 @@ def test_sets_are_merged_by_the_names_of_their_classes(made, capsys, tmp_path):
     assert code == 0, said
     assert {k: v for k, v in contents(tmp_path).items() if k in old} == old
     d = read_description(tmp_path / "M")
-    assert [c["name"] for c in d["classes"]] == ["land", "<script>", "sea"]
+    assert [c["name"] for c in d["classes"]] == ["land", SCRIPT, "sea"]
     source = Source(root=tmp_path / "M", cache="off")
     assert {s: len(n) for s, n in source.splits.items()} == {"train": 5, "val": 2, "test": 1}
     seen = []

@@ -33,8 +33,10 @@ from data.public import SETS
 def parse_args(argv=None):
     p = Parser(description=__doc__, prog="python -m data.curate",
                formatter_class=argparse.RawDescriptionHelpFormatter)
+    # Without a sub-command there is nothing sensible to do, so argparse lists them all.
     parsers = p.add_subparsers(required=True, metavar="PROGRAM")
 
+    # What a program does stands beside its flags: args.act(args) in main() calls it.
     def add(name, act, help):
         program = parsers.add_parser(name, help=help, description=help)
         program.set_defaults(act=act)
@@ -42,7 +44,10 @@ def parse_args(argv=None):
 
     label_programs(add)
     set_programs(add)
-    return p.parse_args(argv)
+    words = sys.argv[1:] if argv is None else argv
+    if not words:  # nothing asked: say what can be asked
+        words = ["--help"]
+    return p.parse_args(words)
 
 
 def label_programs(add) -> None:
@@ -68,6 +73,7 @@ def label_programs(add) -> None:
     q.add_argument("--root", help="data folder (as when suspects were searched)")
     q.add_argument("--limit", type=count, default=500,
                    help="regions, the most suspect (default: 500)")
+    # 20 tell an error rate of 5 % from one of 30 %, not from one of 10 %.
     q.add_argument("--controls", type=whole, default=20,
                    help="regions of known label among them, to tell how often the reviewer errs "
                         "(default: 20)")
@@ -81,6 +87,7 @@ def label_programs(add) -> None:
     q.add_argument("--out", type=Path, required=True, help="new folder for all masks")
     q.add_argument("--root", help="data folder (as when suspects were searched)")
     q.add_argument("--dry-run", action="store_true", help="say what would change, write nothing")
+    # Off: scores on changed labels cannot be compared with those of before.
     q.add_argument("--including-heldout", action="store_true",
                    help="also change labels of val and test")
 
@@ -147,6 +154,7 @@ def set_programs(add) -> None:
             "several data sets under one list of classes; images are linked, not copied")
     q.add_argument("roots", type=Path, nargs="+", metavar="ROOT",
                    help="folders with a dataset.json")
+    # Names of classes are the only thing that sets may share; ids and colours never count.
     q.add_argument("--map", type=Path, metavar="JSON",
                    help="{set: {its class: merged class, or null for ignored}} "
                         "(default: classes of one name are one)")
@@ -171,6 +179,7 @@ def percent(text: str) -> float:
     try:
         share = number(text.removesuffix("%")) / 100
     except ValueError:
+        # Refused below, like any other number that is no share.
         share = -1.0
     if not text.endswith("%") or not 0 <= share <= 1:
         raise argparse.ArgumentTypeError(f"{text}: expected a percentage such as 50%")

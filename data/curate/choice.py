@@ -56,6 +56,7 @@ def read_pool(folders: list[str | Path]) -> Pool:
     features = {}
     index = None
     for folder in folders:
+        # eval.py names its files in index.json; of predict.py there are only the files.
         if (Path(folder) / "index.json").exists():
             found = read_json(Path(folder) / "index.json")
             if "features" in found:
@@ -71,6 +72,7 @@ def read_pool(folders: list[str | Path]) -> Pool:
         raise BadInput(f"{folders[0]}: no probabilities; write them with: {EVAL} {folders[0]}, or, "
                        f"of images without masks, python predict.py RUN IMAGES --probabilities "
                        f"--out {folders[0]}")
+    # Without its features an image could not be compared with the others.
     if features:
         without = [name for name in maps if name not in features]
         if without:
@@ -87,17 +89,20 @@ def look(file: Path) -> tuple[float, np.ndarray]:
     if raster.dtype != np.uint8 or k < 2:
         raise BadInput(f"{file}: {raster.dtype} of {k} bands; expected uint8 and a band for each "
                        f"class, as {EVAL} DIR writes them")
+    # A big image is read in strips: K bands of it may not fit into memory.
     total = pixels = 0.0
     sums = np.zeros(k)
     for top in range(0, H, ROWS):
         p = np.float32(raster.read((top, 0, min(ROWS, H - top), W))).reshape(-1, k)
         p = p[p.any(1)]  # where there is no data all are 0
+        # Rounded to 1/255, the bands of a pixel add up to nearly 1.
         p /= p.sum(1, keepdims=True)
         # 0 times the logarithm of 0 is 0.
         logs = np.log(p, out=np.zeros_like(p), where=p > 0)
         total -= float((p * logs).sum(dtype=np.float64))
         pixels += len(p)
         sums += p.sum(0)
+    # The entropy of K equally likely classes is log K, so that 1 is the most there can be.
     return total / max(pixels, 1) / math.log(k), sums / max(pixels, 1)
 
 
@@ -113,6 +118,7 @@ def choose(doubt: np.ndarray, features: np.ndarray, budget: int,
 
     labelled: (M, C) features of images that have labels.
     """
+    # Lengths of features differ with brightness and contrast, directions with what is shown.
     rows = unit(features)
     distance = np.full(len(rows), 2.0)  # no two directions are farther apart
     for other in unit(labelled) if labelled is not None else ():
@@ -122,11 +128,13 @@ def choose(doubt: np.ndarray, features: np.ndarray, budget: int,
     distances = []
     for _ in range(min(budget, len(rows))):
         # Below every gain, so that no image is chosen twice.
+        # Doubt alone would choose near copies of one hard image, distance alone odd but easy ones.
         gain = np.where(free, doubt * distance, -1.0)
         best = int(gain.argmax())
         order.append(best)
         distances.append(float(distance[best]))
         free[best] = False
+        # From now on images like the chosen one are worth less.
         distance = np.minimum(distance, np.linalg.norm(rows - rows[best], axis=1))
     return order, distances
 
@@ -143,6 +151,7 @@ def sheet(pool: Pool, doubt: np.ndarray, order: list[int], root: str | None) -> 
     """The first images of an index.json, with their entropies."""
     source = open_source(pool.index, root)
     cards = []
+    # A picture of more would be too long to look at.
     for i in order[:40]:
         image, _, *box = source.pairs[pool.names[i]]
         pixels = part_of(read_valid(image, **source.reading)[0], *box)

@@ -19,6 +19,7 @@ def groups_of_train(source: Source) -> dict[str, str]:
     groups = scenes_of(names, source.description.get("scene"))
     for name in names:
         image, _, *box = source.pairs[name]
+        # Without a "scene" a tile would be a scene of its own, beside its neighbours.
         if box and groups[name] == name:
             groups[name] = str(image)
     return groups
@@ -33,6 +34,7 @@ def deal(groups: dict[str, str], number: int, seed: int) -> list[set[str]]:
     if not 2 <= number <= len(members):
         raise BadInput(f"--number {number}: expected 2 to {len(members)}, the number of scenes of "
                        'the training images; "scene" in dataset.json says what a scene is')
+    # Sorted first: the draw must not depend on the order in which files were found.
     scenes = np.random.default_rng(seed).permutation(sorted(members)).tolist()
     # The largest first, each to the part that is smallest by then.
     scenes.sort(key=lambda scene: -len(members[scene]))
@@ -49,6 +51,7 @@ def fold_splits(source: Source, number: int, seed: int) -> list[dict[str, list[s
     for held_out in deal(groups_of_train(source), number, seed):
         fold = [name for name in names if name in held_out]
         rest = [name for name in names if name not in held_out]
+        # Val and test stay: weights are chosen as in any other training.
         found.append(source.splits | {"train": rest, "fold": fold})
     return found
 
@@ -64,6 +67,7 @@ def commands(source: Source, out: Path, number: int) -> list[str]:
         run = quote(str(out / f"run_{i}"))
         folder = quote(str(out / f"probabilities_{i}"))
         file = quote(str(out / f"fold_{i}.json"))
+        # Each model is asked about the part that it was not trained on.
         lines.append(f"{script_command('train_seg.py')} {data} --split-file {file} --out {run}")
         lines.append(f"{script_command('eval.py')} {run} --split fold --probabilities {folder}")
         folders.append(folder)

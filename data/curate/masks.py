@@ -5,15 +5,17 @@
     carry_out(manifest, Path("D/masks_2"))              all masks, and manifest.json
     revert(Path("D/masks_2"), [17])                     region 17 as it was; None: all regions
     faults = verify(Path("D/masks_2"))                  lines about what is not as it was written
+    before = before_review(source, "test")              its images whose masks were changed
 
 The masks of the data set are only read. Changed ones keep their form: ids or colours, palette,
 alpha, georeference; what is written is read again and compared before it gets its name.
 """
+import filecmp
 import functools
 import os
 import re
 import time
-from collections import defaultdict
+from collections import Counter, defaultdict
 from pathlib import Path
 from tempfile import TemporaryDirectory
 
@@ -22,6 +24,7 @@ from PIL import Image
 
 from ..common import (IGNORE, BadInput, as_text, file_sha256, fits, nfc, progress, read_json,
                       replace, write)
+from ..datasets import SegDataset
 from ..files import is_image, match, star_key
 from ..io import Labels
 from ..raster import open_raster
@@ -43,6 +46,7 @@ def read_decisions(path: str | Path) -> dict:
         if key not in found:
             raise BadInput(f"{path}: no {key!r}; expected a decisions.json that the page of "
                            "data.curate review has saved")
+    # A region that is listed twice would be decided by the order of the file.
     seen = set()
     for decision in found["decisions"]:
         check_region(decision, path, verdict=str, reviewer=str, time=str)
@@ -70,6 +74,7 @@ def plan(decisions: dict, source: Source, out: Path, including_heldout: bool) ->
             masks[new_place(source.root, original)] = dict(original=original, regions=[])
     held_out = held_out_names(source, decisions)
     for decision in decisions["decisions"]:
+        # "keep" and "skip" change nothing.
         if decision["verdict"] not in ("accept", "other"):
             continue
         name = decision["image"]
@@ -84,6 +89,7 @@ def plan(decisions: dict, source: Source, out: Path, including_heldout: bool) ->
         place = new_place(source.root, os.path.relpath(mask, source.root))
         masks[place]["regions"].append(region_of(decision, source, tile))
     for place, about in masks.items():
+        # So that verify can tell whether an original was touched, and revert what it goes back to.
         about["before"] = file_sha256(source.root / about["original"])
         about["after"] = None
         if about["regions"]:
@@ -97,14 +103,28 @@ def plan(decisions: dict, source: Source, out: Path, including_heldout: bool) ->
                 models=decisions["models"], labels=table, masks=masks)
 
 
+def overview(decisions: dict) -> str:
+    """A line that shows whether this is the file that was meant: how many decisions, until when."""
+    found = decisions["decisions"]
+    counts = Counter(decision["verdict"] for decision in found)
+    kinds = ", ".join(f"{count} {verdict}" for verdict, count in sorted(counts.items()))
+    line = f"{len(found)} decisions ({kinds})" if found else "no decision"
+    if found:
+        line += f", the last of {max(decision['time'] for decision in found)}"
+    if decisions.get("open"):
+        line += f"; {decisions['open']} regions of the page were still open"
+    return as_text(line)
+
+
 def held_out_names(source: Source, decisions: dict) -> dict[str, str]:
     """{image: its split} of those that are for choosing weights or for scores."""
+    # By dataset.json first.
     found = {}
     for split in HELD_OUT & source.splits.keys():
         found |= dict.fromkeys(source.splits[split], split)
     # A split of another file than dataset.json: eval.py has said its name.
     asked = {model.get("split") for model in decisions["models"]}
-    if asked <= HELD_OUT:
+    if asked and asked <= HELD_OUT:
         split = ", ".join(sorted(asked))
         found |= {decision["image"]: split for decision in decisions["decisions"]}
     return found
@@ -112,6 +132,7 @@ def held_out_names(source: Source, decisions: dict) -> dict[str, str]:
 
 def region_of(decision: dict, source: Source, tile: list) -> dict:
     """What manifest.json says of a region: box in the whole mask, from which class to which."""
+    # The page knows the tile only; the file is the whole mask.
     box = list(decision["box"])
     if tile:  # of an image that is cut into several
         box[0] += tile[0][0]
@@ -134,6 +155,7 @@ def new_ids(mask: Path, regions: list[dict], labels: Labels) -> tuple[np.ndarray
     names = [nfc(name) for name in labels.names]
     ids = labels.load(mask)
     changed = np.zeros(ids.shape, bool)
+    # Each region must lie on the label that the reviewer saw: otherwise it is about other labels.
     for region in regions:
         top, left, h, w = region["box"]
         if top + h > ids.shape[0] or left + w > ids.shape[1]:
@@ -153,9 +175,15 @@ def new_ids(mask: Path, regions: list[dict], labels: Labels) -> tuple[np.ndarray
 # ---- places
 
 @functools.cache
-def is_made_here(folder: Path) -> bool:
-    """Is this a folder of masks that an earlier review has made?"""
-    return (folder / MANIFEST).is_file()
+def masks_made_in(folder: Path) -> dict[str, dict]:
+    """{path: its original and the root of that} of a folder that apply has written; else {}."""
+    if not (folder / MANIFEST).is_file():
+        return {}
+    try:
+        manifest = read_manifest(folder, whole=False)
+    except BadInput:  # a manifest.json of another program
+        return {}
+    return {place: about | {"root": manifest["root"]} for place, about in manifest["masks"].items()}
 
 
 def new_place(root: Path, path: str) -> str:
@@ -163,9 +191,10 @@ def new_place(root: Path, path: str) -> str:
 
     What an earlier review has put in front is left out, and so are ways out of root.
     """
+    # Masks of a second round lie in masks_2 already, and must not go to masks_3/masks_2.
     parts = Path(path).parts
     for n in range(len(parts) - 1, 0, -1):
-        if is_made_here(root.joinpath(*parts[:n])):
+        if masks_made_in(root.joinpath(*parts[:n])):
             return Path(*parts[n:]).as_posix()
     return Path(*[p for p in parts if p != ".."]).as_posix()
 
@@ -195,6 +224,7 @@ def check_out(out: Path, source: Source) -> None:
     if out.exists() and not out.is_dir():
         raise BadInput(f"--out {out}: a file; name a new folder")
     base = Path(os.path.relpath(out.resolve(), source.root)).as_posix()
+    # A pattern such as **/*.png would find the new masks beside the old ones.
     masks = [mask for _, mask, *_ in source.pairs.values() if mask is not None]
     for mask in masks:
         place = f"{base}/{new_place(source.root, os.path.relpath(mask, source.root))}"
@@ -215,6 +245,7 @@ def applied(manifest: dict, out: Path) -> bool:
     if not (out / MANIFEST).exists():
         raise BadInput(f"--out {out}: has other files; name a new folder")
     there = read_manifest(out, whole=False)
+    # The same decisions are the same bytes: compared by their sha256.
     if there["decisions"] != manifest["decisions"] or there.get("root") != manifest["root"]:
         raise BadInput(f"--out {out}: has the masks of other decisions; name a new folder")
     return there.get("complete", False)
@@ -227,12 +258,14 @@ def carry_out(manifest: dict, out: Path) -> bool:
     # Not complete: verify and revert refuse it, and apply begins anew.
     write(out / MANIFEST, manifest)
     labels = Labels.of(manifest["labels"])
+    # Masks without a region are copied, so that the folder stands for the whole data set.
     for place, about in progress(manifest["masks"].items(), "masks"):
         write_new(out / place, Path(manifest["root"]) / about["original"], about["regions"], labels)
         about["after"] = file_sha256(out / place)
     # What a killed process was writing.
     for pattern in ("**/*.tmp", "*.tmp"):
         for file, _ in match(out, pattern):
+            # replace() writes NAME.PID.tmp and then renames it.
             if re.search(r"\.\d+\.tmp$", file.name):
                 file.unlink()
     write(out / MANIFEST, manifest | {"complete": True})
@@ -243,6 +276,7 @@ def write_new(path: Path, original: Path, regions: list[dict], labels: Labels) -
     """A mask with its regions changed, or a copy without any; files beside it are copied."""
     for file in beside(original):
         copy(file, path.with_name(file.name))
+    # Nothing to change: the same bytes, whatever form the file has.
     if not regions:
         copy(original, path)
         return
@@ -251,6 +285,7 @@ def write_new(path: Path, original: Path, regions: list[dict], labels: Labels) -
     def save(name):
         picture, options = repainted(original, ids, changed, labels)
         picture.save(name, **options)
+        # Read again before it gets its name: a lossy or too narrow form is found here.
         if not same_ids(name, original, ids, labels):
             raise BadInput(f"{original}: its form ({options['format']}, {picture.mode}) cannot "
                            "hold the new classes; save the masks as PNG of 8 bits, and correct "
@@ -266,6 +301,7 @@ def same_ids(path: str, original: Path, ids: np.ndarray, labels: Labels) -> bool
     except BadInput:
         return False
     seen = mask_beside(original, ids.shape, None)
+    # Under the original name its .msk hides pixels; the ids to compare with are those it leaves.
     if seen is not None:
         found[~seen] = IGNORE
     return np.array_equal(found, ids)
@@ -306,8 +342,10 @@ def repainted(path: Path, ids: np.ndarray, changed: np.ndarray, labels: Labels
                        "save the masks as PNG and correct dataset.json") from None
     values = labels.decode(ids[changed])  # (n,) ids or (n, 3) colours
     options = dict(format=image.format)
+    # Else one colour would become opaque, and what it hides a label.
     if "transparency" in image.info:
         options["transparency"] = image.info["transparency"]
+    # Lossless, and where the mask lies on the ground stays.
     if image.format == "TIFF":
         options["compression"] = "tiff_adobe_deflate"
         options["tiffinfo"] = {tag: image.tag_v2[tag] for tag in KEPT_TAGS if tag in image.tag_v2}
@@ -320,6 +358,7 @@ def repainted(path: Path, ids: np.ndarray, changed: np.ndarray, labels: Labels
         pixels = grey if labels.threshold is not None else raster.read()[..., 0]
     else:
         pixels = np.array(image)
+    # 1 band of greys, 2 with alpha, 3 of colours, 4 with alpha.
     bands = 1 if pixels.ndim == 2 else pixels.shape[2]
     if bands == 1:
         pixels[changed] = values
@@ -340,6 +379,7 @@ def repainted_indices(image: Image.Image, values: np.ndarray, changed: np.ndarra
     else:
         if values.ndim == 1:  # greys
             values = values[:, None].repeat(3, 1)
+        # Colours count, not indices: the colour of a class may have to be added to the palette.
         listed = [tuple(palette[i:i + 3]) for i in range(0, len(palette), 3)]
         colors, which = np.unique(values, axis=0, return_inverse=True)
         indices = []
@@ -400,6 +440,7 @@ def revert(out: Path, ids: list[int] | None) -> int:
     """Take back regions, or all; a mask without a changed region is the original, byte for byte."""
     manifest = read_manifest(out)
     labels = Labels.of(manifest["labels"])
+    # A mistyped number must not pass for "nothing to take back".
     known = set()
     for about in manifest["masks"].values():
         known.update(region["id"] for region in about["regions"])
@@ -421,6 +462,7 @@ def revert(out: Path, ids: list[int] | None) -> int:
         about["regions"] = [region for region in about["regions"] if region not in gone]
         for region in gone:
             region["reverted"] = time.strftime("%Y-%m-%dT%H:%M:%SZ", time.gmtime())
+        # What was taken back, and when, stays on record.
         about.setdefault("reverted", []).extend(gone)
         write_new(out / place, original, about["regions"], labels)
         about["after"] = file_sha256(out / place)
@@ -440,8 +482,34 @@ def verify(out: Path) -> list[str]:
                 faults.append(f"{file}: missing")
             elif file_sha256(file) != digest:
                 faults.append(f"{file}: changed since it was noted in {MANIFEST}")
+    # A picture that nobody noted would be taken for a mask by the pattern in dataset.json.
     known = {out / place for place in manifest["masks"]}
     for file, _ in match(out, "**/*"):
         if is_image(file) and file not in known:
             faults.append(f"{file}: not in {MANIFEST}")
     return [as_text(fault) for fault in faults]
+
+
+def before_review(source: Source, split: str) -> SegDataset | None:
+    """Images of a split whose masks apply has changed, with the masks they had; None without any.
+
+    After several reviews these are the masks of before the first one; what is gone is left out.
+    """
+    found = {}
+    for name, (image, mask, *tile) in source.files(split).items():
+        original = mask and original_of(mask)
+        # Copied into the new folder without a decision, a mask is the same bytes.
+        if original != mask and original.exists() and not filecmp.cmp(original, mask, False):
+            found[name] = (image, original, *tile)
+    if not found:
+        return None
+    return SegDataset(found, source.labels, "imagenet", **source.reading)
+
+
+def original_of(mask: Path) -> Path:
+    """The first mask of which reviews have made this one; itself, if it is of none."""
+    for folder in mask.parents:
+        about = masks_made_in(folder).get(mask.relative_to(folder).as_posix())
+        if about:
+            return original_of(Path(about["root"]) / about["original"])
+    return mask

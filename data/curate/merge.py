@@ -36,6 +36,7 @@ def read_map(path: str | Path | None, sources: list[Source]) -> Map:
     """{set: {its class: class of the merged set, or None}}, with an entry for every class."""
     given = read_json(path, dict[str, dict], "{set: {class: class}}") if path else {}
     sets = [source.name for source in sources]
+    # Names of sets are names of folders in the merged one.
     if len(set(sets)) < len(sets):
         raise BadInput(f"sets of the names {', '.join(sets)}; give each its own \"name\" in its "
                        "dataset.json")
@@ -44,6 +45,7 @@ def read_map(path: str | Path | None, sources: list[Source]) -> Map:
         raise BadInput(f"{path}: no set {min(unknown)!r}; there are {', '.join(sets)}")
     found = {}
     for source in sources:
+        # A class that the map leaves out keeps its name.
         own = {nfc(name): nfc(name) for name in source.names}
         for name, to in given.get(source.name, {}).items():
             if nfc(name) not in own:
@@ -67,6 +69,7 @@ def merged_classes(sources: list[Source], class_map: Map) -> tuple[list[dict], l
     names = list(colors)
     tables = []
     for source in sources:
+        # Read by id of the set: table[ids] are the merged ids, and what is ignored stays so.
         table = np.full(256, IGNORE, np.uint8)
         for i, to in enumerate(class_map[source.name].values()):
             if to is not None:
@@ -84,6 +87,7 @@ def check_alike(sources: list[Source]) -> None:
     for source in sources:
         for key in READING:
             ours, theirs = first.description.get(key), source.description.get(key)
+            # A missing entry is a difference, too: then it is 8 bits here and a range there.
             if ours != theirs:
                 raise BadInput(f"{source.root}: {key!r} is {theirs}, and {ours} in {first.root}; "
                                "one dataset.json cannot say both: convert the images of one set")
@@ -104,6 +108,7 @@ def items_of(source: Source) -> list[Item]:
             if not is_image(image):
                 raise BadInput(f"{image}: expected a file that ends like an image, such as .png or "
                                ".tif; convert it")
+            # Two sets may both have a 1.png.
             place = f"{source.name}/{folders[image]}{image.suffix}"
             items.append(Item(image, mask, split, place))
     return items
@@ -119,6 +124,7 @@ def link(image: Path, place: Path) -> None:
         kept = place.name if file.name.startswith(image.name) else place.stem
         pairs.append((file, place.with_name(kept + ending)))
     for file, new in pairs:
+        # Typed again, it finds its own links.
         if new.is_symlink() and os.readlink(new) == str(file):
             continue
         if os.path.lexists(new):
@@ -128,6 +134,7 @@ def link(image: Path, place: Path) -> None:
 
 def description_of(name: str, first: Source, classes: list[dict], splits: list[str]) -> dict:
     """dataset.json of the merged set, whose splits are listed in SPLIT.txt."""
+    # What all sets agree about, see check_alike().
     kept = {key: first.description[key] for key in READING if key in first.description}
     return {"name": name, "images": "images/**/*", "masks": "masks/**/*.png", "classes": classes,
             "ignore": [IGNORE], "scene": "images/([^/]*/[^/]*)/",

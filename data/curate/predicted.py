@@ -23,6 +23,7 @@ NEEDED = {"root": str, "split": str, "classes": list[str]}
 
 def curate_command(words: str) -> str:
     """What starts this program, from the folder where the user stands."""
+    # "python -m" finds the program from its own folder only.
     if Path.cwd() == PROJECT:
         return f"python -m data.curate {words}"
     return f"{script_command('data/curate')} {words}"
@@ -45,6 +46,7 @@ def read_index(folder: str | Path, need: str) -> dict:
         raise BadInput(f"{path}: no such file; write it with: {EVAL} {folder}")
     index = read_json(path)
     for key in (*NEEDED, need):
+        # A file cut off or written by hand stops here, and not in the middle of a search.
         if key not in index or key in NEEDED and type(index[key]) is not type(NEEDED[key]()):
             raise BadInput(f"{path}: no {key!r}, or no such value; write it anew with: "
                            f"{EVAL} {folder} --features {folder}")
@@ -57,6 +59,7 @@ def open_source(about: dict, root: str | None = None) -> Source:
                     cache="off", need=())
     if about.get("reading"):  # in numbers, as the run has read the images
         source.reading = about["reading"]
+    # One name may be stored as different bytes: an accent may be a sign of its own.
     source.names = [nfc(name) for name in source.names]
     known = sorted(map(nfc, about["classes"]))
     if sorted(source.names) != known:
@@ -95,6 +98,7 @@ class Predicted:
     def add(self, folder: Path, index: dict, about: dict) -> None:
         """Takes note of the files of one more folder."""
         for key in ("root", "variant"):
+            # The mean over two data sets would be of different pictures with equal names.
             if index.get(key) != about.get(key):
                 raise BadInput(f"{folder}/index.json: {key} is {index.get(key)}, and "
                                f"{about.get(key)} in the first folder; expected one data set")
@@ -114,6 +118,7 @@ class Predicted:
         """{run: how many of its images in its own folder of probabilities it was trained on}."""
         found = {}
         for index in self.indexes.values():
+            # The run folder may be gone; then only the name of the split can tell.
             file = Path(str(index.get("run"))) / "split.json"
             own = set(index["images"])
             seen = own if index["split"] == "train" else set()
@@ -128,6 +133,7 @@ class Predicted:
         found = []
         for file, bands in self.maps[name]:
             raster = open_raster(file)
+            # Files of an earlier run, or of images cut anew, would be of other pixels.
             expected = *size, len(bands)
             if raster.shape != expected or raster.dtype != np.uint8:
                 raise BadInput(f"{file}: {raster.dtype} of shape {raster.shape}; expected uint8 of "
@@ -140,6 +146,7 @@ class Predicted:
         _, labels = read_sample(self.source, name)
         H, W = labels.shape
         rasters = self.open_maps(name, (H, W))
+        # Strips: of a scene of 20,000 x 20,000 pixels all classes at once would be gigabytes.
         for top in range(0, H, ROWS):
             rows = labels[top:top + ROWS]
             total = 0

@@ -21,6 +21,7 @@ from .predicted import Predicted, curate_command, data_flags, open_source, read_
 
 def make_folds(args) -> None:
     """Split files, and the commands that train and score by them."""
+    # Masks are not read for this, so nothing is worth caching.
     source = Source(args.dataset, args.root, args.variant, cache="off", need=("train",))
     out = Written(args.out, args.overwrite)
     splits = folds.fold_splits(source, args.number, args.seed)
@@ -34,14 +35,17 @@ def make_folds(args) -> None:
 
 def find_suspects(args) -> None:
     """suspects.csv, suspects.json, images.csv and suspects.png of one or more models."""
+    # Written keeps a list of what it wrote, and replaces nothing else without --overwrite.
     out = Written(args.out or Path(args.folders[0]) / "suspects", args.overwrite)
     files = ["suspects.csv", "suspects.json", "images.csv", "suspects.png"]
     out.check(files)
     predicted = Predicted(args.folders, args.root)
+    # Not refused: a model that has not learned by heart still finds much.
     for run, images in predicted.trained_on().items():
         print(f"WARNING: {run} was trained on {images} of these images, and may have learned their "
               f"errors; ask models that have not: "
               f"{curate_command(f'folds {quote(str(predicted.source.root))} --out FOLDER')}")
+    # All images are read twice: first how sure is sure, then who is surer than that.
     sure = suspects.thresholds(predicted)
     found = suspects.find_suspects(predicted, sure)
     rows = suspects.as_rows(found.regions, predicted.names)
@@ -62,6 +66,7 @@ def make_page(args) -> None:
     out.check(["review.html"])
     found = review.read_suspects(args.suspects)
     source = open_source(found, args.root)
+    # Cut from the data set now, which must still have the labels that were searched.
     page = review.page_of(found, source, args.limit, args.controls, args.seed)
     if not page["items"]:
         raise BadInput(f"{args.suspects}: no suspect regions; there is nothing to review")
@@ -71,17 +76,20 @@ def make_page(args) -> None:
     regions = len(page["items"]) - planted
     size = f"{len(text) / 1e6:.1f} MB"
     print(f"wrote {out.folder}/review.html ({size}): {regions} regions, {planted} controls; "
-          "open it in a browser, decide, save decisions.json, then type: "
-          f"{curate_command('apply decisions.json --out NEWMASKS')}")
+          "open it in a browser, decide, save decisions.json, then type, with the path where the "
+          f"browser has saved it: {curate_command('apply decisions.json --out NEWMASKS')}")
 
 
 def apply_decisions(args) -> None:
     """A new folder of masks, and what to write into dataset.json."""
     decisions = masks.read_decisions(args.decisions)
     source = open_source(decisions, args.root)
+    # Everything that can be refused is refused here, before a file is written.
     manifest = masks.plan(decisions, source, args.out, args.including_heldout)
+    print(masks.overview(decisions))
     for line in masks.summary(manifest):
         print(line)
+    # How far the decisions can be trusted, in the reviewer's own answers.
     controls = decisions.get("controls")
     if isinstance(controls, dict) and controls.get("answered"):
         print(f"reviewer {decisions.get('reviewer')}: {controls.get('wrong')} of "
@@ -89,12 +97,14 @@ def apply_decisions(args) -> None:
     if args.dry_run:
         print("nothing was written; leave --dry-run out to write")
         return
+    # Typed twice it must not undo what revert has taken back since.
     if not masks.carry_out(manifest, args.out):
         print(f"{args.out}: written already by these decisions; nothing to do")
         return
     print(f"wrote {args.out}/: {len(manifest['masks'])} masks and manifest.json")
     patterns = masks.new_patterns(source, args.out)
     value = json.dumps(patterns[0] if len(patterns) == 1 else patterns, ensure_ascii=False)
+    # Only data.check writes dataset.json, so the user is told what to put into it.
     if source.kind == "folder":
         print(f'to train on them, write into {source.root}/dataset.json:  "masks": {value}')
     else:
@@ -129,11 +139,13 @@ def choose_next(args) -> None:
     if pool.index:
         files.append("next.png")
     out.check(files)
+    # An image like one that has a label teaches little: distances start from those.
     labelled = None
     if args.labelled:
         rows = choice.read_features(args.labelled, read_index(args.labelled, "features"))
         labelled = np.stack(list(rows.values()))
     doubt, features = choice.entropies(pool)
+    # Shares of the classes say what an image shows, features how it looks.
     if pool.features is not None:
         features = pool.features
     else:
@@ -162,6 +174,7 @@ def write_stats(args) -> None:
     out = Written(args.out, args.overwrite)
     files = ["shares.csv", "stats.json", "stats.png"]
     out.check(files)
+    # By the masks alone; no image is opened.
     counted = counted_classes(args)
     found = shares.summary(counted)
     out.write("shares.csv", shares.csv_table(counted))
@@ -177,6 +190,7 @@ def filter_images(args) -> None:
     """split.json without some training images, and record.json that names them."""
     out = Written(args.out, args.overwrite)
     out.check(["split.json", "record.json"])
+    # A split file, not other files: nothing is moved or deleted.
     splits, removed = shares.without(counted_classes(args), args.name, args.at_most)
     out.write("split.json", splits)
     out.write("record.json", dict(root=str(args.root), at_most={args.name: args.at_most},
@@ -206,6 +220,7 @@ def cut_tiles(args) -> None:
         raise BadInput(f"--side {args.side} --overlap {args.overlap}: expected an overlap from 0 "
                        "to less than the side")
     source = Source(args.dataset, args.root, args.variant, cache="off", need=())
+    # There the patterns of the data set could find the tiles as images of its own.
     if args.out.resolve().is_relative_to(source.root):
         raise BadInput(f"--out {args.out}: lies in the data set; name a folder outside of "
                        f"{source.root}")
@@ -217,12 +232,14 @@ def cut_tiles(args) -> None:
     names = {split: [] for split in source.splits}
     rows = []
     for image, splits in progress(homes.items(), "images"):
+        # check_sides() has made sure that an image is in one split.
         (split, name), = splits.items()
         mask = source.pairs[name][1]
         stem = image.relative_to(source.root).as_posix()
         for tile in tiles.tiles_of_scene(source, image, mask, args.side, args.overlap):
             top, left, h, w = tile.window
             place = f"{folders[image]}/{top}_{left}"
+            # In the tags of the TIFF: where a tile is from, even when it is alone.
             info = {"SOURCE": stem, "SOURCE_WINDOW": f"{top} {left} {h} {w}"}
             out.replace(f"images/{place}.tif", partial(tiles.save_image, tile=tile, info=info))
             if tile.ids is not None:
@@ -233,6 +250,7 @@ def cut_tiles(args) -> None:
     for split, listed in names.items():
         out.write(f"{split}.txt", "".join(f"{name}\n" for name in listed))
     out.write("tiles.csv", tiles.tile_table(rows))
+    # Last: a folder without it is no data set yet, should this be killed.
     out.write("dataset.json", tiles.description_of(source, list(names)))
     print(f"{len(rows)} tiles of {len(homes)} images in {out.folder}/; now type: "
           f"{check_command(out.folder)}")
@@ -247,6 +265,7 @@ def merge_sets(args) -> None:
     colors = np.array([parse_color(c["color"]) for c in classes], np.uint8)
     out = Written(args.out, args.overwrite)
     out.check(["dataset.json", "merge.json"])
+    # Masks are written anew because ids differ between sets; images are large and only linked.
     splits = {}
     for source, table in zip(sources, tables):
         for item in progress(merge.items_of(source), source.name):
@@ -256,6 +275,7 @@ def merge_sets(args) -> None:
             splits.setdefault(item.split, []).append(f"images/{item.place}")
     for split, listed in splits.items():
         out.write(f"{split}.txt", "".join(f"{name}\n" for name in listed))
+    # Which descriptions were merged: a later change of one shows by its sha256.
     sets = {}
     for source in sources:
         description = file_sha256(source.root / "dataset.json")

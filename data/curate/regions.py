@@ -22,6 +22,7 @@ def check_region(row: dict, where: str | Path, **more: type) -> None:
         raise BadInput(f"{where}: a region is {reprlib.repr(row)}; expected {', '.join(fields)}")
     for key, kind in fields.items():
         value = row.get(key)
+        # These numbers index arrays later: a box is (top, left, height, width).
         if not fits(value, kind) or key == "box" and (len(value) != 4 or min(value) < 0):
             raise BadInput(f"{where}: {key!r} of a region is {reprlib.repr(value)}; expected a "
                            "file that suspects, or the page of review, has written")
@@ -29,6 +30,7 @@ def check_region(row: dict, where: str | Path, **more: type) -> None:
 
 def to_runs(inside: np.ndarray) -> list[int]:
     """(h, w) bool -> lengths of its runs, the first one of pixels outside, which may be 0."""
+    # A region of a thousand pixels is some dozen numbers so, instead of a picture.
     flat = inside.ravel()
     changes = np.flatnonzero(flat[1:] != flat[:-1]) + 1
     edges = [0, *changes.tolist(), flat.size]
@@ -40,6 +42,7 @@ def to_runs(inside: np.ndarray) -> list[int]:
 def from_runs(runs: list[int], size: tuple[int, int]) -> np.ndarray:
     """Lengths of runs -> (h, w) bool. Lengths that are not of such a region are a BadInput."""
     h, w = size
+    # bool is an int in Python, but no length.
     whole = all(type(n) is int and n >= 0 for n in runs)
     if not whole or sum(runs) != h * w:
         raise BadInput(f"a region of {h} x {w} pixels with runs of {sum(runs)}; expected {h * w}")

@@ -5,13 +5,18 @@
 // Keys of the classes in order. a, b, c, i, s, u and the space bar mean something else.
 const KEYS = "1234567890defghjklmnopqrtvwxyz";
 
+// The class that a region has in A or in B.
+function classOf(item, side) {
+  return side === item.labelIs ? item.label : item.proposed;
+}
+
 // What an answer means: "a" or "b" (which of them is the label is drawn at random for each region),
 // "skip", "ignore", or "class:NAME".
 function verdict(item, answer) {
   if (answer === "skip") return { verdict: "skip", class: null };
   if (answer === "ignore") return { verdict: "other", class: null };
   const named = answer.startsWith("class:");
-  const chosen = named ? answer.slice(6) : answer === item.labelIs ? item.label : item.proposed;
+  const chosen = named ? answer.slice(6) : classOf(item, answer);
   if (chosen === item.label) return { verdict: "keep", class: chosen };
   if (chosen === item.proposed) return { verdict: "accept", class: chosen };
   return { verdict: "other", class: chosen };
@@ -46,8 +51,9 @@ function exported(page, state) {
     decisions.push({ id, image, box, runs, label, proposed, ...verdict(item, answer.answer),
                      reviewer: answer.reviewer, time: answer.time });
   });
+  const open = page.items.filter((item, i) => !item.control && !state.answers[i]).length;
   return { ...page.about, reviewer: state.reviewer, controls: controlResult(page.items, state.answers),
-           decisions };
+           open, decisions };
 }
 
 // The next region without an answer, in the order of the page; -1 where all have one.
@@ -92,7 +98,8 @@ function start(page) {
   let shown = -1; // index of the region
   let layer = "a";
   let bare = false; // the image alone
-  let view = null;
+  let view = null; // where the picture lies on the screen; null: fitted when it is drawn
+  let lines = []; // the outline of the region
   let dragged = null;
   const pictures = new Map(); // of the region shown and the next one only
 
@@ -132,6 +139,8 @@ function start(page) {
     layer = "a";
     bare = false;
     view = null;
+    // Once a region, not once a frame: a large one has a hundred thousand pixels.
+    lines = page.items[i] ? outline(page.items[i].runs, page.items[i].box) : [];
     const following = page.items.findIndex((item, j) => j > i && !state.answers[j]);
     for (const j of [...pictures.keys()]) if (j !== i && j !== following) pictures.delete(j);
     load(i);
@@ -147,24 +156,30 @@ function start(page) {
     const item = page.items[shown];
     byId("place").textContent = item ? `${item.image}, row ${item.box[0]}, column ${item.box[1]}` : "";
     byId("result").textContent = item ? "" : ended();
+    byId("shown").textContent = item ? described(item) : "";
     for (const button of byId("choices").children) {
       const answer = button.dataset.answer;
       button.disabled = answer === "undo" ? !state.order.length : !item;
       button.classList.toggle("shown", Boolean(item) && !bare && answer === layer);
       if (item && (answer === "a" || answer === "b")) {
-        const name = (answer === item.labelIs) ? item.label : item.proposed;
+        const name = classOf(item, answer);
         caption(button, answer, `${answer.toUpperCase()} is right: ${name}`, page.colors[name]);
       }
     }
     draw();
   }
 
+  // What lies over the image, for eyes that stay there.
+  function described(item) {
+    return bare ? "image alone" : `${layer.toUpperCase()}: ${classOf(item, layer)}`;
+  }
+
   function ended() {
     const { answered, wrong, low, high } = controlResult(page.items, state.answers);
     const percent = (share) => `${(100 * share).toFixed(1)} %`;
-    if (!answered) return "All decided. No controls: your error rate is not known.";
+    if (!answered) return "All decided. No controls: your error rate is not known. Now save.";
     return `All decided. Of ${answered} controls, whose labels were known, ${wrong} were answered wrongly: ` +
-      `error rate ${percent(wrong / answered)}, 95 % interval ${percent(low)} to ${percent(high)}.`;
+      `error rate ${percent(wrong / answered)}, 95 % interval ${percent(low)} to ${percent(high)}. Now save.`;
   }
 
   function draw() {
@@ -189,7 +204,6 @@ function start(page) {
       context.globalAlpha = 1;
     }
     // Dark below bright: one of them differs from any ground.
-    const lines = outline(item.runs, item.box);
     for (const [color, thick] of [["black", 4], ["#ffee00", 2]]) {
       context.strokeStyle = color;
       context.lineWidth = thick / view.scale;
@@ -251,6 +265,7 @@ function start(page) {
   function choice(key, answer, text, color) {
     const button = document.createElement("button");
     button.dataset.answer = answer;
+    button.className = answer === "a" || answer === "b" ? "wide" : "";
     caption(button, key, text, color);
     button.onclick = () => {
       button.blur(); // or the space bar would press it again
@@ -262,22 +277,29 @@ function start(page) {
 
   choice("a", "a", "A is right");
   choice("b", "b", "B is right");
-  choice("s", "skip", "skip: cannot be told");
+  choice("s", "skip", "cannot tell");
   choice("u", "undo", "undo");
   page.classes.forEach((name, i) => choice(KEYS[i] || "", `class:${name}`, name, page.colors[name]));
   if (page.ignore) choice("i", "ignore", "no class: ignore");
 
   document.addEventListener("keydown", (event) => {
     if (event.target === byId("reviewer") || event.ctrlKey || event.metaKey || event.altKey) return;
-    if (event.key === " ") {
+    // With caps lock, too.
+    const key = event.key.toLowerCase();
+    // A key held down repeats itself: nobody has looked at the regions that it would decide.
+    if (event.repeat && (key === " " || key === "c" || byKey.has(key))) {
+      event.preventDefault();
+      return;
+    }
+    if (key === " ") {
       layer = layer === "a" ? "b" : "a";
       bare = false;
       refresh();
-    } else if (event.key === "c") {
+    } else if (key === "c") {
       bare = !bare;
       refresh();
-    } else if (byKey.has(event.key)) {
-      decide(byKey.get(event.key));
+    } else if (byKey.has(key)) {
+      decide(byKey.get(key));
     } else {
       return;
     }
@@ -290,7 +312,10 @@ function start(page) {
   byId("reviewer").onkeydown = (event) => {
     if (event.key === "Enter") event.target.blur();
   };
-  byId("save").onclick = save;
+  byId("save").onclick = () => {
+    byId("save").blur(); // or the space bar would save again
+    save();
+  };
   canvas.addEventListener("wheel", (event) => {
     event.preventDefault();
     if (view) view = zoomed(view, Math.exp(-event.deltaY / 400), event.offsetX, event.offsetY);

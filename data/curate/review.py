@@ -48,6 +48,7 @@ def read_suspects(path: str | Path) -> dict:
 
 def page_of(suspects: dict, source: Source, limit: int, controls: int, seed: int) -> dict:
     """All that the page shows: the `limit` most suspect regions and so many controls, shuffled."""
+    # By score, the reviewer would soon learn that the first ones are always wrong.
     rng = np.random.default_rng(seed)
     regions = [dict(region, control=False) for region in suspects["regions"][:limit]]
     planted = [dict(region, control=True) for region in suspects["controls"]]
@@ -58,10 +59,16 @@ def page_of(suspects: dict, source: Source, limit: int, controls: int, seed: int
     # Half of them each, so that a reviewer who always says A is right half of the time.
     for item, side in zip(items, rng.permutation(len(items)) % 2):
         item["labelIs"] = "ab"[side]
-    items = in_threads(lambda item: with_pictures(item, source), items, "pictures")
+    # Cut out here: the browser needs no other file. Each image is read once, since a large one
+    # takes seconds.
+    by_image = {}
+    for item in items:
+        by_image.setdefault(item["image"], []).append(item)
+    in_threads(lambda group: add_pictures(group, source), list(by_image.values()), "images")
 
     about = {key: suspects.get(key) for key in KEPT}
     about |= {"suspects": suspects["sha256"], "seed": seed}
+    # The name under which a browser keeps progress: another page must not take it over.
     drawn = json.dumps([suspects["sha256"], limit, controls, seed])
     colors = [color_text(color) for color in source.labels.colors]
     return dict(
@@ -70,29 +77,33 @@ def page_of(suspects: dict, source: Source, limit: int, controls: int, seed: int
         ignore=source.labels.void is not None, items=items)
 
 
-def with_pictures(item: dict, source: Source) -> dict:
-    """A region and its surroundings: image, and labels A and B, as data URLs."""
-    if item["image"] not in source.pairs:
-        raise BadInput(f"{source.root}: no image {item['image']!r}, which is in suspects.json; "
-                       "search suspects again")
-    image, labels = read_sample(source, item["image"])
-    size = tuple(item["box"][2:])
-    inside = from_runs(item["runs"], size)
-    place = part(item["box"])
-    label, proposed = (source.names.index(item[key]) for key in ("label", "proposed"))
-    there = proposed if item["control"] else label  # the label of a control is altered here
-    if labels[place].shape != size or not (labels[place][inside] == there).all():
-        raise BadInput(f"{source.pairs[item['image']][1]}: other labels than when suspects were "
-                       "searched; search them again: python -m data.curate suspects")
-    around = surroundings(item["box"], labels.shape)
-    urls = {"picture": picture_url(image[part(around)])}
-    by_class = {"label": label, "proposed": proposed}
-    other = "b" if item["labelIs"] == "a" else "a"
-    # The same surroundings in both: only the region differs.
-    for layer, key in ((item["labelIs"], "label"), (other, "proposed")):
-        labels[place][inside] = by_class[key]
-        urls[layer] = mask_url(labels[part(around)], source.labels.colors)
-    return item | urls | {"around": around}
+def add_pictures(items: list[dict], source: Source) -> None:
+    """To each region of one image its surroundings: image, and labels A and B, as data URLs."""
+    name = items[0]["image"]
+    if name not in source.pairs:
+        raise BadInput(f"{source.root}: no image {name!r}, which is in suspects.json; search "
+                       "suspects again")
+    image, labels = read_sample(source, name)
+    for item in items:
+        # Regions are boxes in the image, with runs of pixels inside of the box.
+        size = tuple(item["box"][2:])
+        inside = from_runs(item["runs"], size)
+        place = part(item["box"])
+        label, proposed = (source.names.index(item[key]) for key in ("label", "proposed"))
+        there = proposed if item["control"] else label  # the label of a control is altered here
+        if labels[place].shape != size or not (labels[place][inside] == there).all():
+            raise BadInput(f"{source.pairs[name][1]}: other labels than when suspects were "
+                           "searched; search them again: python -m data.curate suspects")
+        around = surroundings(item["box"], labels.shape)
+        urls = {"picture": picture_url(image[part(around)])}
+        by_class = {"label": label, "proposed": proposed}
+        other = "b" if item["labelIs"] == "a" else "a"
+        # The same surroundings in both: only the region differs.
+        for layer, key in ((item["labelIs"], "label"), (other, "proposed")):
+            labels[place][inside] = by_class[key]
+            urls[layer] = mask_url(labels[part(around)], source.labels.colors)
+        labels[place][inside] = there  # as it was, for the next region
+        item.update(urls, around=around)
 
 
 def picture_url(pixels: np.ndarray) -> str:
@@ -111,6 +122,7 @@ def shrunk(picture: Image.Image) -> Image.Image:
     if scale >= 1:
         return picture
     wide, high = (max(1, round(scale * side)) for side in picture.size)
+    # Class ids must not be mixed; colours of the image should be.
     return picture.resize((wide, high), Image.NEAREST if picture.mode == "P" else Image.BOX)
 
 
@@ -127,6 +139,7 @@ def html(page: dict) -> str:
     data = json.dumps(page)
     for sign in "<>&":
         data = data.replace(sign, f"\\u{ord(sign):04x}")
+    # One file can be mailed to a reviewer, and opens where there is no network.
     text = (FOLDER / "review.html").read_text("utf-8")
     script = (FOLDER / "review.js").read_text("utf-8")
     before, between, after = re.split("@DATA@|@SCRIPT@", text)

@@ -42,6 +42,7 @@ def count_classes(source: Source) -> Counted:
     if not splits:
         raise BadInput(f"{source.root}: no image with a mask is in a split; nothing to count")
     k = len(source.names)
+    # Each mask is read once, however many tiles are cut from it.
     members = {}  # {mask: images}; tiles share one
     for name in splits:
         mask = source.pairs[name][1]
@@ -60,6 +61,7 @@ def count_classes(source: Source) -> Counted:
 def shares_of(pixels: np.ndarray) -> np.ndarray:
     """(..., K + 1) pixels -> (..., K) shares of the labelled ones; 0 where nothing is labelled."""
     classes = pixels[..., :-1]
+    # Ignored pixels are no part of the whole: shares add up to 1.
     return classes / np.maximum(classes.sum(-1, keepdims=True), 1)
 
 
@@ -81,6 +83,7 @@ def by_name(counted: Counted, values: np.ndarray) -> dict:
 
 def summary(counted: Counted) -> dict:
     """stats.json: shares per split and of all, images where two classes meet, rare classes."""
+    # Does the class occur in the image? int64, for the product below.
     there = (counted.rows[:, :-1] > 0).astype(np.int64)
     splits = {}
     for split in dict.fromkeys(counted.splits.values()):
@@ -94,6 +97,7 @@ def summary(counted: Counted) -> dict:
         most_first = np.argsort(-counted.rows[:, c], kind="stable")[:there[:, c].sum()]
         rare[counted.source.names[c]] = [counted.images[i] for i in most_first]
     together = {}
+    # (K, N) @ (N, K): in how many images both classes occur.
     for name, row in zip(counted.source.names, there.T @ there):
         together[name] = by_name(counted, row)
     return dict(dataset=counted.source.name, root=str(counted.source.root),
@@ -137,6 +141,7 @@ def class_numbers(counted: Counted, names: list[str]) -> list[int]:
 def without(counted: Counted, name: str, limit: float
             ) -> tuple[dict[str, list[str]], dict[str, float]]:
     """The splits without training images of which the class is more than `limit`; their shares."""
+    # Val and test are left alone: their scores must stay comparable.
     c, = class_numbers(counted, [name])
     shares = shares_of(counted.rows)[:, c]
     removed = {}
@@ -152,6 +157,7 @@ def without(counted: Counted, name: str, limit: float
 
 def with_at_least(counted: Counted, names: list[str], share: float) -> list[str]:
     """Training images in which one of the classes has at least `share` of the labels."""
+    # Only training images are ever repeated.
     train = [image for image in counted.images if counted.splits[image] == "train"]
     rows = counted.of_split("train")[:, :-1]
     found = [train[i] for i in rich(rows, class_numbers(counted, names), share)]

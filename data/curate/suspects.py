@@ -71,6 +71,7 @@ class Opinion(NamedTuple):
 
 def label_probability(labels: np.ndarray, p: np.ndarray) -> np.ndarray:
     """(h, w) ids, (K, h, w) probabilities -> (h, w): that of the label, of class 0 if ignored."""
+    # IGNORE is no index of a class; whoever calls this leaves those pixels out.
     ids = np.where(labels == IGNORE, 0, labels)
     return np.take_along_axis(p, ids[None].astype(np.int64), 0)[0]
 
@@ -80,6 +81,7 @@ def thresholds(predicted: Predicted) -> np.ndarray:
     k = len(predicted.names)
 
     def measure(name):
+        # Row 0: sums of probabilities. Row 1: pixels.
         total = np.zeros((2, k))
         for labels, p in predicted.strips(name):
             known = labels != IGNORE
@@ -99,11 +101,13 @@ def opinion(predicted: Predicted, name: str, sure: np.ndarray) -> Opinion:
     weighted = weights = 0.0
     for labels, p in predicted.strips(name):
         likeliest = p.argmax(0).astype(np.uint8)
+        # What the models think, whatever the label says.
         confidence = p.max(0)
         known = labels != IGNORE
         own = label_probability(labels, p)
         agrees = known & (likeliest == labels) & (confidence >= sure[likeliest])
         strips.append((labels, likeliest, confidence, own, agrees))
+        # The least likely labels weigh most: a few wrong ones count in an image of thousands.
         weight = np.exp((1 - own[known]) / TEMPERATURE, dtype=np.float64)
         weighted += (weight * own[known]).sum()
         weights += weight.sum()
@@ -132,6 +136,7 @@ def regions_of(name: str, seen: Opinion, sure: np.ndarray) -> list[Region]:
 
     found = []
     for start, area in zip(first, areas):
+        # Single pixels along borders are many, and nobody can say what they are.
         if area < SMALLEST:
             continue
         rows = y[start:start + area]
@@ -140,6 +145,7 @@ def regions_of(name: str, seen: Opinion, sure: np.ndarray) -> list[Region]:
         box = [int(v) for v in (top, left, rows.max() - top + 1, columns.max() - left + 1)]
         inside = parts[part(box)] == numbers[start]
         p = confidence[rows, columns]
+        # The mean log of how many times likelier the proposal is than the label.
         evidence = np.log(p / np.maximum(of_label[rows, columns], LEAST)).mean()
         label = int(labels[rows[0], columns[0]])
         proposed = int(likeliest[rows[0], columns[0]])
@@ -157,6 +163,7 @@ def controls_of(name: str, seen: Opinion, regions: list[Region]) -> list[Region]
     rng = np.random.default_rng(zlib.crc32(as_bytes(name)))
     H, W = seen.labels.shape
     found = []
+    # Shaped as suspects are, controls cannot be told from them.
     for i in rng.permutation(len(regions)):
         region = regions[i]
         _, _, h, w = region.box
@@ -166,6 +173,7 @@ def controls_of(name: str, seen: Opinion, regions: list[Region]) -> list[Region]
             labels = seen.labels[part(box)][inside]
             if seen.agrees[part(box)][inside].all() and (labels == labels[0]).all():
                 right = int(labels[0])
+                # Of the two classes of the suspect region one at least is not the right one.
                 wrong = region.label if region.label != right else region.proposed
                 mean = float(seen.confidence[part(box)][inside].mean())
                 found.append(region._replace(box=box, label=wrong, proposed=right,
@@ -200,6 +208,7 @@ def find_suspects(predicted: Predicted, sure: np.ndarray) -> Suspects:
 
 def about(predicted: Predicted, sure: np.ndarray) -> dict:
     """What suspects.json says besides the regions: enough to open the data set again."""
+    # Which models said so: apply keeps it beside the masks.
     models = []
     for folder, index in predicted.indexes.items():
         models.append(dict(folder=str(folder), run=index.get("run"), weights=index.get("weights"),
@@ -246,6 +255,7 @@ def images_csv(found: Suspects) -> str:
 def surroundings(box: list[int], size: tuple[int, int]) -> list[int]:
     """A box around a region that shows what lies beside it, within an image of `size` (H, W)."""
     top, left, h, w = box
+    # Without its surroundings nobody knows a roof from a car park.
     margin = max(MARGIN, max(h, w) // 2)
     bottom = min(size[0], top + h + margin)
     right = min(size[1], left + w + margin)
@@ -265,6 +275,7 @@ def sheet(predicted: Predicted, regions: list[Region]) -> plots.Picture:
     for number, region in enumerate(regions[:SHOWN], 1):
         image, labels = read_sample(source, region.image)
         around = part(surroundings(region.box, labels.shape))
+        # As the label would be if the proposal were accepted.
         proposal = labels.copy()
         inside = from_runs(region.runs, tuple(region.box[2:]))
         proposal[part(region.box)][inside] = region.proposed

@@ -36,6 +36,7 @@ class Tile(NamedTuple):
 
 def homes_of(source: Source) -> dict[Path, dict[str, str]]:
     """{image file: {split: a name in it}}; with "tiles" in dataset.json it has many names."""
+    # An image may be in several splits by its parts, which check_sides() refuses.
     homes = defaultdict(dict)
     for split, names in source.splits.items():
         for name in names:
@@ -52,6 +53,7 @@ def check_sides(source: Source) -> None:
             raise BadInput(f"{image}: parts of it are in {' and '.join(splits)}, so tiles that "
                            "overlap would be on both sides; put whole images into each split, in "
                            '"splits" of dataset.json')
+        # Two files may show one place, as neighbouring sheets of a survey do.
         place = footprint(image)
         if place:
             system, *box = place
@@ -74,6 +76,7 @@ def folders_of(source: Source) -> dict[Path, str]:
             names.setdefault(source.pairs[name][0], name)
     scenes = scenes_of(list(names.values()), source.description.get("scene"))
     folders = {}
+    # "a/b" and "a-b" would become one folder.
     taken = {}
     for image, name in names.items():
         stem = image.relative_to(source.root).with_suffix("").as_posix()
@@ -96,6 +99,7 @@ def flat(name: str) -> str:
 
 def starts(length: int, side: int, overlap: int) -> list[int]:
     """Where tiles begin: the last one ends at the border, so that all are whole."""
+    # An image smaller than a tile is one tile of its own size.
     last = max(0, length - side)
     return sorted({*range(0, last, side - overlap), last})
 
@@ -104,6 +108,7 @@ def moved(georef: Georef | None, top: int, left: int) -> Georef | None:
     """Where the part of an image lies that begins at this row and column."""
     if georef is None or georef.transform is None:
         return None
+    # Affine: x = a * column + b * row + c, y = d * column + e * row + f.
     a, b, c, d, e, f = georef.transform
     # The tags that place the whole scene would count before the transform.
     keys = {tag: values for tag, values in georef.keys.items() if tag not in MODEL_TAGS}
@@ -119,6 +124,7 @@ def tiles_of_scene(source: Source, image: Path, mask: Path | None, side: int, ov
     if raster.indexed or raster.dtype not in (np.uint8, np.uint16):
         kind = "a palette" if raster.indexed else raster.dtype
         raise BadInput(f"{image}: {kind}; tiles are written of uint8 and uint16 bands; convert it")
+    # All bands go along, so that others can be chosen later.
     asked = source.reading["bands"] or []
     wanted = [*range(1, bands + 1)]
     if raster.alpha == bands and bands not in asked:
@@ -134,12 +140,14 @@ def tiles_of_scene(source: Source, image: Path, mask: Path | None, side: int, ov
         ids = None
         if labels is not None:
             ids = part_of(labels, strip).copy()
+            # Where the image has no data the tile must not have a label.
             _, valid = stored_colours(image, source.reading["bands"], strip)
             if valid is not None:
                 ids[~valid] = IGNORE
         for left in starts(W, side, overlap):
             columns = slice(left, left + min(side, W))
             own = None if ids is None else ids[:, columns]
+            # Nothing can be learned from it.
             if own is not None and (own == IGNORE).all():
                 continue
             window = top, left, strip[2], columns.stop - left
