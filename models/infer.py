@@ -333,7 +333,7 @@ def examples(net: nn.Module, data: Dataset, window: dict, n: int) -> list[tuple]
     rows = []
     for i in even_sample(range(len(data)), n):
         image, mask = data.read(i)
-        strips = slide_down(net, as_tensor(image), **window, norm=data.norm)
+        strips = slide_down(net, as_tensor(image.copy()), **window, norm=data.norm)
         rows.append((image, mask, ids_of(strips).cpu().numpy(), data.names[i]))
     return rows
 

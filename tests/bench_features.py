@@ -83,7 +83,8 @@ def speed(folder, arch, crop, rounds, images):
             began = time.perf_counter()
             for _, missing, told in features.first_batches(net, kept, None, BATCH, amp, 100 * images, 0):
                 features.fill(net, kept, missing, BATCH, amp, 0)
-            print(f"{arch} at {crop}, {images} images\n{told}\n         filled in {time.perf_counter() - began:.1f} s", flush=True)
+            print(f"{arch} at {crop}, {images} images\n{told}")
+            print(f"         filled in {time.perf_counter() - began:.1f} s", flush=True)
         best = {}
         for _ in range(rounds):  # in turns: a busy machine slows all
             for how in ("fp32", "own", "kept"):
@@ -137,7 +138,7 @@ def main():
     p = argparse.ArgumentParser()
     p.add_argument("--arch", nargs="+", default=list(SIZES), choices=list(SIZES))
     p.add_argument("--rounds", type=int, default=2)
-    p.add_argument("--images", type=int, default=EPOCH, help="fewer on a busy machine: times are scaled to an epoch of 32")
+    p.add_argument("--images", type=int, default=EPOCH, help="fewer on a busy machine: times are scaled to 32")
     p.add_argument("--weights", help="a file or run whose ViT is frozen: accuracy by views in place of speed")
     p.add_argument("--head", default="linear", choices=sorted(HEADS))
     p.add_argument("--steps", type=int, default=400)

@@ -168,7 +168,8 @@ def test_a_flag_means_the_same_in_all_scripts(monkeypatch):
     # A trained model brings its own values, which eval and predict take by default.
     # eval.py writes the file that train_kd.py reads, and features; train_cls.py chooses among them.
     assert differ(SCRIPTS) == differ(training) | {
-        "--weights", "--amp", "--difficulty", "--features", "--probabilities"}
+        "--weights", "--amp", "--difficulty", "--features", "--probabilities",
+        "--compile"}  # of a training step, or of a long prediction
 
 
 @pytest.mark.parametrize("file", MODULES, ids=name_of)
