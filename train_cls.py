@@ -34,10 +34,10 @@ from data.samplers import StepSampler
 from data.scenes import Scenes, augment_scenes, prepare
 from models import checkpoint, nets, run
 from models.classify import CNNS, fit_linear
+from models.muon import OPTIMIZERS, optimizer
 from models.run import COUNT, RATE, SHARE, WHOLE, between
 from models.vit import PRESETS
 
-BETAS = 0.9, 0.999  # of AdamW
 CLIP = 1.0  # limit of the gradient's norm
 CARDS = 16  # pictures in each part of samples.png
 
@@ -98,6 +98,8 @@ def parse_args(argv=None):
                        help="learning rates of the linear probe; val chooses")
 
     opt = p.add_argument_group("optimiser")
+    opt.add_argument("--optimizer", choices=OPTIMIZERS,
+                     help="(muon from scratch; adamw with --weights)")
     opt.add_argument("--epochs", type=COUNT,
                      help="passes over train (15; CNN from scratch 30; linear 100)")
     opt.add_argument("--batch-size", type=between(2, 2**31, int), default=64, help="per process")
@@ -107,7 +109,7 @@ def parse_args(argv=None):
                      help="(--lr from scratch; with --weights 2e-5, of a CNN 1e-4)")
     opt.add_argument("--layer-decay", type=RATE, default=1.0,
                      help="factor on the rate per block below the last")
-    opt.add_argument("--weight-decay", type=RATE, default=0.05, help="of AdamW")
+    opt.add_argument("--weight-decay", type=RATE, default=0.05, help="of layers")
     opt.add_argument("--warmup", type=WHOLE, default=50, help="steps of rising rate")
     opt.add_argument("--schedule", default="cosine", choices=["cosine", "poly"], help="of the rate")
     opt.add_argument("--label-smoothing", type=between(0, 0.9),
@@ -251,7 +253,7 @@ def train(args, d, net, here, s):
     # Groups of parameters: group["scale"] is their learning rate as a share of the head's; norms,
     # biases and tokens have no weight decay.
     groups = nets.param_groups(net, args.lr, args.backbone_lr, args.layer_decay, args.weight_decay)
-    opt = torch.optim.AdamW(groups, lr=args.lr, betas=BETAS, fused=True)
+    opt = optimizer(args.optimizer, groups, args.lr)
     params = [p for p in net.parameters() if p.requires_grad]
     ema = run.Ema(net, args.ema) if args.ema else None
     judged = ema.net if ema else net  # what is evaluated and kept
@@ -419,11 +421,11 @@ def main(args):
     norm = nets.choose_norm(args.norm, info)
     size = args.size or info["size"] or d.pixels.shape[1]
     # What made the CNN better on EuroSAT was not tried on fine-tuned ViTs.
-    recipe = dict(lr=1e-3, epochs=15, crop=0.94, label_smoothing=0.0, ema=0.0)
+    recipe = dict(optimizer="adamw", lr=1e-3, epochs=15, crop=0.94, label_smoothing=0.0, ema=0.0)
     if scratch:
-        recipe["lr"] = 2e-3
+        recipe |= dict(optimizer="muon", lr=2e-3)
     if scratch and args.mode == "cnn":
-        recipe = dict(lr=3e-3, epochs=30, crop=0.75, label_smoothing=0.1, ema=0.998)
+        recipe |= dict(lr=3e-3, epochs=30, crop=0.75, label_smoothing=0.1, ema=0.998)
     if probing:
         recipe["epochs"] = 100
     for flag, value in recipe.items():

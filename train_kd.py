@@ -41,6 +41,7 @@ from models.heads import HEADS
 from models.infer import evaluate, examples
 from models.lookahead import Lookahead, cycle_ends, warm_restarts
 from models.losses import LOSSES, class_weights, kl, parse_loss, translate, uses, weighted_sum
+from models.muon import OPTIMIZERS, optimizer
 from models.nets import as_tuple
 from models.run import COUNT, RATE, SHARE, WHOLE, between
 from models.vit import PRESETS
@@ -48,7 +49,6 @@ from models.weights import sha256
 
 LEAST = 0.05  # a measured share below this is dropped as stray pixels
 AUX = 0.4  # weight of an auxiliary head's cross-entropy, as UNetFormer was published
-BETAS = 0.9, 0.999  # of AdamW
 CLIP = 1.0  # limit of the gradient's norm
 OVERLAP = 0.25  # of evaluation windows, as a part of --crop
 # Masks per split that are read before training. Class weights need those of train all.
@@ -115,6 +115,7 @@ def parse_args(argv=None):
     opt = p.add_argument_group("optimiser", "(recipe): from scratch, frozen or tuned; the run prints it")
     opt.add_argument("--quick", action="store_true",
                      help=f"{recipes.QUICK['steps']} steps, a trial; the demo is always so")
+    opt.add_argument("--optimizer", choices=OPTIMIZERS, help="muon is for random weights (recipe)")
     opt.add_argument("--steps", type=COUNT, help="optimiser steps (recipe)")
     opt.add_argument("--batch-size", type=COUNT, help="per process and micro-batch (recipe)")
     opt.add_argument("--accum", type=COUNT, default=1, help="micro-batches per step")
@@ -122,7 +123,7 @@ def parse_args(argv=None):
     opt.add_argument("--backbone-lr", type=RATE, help="of the backbone (recipe)")
     opt.add_argument("--layer-decay", type=RATE,
                      help="factor on the rate per block below the last (recipe)")
-    opt.add_argument("--weight-decay", type=RATE, help="of AdamW (recipe)")
+    opt.add_argument("--weight-decay", type=RATE, help="of layers (recipe)")
     opt.add_argument("--warmup", type=WHOLE, help="steps of rising rate (recipe)")
     opt.add_argument("--schedule", default="cosine", choices=["cosine", "poly"], help="of the rate")
     opt.add_argument("--restarts", type=COUNT, nargs=2, metavar=("STEPS", "MULT"),
@@ -346,7 +347,7 @@ def main(args):
     # Groups of parameters: group["scale"] is their learning rate as a share of the head's; norms,
     # biases and tokens have no weight decay.
     groups = nets.param_groups(net, args.lr, args.backbone_lr, args.layer_decay, args.weight_decay)
-    opt = torch.optim.AdamW(groups, lr=args.lr, betas=BETAS, fused=True)
+    opt = optimizer(args.optimizer, groups, args.lr)
     params = [p for p in net.parameters() if p.requires_grad]
     weights = None  # (K,) of the classes
     if weighted:

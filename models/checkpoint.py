@@ -21,6 +21,7 @@ from data.common import BadInput, check_file, fits, follows, json_text, replace
 from data.datasets import NORMS, are_bands
 from data.io import Labels
 from data.ranges import is_range
+from models.muon import Muon
 
 from .weights import BadWeights, read, run_meta, same_kind, short
 
@@ -210,7 +211,7 @@ def check_tensors(state: dict[str, torch.Tensor], own: dict[str, torch.Tensor]) 
 
 
 def restore_optimizer(opt: torch.optim.Optimizer, state: dict) -> None:
-    """Puts back an AdamW's state_dict(); of another network or other flags it is a BadWeights."""
+    """Puts back a state_dict() of AdamW or Muon; of another network or other flags it is a BadWeights."""
     own = opt.state_dict()["param_groups"]
     try:
         for group, now in zip(state["param_groups"], own, strict=True):
@@ -222,8 +223,11 @@ def restore_optimizer(opt: torch.optim.Optimizer, state: dict) -> None:
             if not all(t.is_floating_point() for t in moments.values()):
                 raise ValueError("moments that are no floats")
         opt.load_state_dict(state)
+        matrices = opt.matrices if isinstance(opt, Muon) else ()
         for p, moments in opt.state.items():
-            wanted = dict(step=(), exp_avg=p.shape, exp_avg_sq=p.shape)
+            wanted = dict(exp_avg=p.shape)
+            if p not in matrices:
+                wanted |= dict(step=(), exp_avg_sq=p.shape)
             if moments.keys() != wanted.keys():
                 raise ValueError(f"moments {', '.join(map(str, moments))}")
             for name, shape in wanted.items():

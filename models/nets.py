@@ -274,9 +274,10 @@ def choose_norm(wanted: str, info: dict) -> str:
 
 def param_groups(net: nn.Module, lr: float, backbone_lr: float, layer_decay: float,
                  weight_decay: float) -> list[dict]:
-    """Groups for AdamW; "scale" is a group's learning rate divided by the head's. No decay on norms, biases, tokens.
+    """Groups for an optimiser; "scale" is a group's learning rate divided by the head's.
 
-    layer_decay: factor per block of a ViT below its last.
+    "layers" is False for norms, biases and tokens, which do not decay. layer_decay: factor per block
+    of a ViT below its last.
     """
     depth = len(getattr(getattr(net, "backbone", None), "blocks", ()))  # 0: no ViT
     groups = {}
@@ -288,11 +289,11 @@ def param_groups(net: nn.Module, lr: float, backbone_lr: float, layer_decay: flo
             scale = backbone_lr / lr
             if depth:
                 scale *= layer_decay ** (depth - 1 - block_of(name, depth))
-        decays = p.ndim > 1 and "token" not in name and "pos_embed" not in name
-        key = scale, weight_decay if decays else 0.0
+        is_layer = p.ndim > 1 and "token" not in name and "pos_embed" not in name
+        key = scale, is_layer
         groups.setdefault(key, []).append(p)
-    return [dict(params=params, scale=scale, weight_decay=decay)
-            for (scale, decay), params in groups.items()]
+    return [dict(params=params, scale=scale, layers=is_layer, weight_decay=weight_decay * is_layer)
+            for (scale, is_layer), params in groups.items()]
 
 
 def block_of(name: str, depth: int) -> int:

@@ -9,22 +9,22 @@ issues 95, 112, 117) for frozen backbones, EoMT and lightly-train for tuned ones
 """
 import math
 
-# lr: learning rate of the head. backbone_lr: of the backbone's last block. layer_decay: factor on
-# it for each block below. dropout: of the channels that a head reads. ema: decay of averaged
-# weights. scale: range of random scales.
+# optimizer: of models/muon.py. lr: learning rate of the head. backbone_lr: of the backbone's last
+# block. layer_decay: factor on it for each block below. dropout: of the channels that a head reads.
+# ema: decay of averaged weights. scale: range of random scales.
 RECIPES = {
     # All of a small network, from random weights and at one rate.
     "scratch": dict(
-        steps=4000, batch_size=8, crop=128, scale=[0.75, 1.5], lr=3e-3, backbone_lr=3e-3,
-        layer_decay=1.0, weight_decay=0.05, dropout=0.0, ema=0.0),
+        optimizer="muon", steps=2000, batch_size=8, crop=128, scale=[0.75, 1.5], lr=3e-3,
+        backbone_lr=3e-3, layer_decay=1.0, weight_decay=0.05, dropout=0.0, ema=0.0),
     # A head on a backbone that stays as it is.
     "frozen": dict(
-        steps=40_000, batch_size=16, crop=512, scale=[0.5, 2.0], lr=1e-3, backbone_lr=0.0,
-        layer_decay=1.0, weight_decay=0.01, dropout=0.1, ema=0.0),
+        optimizer="adamw", steps=40_000, batch_size=16, crop=512, scale=[0.5, 2.0], lr=1e-3,
+        backbone_lr=0.0, layer_decay=1.0, weight_decay=0.01, dropout=0.1, ema=0.0),
     # A head on a backbone that learns, too, at a tenth of its rate and less in lower blocks.
     "tuned": dict(
-        steps=40_000, batch_size=16, crop=512, scale=[0.5, 2.0], lr=2e-4, backbone_lr=2e-5,
-        layer_decay=0.8, weight_decay=0.05, dropout=0.1, ema=0.999),
+        optimizer="adamw", steps=40_000, batch_size=16, crop=512, scale=[0.5, 2.0], lr=2e-4,
+        backbone_lr=2e-5, layer_decay=0.8, weight_decay=0.05, dropout=0.1, ema=0.999),
 }
 
 # What differs for CNNs.
@@ -34,7 +34,7 @@ CNN = {
 }
 
 # The demo's, and --quick: minutes on a CPU, to see that all fits together.
-QUICK = dict(steps=1200, batch_size=8, eval_every=600)
+QUICK = dict(steps=500, batch_size=8, eval_every=250)
 
 # As many pixels as the training images have are one pass over them. More passes than this add
 # little, so thirty images get no 40,000 steps.
@@ -89,6 +89,6 @@ def text(recipe: str, chosen: dict, pixels: int, crops: int = 1) -> str:
     low, high = chosen["scale"]
     return (f"recipe  {recipe}: {chosen['steps']} steps of {crops * chosen['batch_size']} crops of "
             f"{chosen['crop']} at scale {low:g}-{high:g}, {times:.0f} times over the images\n"
-            f"        lr {chosen['lr']:g}, backbone {chosen['backbone_lr']:g}, layer decay "
-            f"{chosen['layer_decay']:g}, weight decay {chosen['weight_decay']:g}, warm-up "
-            f"{chosen['warmup']} steps, dropout {chosen['dropout']:g}, EMA {chosen['ema']:g}")
+            f"        {chosen['optimizer']}, lr {chosen['lr']:g}, backbone {chosen['backbone_lr']:g}, "
+            f"layer decay {chosen['layer_decay']:g}, weight decay {chosen['weight_decay']:g}, "
+            f"warm-up {chosen['warmup']} steps, dropout {chosen['dropout']:g}, EMA {chosen['ema']:g}")

@@ -161,7 +161,7 @@ def test_a_flag_means_the_same_in_all_scripts(monkeypatch):
                                 "--eval-every", "--seed", "--label-smoothing",
                                 "--temperature",  # of k-NN, and of distillation
                                 # The recipes of models/recipes.py and larger patches are for segmentation.
-                                "--arch", "--backbone-lr", "--layer-decay", "--weight-decay", "--warmup",
+                                "--arch", "--optimizer", "--backbone-lr", "--layer-decay", "--weight-decay", "--warmup",
                                 "--crop", "--ema"}
     # predict.py writes probabilities beside its masks, eval.py into a folder of their own.
     assert differ(set(SCRIPTS) - set(training)) == {"--out", "--batch-size", "--probabilities"}

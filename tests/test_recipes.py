@@ -35,8 +35,8 @@ def test_thirty_images_get_no_forty_thousand_steps(name):
 def test_what_was_typed_is_kept(name, patch):
     if patch is None and name == "frozen":
         return  # CNNs are never frozen
-    typed = dict(steps=7, batch_size=3, crop=50, scale=[1.0, 1.0], lr=0.5, backbone_lr=0.25, layer_decay=0.5,
-                 weight_decay=0.0, dropout=0.0, ema=0.0, warmup=0, eval_every=2)
+    typed = dict(optimizer="adamw", steps=7, batch_size=3, crop=50, scale=[1.0, 1.0], lr=0.5, backbone_lr=0.25,
+                 layer_decay=0.5, weight_decay=0.0, dropout=0.0, ema=0.0, warmup=0, eval_every=2)
     assert typed.keys() == set(FLAGS) and fill(name, typed, LOVEDA, patch, quick=True) == typed
     for flag, value in typed.items():
         assert fill(name, NOTHING | {flag: value}, LOVEDA, patch)[flag] == value

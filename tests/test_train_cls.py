@@ -227,7 +227,7 @@ def test_bad_steps_are_skipped_and_five_in_a_row_end_the_run(root, tmp_path, mon
         poisoned(patches, {0, 1, 2, 3, 6})(*flags, "--out", tmp_path / "a")
     last = load_state(tmp_path / "a/last.pt")
     assert all(t.isfinite().all() for t in last["net"].values()) and last["state"]["step"] == 11
-    assert {int(s["step"]) for s in last["opt"]["state"].values()} == {6}
+    assert {int(s["step"]) for s in last["opt"]["state"].values() if "step" in s} == {6}
     bad = [step for step, loss in logged(tmp_path / "a", "loss").items() if loss is None]
     assert bad == [1, 2, 3, 4, 7]
     said = r"gradients in a row at step 7, last images \w+/\w+.png, .*--lr below 0.002"

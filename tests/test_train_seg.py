@@ -303,7 +303,7 @@ def test_a_step_with_a_non_finite_gradient_is_skipped(run, tmp_path, monkeypatch
     assert losses[4] is losses[5] is None and losses[3] is not None and losses[6] is not None
     last = load_state(tmp_path / "a/last.pt")
     assert all(t.isfinite().all() for t in last["net"].values())
-    steps = {int(s["step"]) for s in last["opt"]["state"].values()}
+    steps = {int(s["step"]) for s in last["opt"]["state"].values() if "step" in s}
     assert steps == {4} and last["state"]["step"] == 6
 
 
