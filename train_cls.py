@@ -101,7 +101,7 @@ def parse_args(argv=None):
     opt.add_argument("--optimizer", choices=OPTIMIZERS,
                      help="(muon from scratch; adamw with --weights)")
     opt.add_argument("--epochs", type=COUNT,
-                     help="passes over train (15; CNN from scratch 30; linear 100)")
+                     help="passes over train (15; linear 100)")
     opt.add_argument("--batch-size", type=between(2, 2**31, int), default=64, help="per process")
     opt.add_argument("--lr", type=between(1e-9, 10),
                      help="learning rate of the head (2e-3 from scratch, CNN 3e-3; 1e-3 with --weights)")
@@ -441,7 +441,7 @@ def main(args):
     if scratch:
         recipe |= dict(optimizer="muon", lr=2e-3)
     if scratch and args.mode == "cnn":
-        recipe |= dict(lr=3e-3, epochs=30, crop=0.75, label_smoothing=0.1, ema=0.998)
+        recipe |= dict(lr=3e-3, crop=0.75, label_smoothing=0.1, ema=0.998)
     if probing:
         recipe["epochs"] = 100
     for flag, value in recipe.items():
