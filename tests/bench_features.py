@@ -137,7 +137,7 @@ def main():
     p = argparse.ArgumentParser()
     p.add_argument("--arch", nargs="+", default=list(SIZES), choices=list(SIZES))
     p.add_argument("--rounds", type=int, default=2)
-    p.add_argument("--images", type=int, default=EPOCH, help="fewer on a busy machine: times are scaled to an epoch of 32")
+    p.add_argument("--images", type=int, default=EPOCH, help="fewer on a busy machine: times are scaled to 32")
     p.add_argument("--weights", help="a file or run whose ViT is frozen: accuracy by views in place of speed")
     p.add_argument("--head", default="linear", choices=sorted(HEADS))
     p.add_argument("--steps", type=int, default=400)
