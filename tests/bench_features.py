@@ -83,7 +83,8 @@ def speed(folder, arch, crop, rounds, images):
             began = time.perf_counter()
             for _, missing, told in features.first_batches(net, kept, None, BATCH, amp, 100 * images, 0):
                 features.fill(net, kept, missing, BATCH, amp, 0)
-            print(f"{arch} at {crop}, {images} images\n{told}\n         filled in {time.perf_counter() - began:.1f} s", flush=True)
+            took = time.perf_counter() - began
+            print(f"{arch} at {crop}, {images} images\n{told}\n         filled in {took:.1f} s", flush=True)
         best = {}
         for _ in range(rounds):  # in turns: a busy machine slows all
             for how in ("fp32", "own", "kept"):
