@@ -5,7 +5,7 @@
     python tests/bench_vit.py --backbone                 the ViT alone, beside timm and transformers; GPU too
 
 Ratios within one run, in turns, the minimum of some rounds: a busy machine slows all of them. What is not installed
-(pip install openvino onnxruntime) is left out. --cpu counts processor seconds: for a machine shared with others.
+(pip install openvino onnxruntime) is left out. --cpu counts processor seconds, for a machine shared with others.
 """
 import argparse
 import copy
