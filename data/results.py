@@ -180,7 +180,7 @@ def read_back(file: Path, labels: Labels, raw: bool, n: int) -> tuple[np.ndarray
         for row in ids:  # bincount makes eight bytes of each
             counts += np.bincount(row, minlength=256)
         first = -top % n  # the first row of this strip that the thinned mask has
-        parts.append(ids[first::n, ::n])
+        parts.append(ids[first::n, ::n].copy())  # a view would keep the whole strip in memory
     return counts, np.concatenate(parts)
 
 

@@ -1,14 +1,15 @@
 """data/results.py: what is finished, areas of classes, the style for QGIS."""
 import hashlib
 import json
+import tracemalloc
 import xml.etree.ElementTree as ElementTree
 
 import numpy as np
 import pytest
 import rasterio
 
-from data.results import Finished, area_summary, areas, mark_of, qml
-from data.tiff import Tiff
+from data.results import Finished, area_summary, areas, mark_of, qml, read_back
+from data.tiff import Tiff, TiffWriter
 
 
 def test_an_image_is_finished_while_its_files_are_the_same(tmp_path):
@@ -96,3 +97,18 @@ def test_the_style_names_and_colours_every_value():
 def test_lines_that_mean_nothing_are_passed_over(tmp_path, text):
     (tmp_path / ".finished.jsonl").write_text(text)
     assert Finished(tmp_path).find("a", "x") is None
+
+
+def test_a_mask_is_read_back_in_the_memory_of_a_strip_not_of_the_image(tmp_path):
+    ids = np.random.default_rng(0).integers(0, 3, (8192, 300), np.uint8)
+    writer = TiffWriter(tmp_path / "a.tif", (*ids.shape, 1))
+    writer.start(0, 300)
+    writer.append(ids)
+    writer.finish()
+    tracemalloc.start()
+    counts, thinned = read_back(tmp_path / "a.tif", None, False, 100)  # labels are for raw values
+    _, peak = tracemalloc.get_traced_memory()
+    tracemalloc.stop()
+    np.testing.assert_array_equal(counts, np.bincount(ids.ravel(), minlength=256))
+    np.testing.assert_array_equal(thinned, ids[::100, ::100])
+    assert peak < ids.nbytes / 2
