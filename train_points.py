@@ -47,7 +47,6 @@ from models.vit import PRESETS
 AUX = 0.4  # weight of an auxiliary head's cross-entropy, as UNetFormer was published
 CLIP = 1.0  # limit of the gradient's norm
 OVERLAP = 0.25  # of evaluation windows, as a part of --crop
-VIEWS = 4  # of an image, where --cache-features keeps their features
 FEW = 5  # points per class and image that are drawn, unless told
 GROW_FROM = 0.4  # part of --steps after which the second stage begins
 GROW_ABOVE = 0.8  # mean probability of the views above which a pixel is sure
@@ -322,7 +321,7 @@ def main(args):
         raise BadInput("--cache-features needs a frozen backbone; type --weights FILE without "
                        "--unfreeze, or leave --cache-features out")
     if args.cache_features and args.views is None:
-        args.views = VIEWS
+        args.views = features.VIEWS
     net = run.synchronise_norms(net, device).to(device).train()
     amp = args.amp == "bf16"
     if args.amp == "auto":  # on a CPU only under a frozen backbone
@@ -407,11 +406,10 @@ def main(args):
         train, kept_val = features.open_kept(args.cache_features, net, info["sha256"], amp, d, train,
                                              drawn, val, args.crop, OVERLAP)
         left = args.steps - s.step
-        reads = left * crops * args.batch_size, ceil(left / args.eval_every)
-        for kept, missing, told in features.first_batches(net, train, kept_val, args.batch_size,
-                                                          amp, *reads):
-            say(told, flush=True)
-            features.fill(net, kept, missing, args.batch_size, amp, args.workers)
+        for text in features.keep_all(net, train, kept_val, args.batch_size, amp, args.workers,
+                                      reads=left * crops * args.batch_size,
+                                      validations=ceil(left / args.eval_every)):
+            say(text, flush=True)
 
     out = run.claim(out, args.out, args.resume)
     meta = d.about() | nets.about(info) | dict(

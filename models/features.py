@@ -6,8 +6,8 @@
 
     kept, kept_val = open_kept("features", net, sha256, amp, source, Views(train, 4), drawn, val,
                                crop=512, overlap=0.25)
-    for part, missing, text in first_batches(net, kept, kept_val, 16, amp, 64_000, validations=20):
-        fill(net, part, missing, 16, amp, workers=2)        text: what it takes, and does it pay
+    for text in keep_all(net, kept, kept_val, 16, amp, workers=2, reads=64_000, validations=20):
+        print(text)                           what it takes, and does it pay, before it is computed
 """
 import math
 import os
@@ -33,6 +33,8 @@ from .efficientnet_unet import EfficientNetUnet
 from .heads import Segmenter
 from .infer import windows
 from .run import from_rank_0, keep_signals_from_worker, wait
+
+VIEWS = 4  # of an image, where a run keeps features and names no other number
 
 # Kept maps may differ by so much from computed ones, as a share of their mean: bf16 on another
 # device gives about 0.01, other weights or pixels 0.5 and more.
@@ -142,19 +144,20 @@ def check_kept(net: Segmenter, kept: Kept, k: int, amp: bool) -> None:
                        "the same command")
 
 
-def first_batches(net: Segmenter, kept: Kept, kept_val: Kept | None, batch: int, amp: bool,
-                  reads: int, validations: int) -> Iterator[tuple[Kept, list[int], str]]:
-    """For both: itself, the missing views, and what they take and bring, by a first batch of them.
+def keep_all(net: Segmenter, kept: Kept, kept_val: Kept | None, batch: int, amp: bool, workers: int,
+             reads: int, validations: int) -> Iterator[str]:
+    """Computes all missing maps of both; before each, lines of text: what it takes, does it pay.
 
-    reads: how often the run takes a view of train, over all ranks. A disk too small for both is a
-    BadInput.
+    reads: how often the run takes a view of train, over all ranks; validations: all windows of val.
+    A disk too small for both is a BadInput.
     """
     parts = [(kept, reads)]
     if kept_val is not None:
         parts.append((kept_val, validations * kept_val.number))
     missing = from_rank_0(partial(prepare, [part for part, _ in parts]))
     for (part, times), views in zip(parts, missing):
-        yield part, views, first_batch(net, part, views, batch, amp, times)
+        yield first_batch(net, part, views, batch, amp, times)
+        keep_missing(net, part, views, batch, amp, workers)
 
 
 def first_batch(net: Segmenter, kept: Kept, missing: list[int], batch: int, amp: bool,
@@ -218,8 +221,8 @@ def forget(file: Path) -> None:
         os.posix_fadvise(f.fileno(), 0, 0, os.POSIX_FADV_DONTNEED)
 
 
-def fill(net: Segmenter, kept: Kept, missing: list[int], batch: int, amp: bool,
-         workers: int) -> None:
+def keep_missing(net: Segmenter, kept: Kept, missing: list[int], batch: int, amp: bool,
+                 workers: int) -> None:
     """Computes the missing views, each rank its share, with progress and ETA; waits for all ranks.
 
     Killed, the same command goes on where it was.
