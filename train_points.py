@@ -378,7 +378,7 @@ def main(args):
         if rank == 0:
             seen += last["seen"].to(device)
         say(f"resume  {out} at step {s.step} of {args.steps}, best val mIoU {s.best:.4f}"
-            + run.moved(last, device))
+            + run.device_change(last, device))
         if args.steps > last["args"]["steps"]:
             s.command += f" && {facts['command']}"
             say(f"        {args.steps} steps instead of {last['args']['steps']}: the rate follows "
@@ -425,7 +425,7 @@ def main(args):
             absent_class="NaN, not in the mean"))
 
     def save_last():
-        if rank == 0 and s.scored:  # or its validation comes first
+        if rank == 0 and s.scored:  # log and curves wait for the validation
             write(out / "log.jsonl", json_lines(s.history))
             title = f"{out.name}: {nets.name_of(spec)}"
             write(out / "curves.png", plots.curves(s.history, title))
@@ -464,7 +464,7 @@ def main(args):
     batches = iter(DataLoader(train, batch_sampler=draws, num_workers=args.workers,
                               pin_memory=device.type == "cuda",
                               worker_init_fn=run.keep_signals_from_worker))
-    if val and device.type == "cuda":  # What its memory is too small for shall fail now.
+    if val and device.type == "cuda":  # Too little memory shall show now, not at step 1,000.
         rehearse(judged, d.sizes_of(d.picks), window, K)
     stop = run.Stop()
     began = time.time() - s.seconds
