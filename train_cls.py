@@ -281,14 +281,14 @@ def train(args, d, net, here, s):
         this_command = s.command
         checkpoint.take_up(s, last["state"])
         say(f"resume  {out} at step {s.step} of {steps}, best val accuracy {s.best:.4f}"
-            + run.moved(last, device))
+            + run.device_change(last, device))
         if args.epochs > last["args"]["epochs"]:
             s.command += f" && {this_command}"
             say(f"        {args.epochs} epochs instead of {last['args']['epochs']}: the rate "
                 "follows the longer schedule from here on")
 
     def save_last():
-        if rank == 0 and s.scored:  # or its validation comes first
+        if rank == 0 and s.scored:  # log and curves wait for the validation
             write(out / "log.jsonl", json_lines(s.history))
             write(out / "curves.png", plots.curves(s.history, f"{out.name}: {here.title}"))
         if rank == 0:

@@ -320,7 +320,7 @@ def main(args):
                         sha256=sha256(checkpoint.weights_file(args.teacher)))
         several = (shares > 0).sum(1) > 1
         by_student = args.within == "student" and several.any()
-        known = None  # or the classes that the teacher speaks of
+        known = None  # all classes, or the numbers of those that the teacher speaks of
         if not shares.any(0).all():
             known = torch.tensor(np.flatnonzero(shares.any(0)), device=device)
         shares = torch.tensor(shares, dtype=torch.float32, device=device)
@@ -388,7 +388,7 @@ def main(args):
             look.load(last["slow"])
         checkpoint.take_up(s, last["state"])
         say(f"resume  {out} at step {s.step} of {args.steps}, best val mIoU {s.best:.4f}"
-            + run.moved(last, device))
+            + run.device_change(last, device))
         if args.steps > last["args"]["steps"]:
             s.command += f" && {facts['command']}"
             say(f"        {args.steps} steps instead of {last['args']['steps']}: the rate follows "
@@ -417,7 +417,7 @@ def main(args):
             write(out / "difficulty.json", difficulty)
 
     def save_last():
-        if rank == 0 and s.scored:  # or its validation comes first
+        if rank == 0 and s.scored:  # log and curves wait for the validation
             write(out / "log.jsonl", json_lines(s.history))
             write(out / "curves.png", plots.curves(s.history, f"{out.name}: {nets.name_of(spec)}"))
         if rank == 0:
@@ -461,7 +461,7 @@ def main(args):
         times = drawn * draws.share
         say(f"        {drawn} crops drawn with replacement, an image {times.min():.1f} to "
             f"{times.max():.1f} times (--sampler {args.sampler})")
-    if val and device.type == "cuda":  # What its memory is too small for shall fail now.
+    if val and device.type == "cuda":  # Too little memory shall show now, not at step 1,000.
         rehearse(judged, d.sizes_of(d.picks), window, K)
     stop = run.Stop()
     began = time.time() - s.seconds

@@ -47,7 +47,6 @@ from models.vit import PRESETS
 AUX = 0.4  # weight of an auxiliary head's cross-entropy, as UNetFormer was published
 CLIP = 1.0  # limit of the gradient's norm
 OVERLAP = 0.25  # of evaluation windows, as a part of --crop
-VIEWS = 4  # of an image, where --cache-features keeps their features
 # Masks per split that are read before training. Class weights need those of train all.
 CHECKED = 64
 
@@ -224,7 +223,7 @@ def main(args):
         raise BadInput("--cache-features needs a frozen backbone; type --weights FILE without "
                        "--unfreeze, or leave --cache-features out")
     if args.cache_features and args.views is None:
-        args.views = VIEWS
+        args.views = features.VIEWS
     net = run.synchronise_norms(net, device).to(device).train()
     amp = args.amp == "bf16"
     if args.amp == "auto":  # on a CPU only under a frozen backbone
@@ -275,7 +274,7 @@ def main(args):
         checkpoint.restore_optimizer(opt, last["opt"])
         checkpoint.take_up(s, last["state"])
         say(f"resume  {out} at step {s.step} of {args.steps}, best val mIoU {s.best:.4f}"
-            + run.moved(last, device))
+            + run.device_change(last, device))
         if args.steps > last["args"]["steps"]:
             s.command += f" && {facts['command']}"
             say(f"        {args.steps} steps instead of {last['args']['steps']}: the rate follows "
@@ -297,11 +296,10 @@ def main(args):
         train, kept_val = features.open_kept(args.cache_features, net, info["sha256"], amp, d, train,
                                              drawn, val, args.crop, OVERLAP)
         left = args.steps - s.step
-        reads = left * crops * args.batch_size, ceil(left / args.eval_every)
-        for kept, missing, told in features.first_batches(net, train, kept_val, args.batch_size,
-                                                          amp, *reads):
-            say(told, flush=True)
-            features.fill(net, kept, missing, args.batch_size, amp, args.workers)
+        for text in features.keep_all(net, train, kept_val, args.batch_size, amp, args.workers,
+                                      reads=left * crops * args.batch_size,
+                                      validations=ceil(left / args.eval_every)):
+            say(text, flush=True)
 
     out = run.claim(out, args.out, args.resume)
     meta = d.about() | nets.about(info) | dict(
@@ -316,7 +314,7 @@ def main(args):
             absent_class="NaN, not in the mean"))
 
     def save_last():
-        if rank == 0 and s.scored:  # or its validation comes first
+        if rank == 0 and s.scored:  # log and curves wait for the validation
             write(out / "log.jsonl", json_lines(s.history))
             write(out / "curves.png", plots.curves(s.history, f"{out.name}: {nets.name_of(spec)}"))
         if rank == 0:
@@ -357,7 +355,7 @@ def main(args):
     batches = iter(DataLoader(train, batch_sampler=draws, num_workers=args.workers,
                               pin_memory=device.type == "cuda",
                               worker_init_fn=run.keep_signals_from_worker))
-    if val and device.type == "cuda":  # What its memory is too small for shall fail now.
+    if val and device.type == "cuda":  # Too little memory shall show now, not at step 1,000.
         rehearse(judged, d.sizes_of(d.picks), window, K)
     stop = run.Stop()
     began = time.time() - s.seconds

@@ -2,7 +2,7 @@
 
     train = Views(train, 4)                               of each image 4 crops, drawn once, in turn
     kept = Kept("features", train, about, maps=shapes)    about: all that decides the features
-    [missing] = prepare([kept])                           a sub-folder of its own; is there room?
+    [missing] = make_folders([kept])                      one of its own; is there room?
     kept.write(k, arrays, maps)                           models/features.py does so for all of them
     x, y, name, *maps = kept[i, draw]                     as train[i, draw], and the maps, bf16
 
@@ -104,7 +104,7 @@ class Windows(torch.utils.data.Dataset):
 
 # ---- on disk
 
-def prepare(parts: list["Kept"]) -> list[list[int]]:
+def make_folders(parts: list["Kept"]) -> list[list[int]]:
     """Makes the sub-folders -> the missing views of each; too small a disk is a BadInput."""
     # Over all parts, before any is filled: the second one must not find the disk full after hours.
     missing = [kept.missing() for kept in parts]
@@ -114,8 +114,8 @@ def prepare(parts: list["Kept"]) -> list[list[int]]:
         parent.mkdir(parents=True, exist_ok=True)
         free = shutil.disk_usage(parent).free - KEEP_FREE
         if need > free:
-            raise BadInput(f"{parent}: the features need {in_bytes(need)}, and "
-                           f"{in_bytes(max(free, 0))} are free beside {in_bytes(KEEP_FREE)} for "
+            raise BadInput(f"{parent}: the features need {size_text(need)}, and "
+                           f"{size_text(max(free, 0))} are free beside {size_text(KEEP_FREE)} for "
                            "other files; type --cache-features DIR on a larger disk, or fewer "
                            "--views")
         for kept in parts:
@@ -126,12 +126,12 @@ def prepare(parts: list["Kept"]) -> list[list[int]]:
     return missing
 
 
-def name_of(k: int) -> str:
+def file_name(k: int) -> str:
     """The file of view k."""
     return f"view-{k:06d}.raw"
 
 
-def in_bytes(n: int) -> str:
+def size_text(n: int) -> str:
     """1234567 -> '1.2 MB'."""
     return f"{n / 1e9:.1f} GB" if n >= 1e9 else f"{n / 1e6:.1f} MB"
 
@@ -139,8 +139,8 @@ def in_bytes(n: int) -> str:
 class Kept(torch.utils.data.Dataset):
     """Views and a backbone's maps of them in files; an index (i, draw) is that of Views.
 
-    about: what decides the maps, plain JSON; the views' images are added. maps: (H, W) of a view ->
-    the shapes (C, h, w) of its maps.
+    about: what decides the maps, plain JSON; the names of the images are added. maps: a function,
+    (H, W) of a view -> the shapes (C, h, w) of its maps.
     """
 
     def __init__(self, folder: str | Path, views: Views | Windows, about: dict,
@@ -170,7 +170,7 @@ class Kept(torch.utils.data.Dataset):
 
     def file(self, k: int) -> Path:
         """Where view k lies."""
-        return self.folder / name_of(k)
+        return self.folder / file_name(k)
 
     def missing(self) -> list[int]:
         """The views that are not there yet, or whose files have not their size."""
@@ -178,7 +178,7 @@ class Kept(torch.utils.data.Dataset):
         if self.folder.is_dir():
             with os.scandir(self.folder) as files:
                 there = {file.name: file.stat().st_size for file in files}
-        return [k for k, size in enumerate(self.sizes) if there.get(name_of(k)) != size]
+        return [k for k, size in enumerate(self.sizes) if there.get(file_name(k)) != size]
 
     def make(self) -> None:
         """Makes the sub-folder, says in it what it is, and removes what killed processes left."""
@@ -240,7 +240,7 @@ class Kept(torch.utils.data.Dataset):
         return arrays[:self.arrays], maps
 
     def damaged(self, file: Path) -> None:
-        """Ends the run for a file whose checksums do not agree."""
+        """BadInput for a file whose checksums do not agree."""
         raise BadInput(f"{file}: damaged; is the disk sound? Type rm {shlex.quote(str(file))}, "
                        "then the same command, or --resume RUN: it is computed again")
 

@@ -47,9 +47,10 @@ class PixelSample:
         self.held = 0
 
     def keys(self, y: Tensor, image: int) -> Tensor:
-        """Labels (H, W) with IGNORE of an image, and its number in the split -> (H, W) float64.
+        """A random number for each pixel that may be of the sample: (H, W) float64 on the CPU.
 
-        The keys of its pixels, on the CPU; infinity where one cannot be of the sample.
+        y: labels (H, W) with IGNORE of an image. image: its number in the split. Infinity where a
+        pixel has no label, or n others of its image have lower numbers.
         """
         labelled = (y != IGNORE).cpu()
         # The 10 keeps these draws apart from all others. A pixel's key depends on nothing but its

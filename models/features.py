@@ -6,8 +6,8 @@
 
     kept, kept_val = open_kept("features", net, sha256, amp, source, Views(train, 4), drawn, val,
                                crop=512, overlap=0.25)
-    for part, missing, text in first_batches(net, kept, kept_val, 16, amp, 64_000, validations=20):
-        fill(net, part, missing, 16, amp, workers=2)        text: what it takes, and does it pay
+    for text in keep_all(net, kept, kept_val, 16, amp, workers=2, reads=64_000, validations=20):
+        print(text)                           what it takes, and does it pay, before it is computed
 """
 import math
 import os
@@ -19,20 +19,21 @@ from pathlib import Path
 
 import numpy as np
 import torch
-import torch.distributed as dist
 from torch import nn
 from torch.utils.data import DataLoader
 
 from data.common import BadInput, minutes, progress
 from data.datasets import SegDataset, normalise
 from data.source import Source
-from data.views import Kept, Views, Windows, in_bytes, prepare
+from data.views import Kept, Views, Windows, make_folders, size_text
 
 from .deeplab import DeepLabV3
 from .efficientnet_unet import EfficientNetUnet
 from .heads import Segmenter
 from .infer import windows
-from .run import from_rank_0, keep_signals_from_worker, wait
+from .run import from_rank_0, keep_signals_from_worker, rank_and_world, wait
+
+VIEWS = 4  # of an image, where a run keeps features and names no other number
 
 # Kept maps may differ by so much from computed ones, as a share of their mean: bf16 on another
 # device gives about 0.01, other weights or pixels 0.5 and more.
@@ -79,7 +80,8 @@ class MeanFeatures:
 # ---- kept maps of fixed views
 
 def open_kept(folder: str, net: Segmenter, weights: str, amp: bool, source: Source, views: Views,
-              drawn: dict, val: SegDataset | None, crop: int, overlap: float) -> tuple:
+              drawn: dict, val: SegDataset | None, crop: int,
+              overlap: float) -> tuple[Kept, Kept | None]:
     """Files for the maps that net's head reads: of fixed views of train, of val's windows or None.
 
     weights: sha256 of the backbone. drawn: all that decides the views' pixels and masks, beside
@@ -129,6 +131,7 @@ def keep(net: Segmenter, kept: Kept, views: list[tuple], amp: bool) -> None:
 
 def check_kept(net: Segmenter, kept: Kept, k: int, amp: bool) -> None:
     """BadInput where view k is not what is drawn and computed now by the same flags."""
+    # Other pixels of the image show in its maps.
     (_, *kept_masks), kept_maps = kept.read(k)
     image, *masks = kept.views.sample(k)
     maps = compute_maps(net, [image], kept.views.data.norm, amp)
@@ -142,28 +145,29 @@ def check_kept(net: Segmenter, kept: Kept, k: int, amp: bool) -> None:
                        "the same command")
 
 
-def first_batches(net: Segmenter, kept: Kept, kept_val: Kept | None, batch: int, amp: bool,
-                  reads: int, validations: int) -> Iterator[tuple[Kept, list[int], str]]:
-    """For both: itself, the missing views, and what they take and bring, by a first batch of them.
+def keep_all(net: Segmenter, kept: Kept, kept_val: Kept | None, batch: int, amp: bool, workers: int,
+             reads: int, validations: int) -> Iterator[str]:
+    """Computes all missing maps of both; before each, lines of text: what it takes, does it pay.
 
-    reads: how often the run takes a view of train, over all ranks. A disk too small for both is a
-    BadInput.
+    reads: how often the run takes a view of train, over all ranks; validations: all windows of val.
+    A disk too small for both is a BadInput.
     """
     parts = [(kept, reads)]
     if kept_val is not None:
         parts.append((kept_val, validations * kept_val.number))
-    missing = from_rank_0(partial(prepare, [part for part, _ in parts]))
+    missing = from_rank_0(partial(make_folders, [part for part, _ in parts]))
     for (part, times), views in zip(parts, missing):
-        yield part, views, first_batch(net, part, views, batch, amp, times)
+        yield first_batch(net, part, views, batch, amp, times)
+        keep_missing(net, part, views, batch, amp, workers)
 
 
 def first_batch(net: Segmenter, kept: Kept, missing: list[int], batch: int, amp: bool,
                 reads: int) -> str:
     """Checks a view that is there, computes a first batch of the missing ones -> lines of text."""
-    rank, world = place()
+    rank, world = rank_and_world()
     number, size = kept.number, sum(kept.sizes)
     folder = shlex.quote(str(kept.folder))
-    text = f"features {number} views, {in_bytes(size)}, in {folder} (rm -r removes them)"
+    text = f"features {number} views, {size_text(size)}, in {folder} (rm -r removes them)"
     other = kept.differs()
     if other:
         text += f"\n         {other}"
@@ -175,6 +179,7 @@ def first_batch(net: Segmenter, kept: Kept, missing: list[int], batch: int, amp:
     if not mine:
         return text
 
+    # Measured on what has to be computed anyway: the estimate costs nothing.
     views = [(k, kept.views.sample(k)) for k in mine]
     # The first image alone: a first call takes longer.
     keep(net, kept, views[:1], amp)
@@ -197,7 +202,7 @@ def first_batch(net: Segmenter, kept: Kept, missing: list[int], batch: int, amp:
 
 
 def reading_time(kept: Kept, views: list[int]) -> float:
-    """Seconds to read a view; off the disk where all of them do not fit into memory."""
+    """Seconds to read a view: from the disk, if memory is too small to hold all views."""
     if not hasattr(os, "posix_fadvise"):  # macOS, Windows: how they read from memory
         memory = math.inf
     else:
@@ -218,13 +223,13 @@ def forget(file: Path) -> None:
         os.posix_fadvise(f.fileno(), 0, 0, os.POSIX_FADV_DONTNEED)
 
 
-def fill(net: Segmenter, kept: Kept, missing: list[int], batch: int, amp: bool,
-         workers: int) -> None:
+def keep_missing(net: Segmenter, kept: Kept, missing: list[int], batch: int, amp: bool,
+                 workers: int) -> None:
     """Computes the missing views, each rank its share, with progress and ETA; waits for all ranks.
 
     Killed, the same command goes on where it was.
     """
-    rank, world = place()
+    rank, world = rank_and_world()
     # The first batch, or another run, has computed some meanwhile.
     still = set(kept.missing())
     mine = [k for k in missing[rank::world] if k in still]
@@ -236,18 +241,11 @@ def fill(net: Segmenter, kept: Kept, missing: list[int], batch: int, amp: bool,
 
 
 class Numbered(torch.utils.data.Dataset):
-    """k -> (k, what sample(k) gives)."""
+    """k -> (k, what sample(k) gives): the file of a view is named by its number."""
 
-    def __init__(self, views):
+    def __init__(self, views: Views | Windows):
         self.views = views
 
     def __getitem__(self, k):
         return k, self.views.sample(k)
-
-
-def place() -> tuple[int, int]:
-    """This process's rank, and how many there are."""
-    if dist.is_initialized():
-        return dist.get_rank(), dist.get_world_size()
-    return 0, 1
 

@@ -29,7 +29,7 @@ from data.tiff import TILE
 from data.views import Kept
 
 from . import calibrate
-from .run import keep_signals_from_worker, over_ranks, to_device
+from .run import keep_signals_from_worker, over_ranks, rank_and_world, to_device
 
 ONE_PIECE = 2**22  # pixels: up to so many an image is blended at once
 LOGITS = 200_000_000  # bytes: at most so many for the logits of one row of windows
@@ -267,6 +267,8 @@ def slide_rows(net: nn.Module, read: Callable, size: tuple[int, int], norm: str,
     `whole` pixels (ONE_PIECE) only the logits of one row of windows are held, not the image's.
     skip_empty: windows without data are not computed.
     """
+    # Not slide_down(), which has the image in memory and divides every pixel by its weight: here
+    # rows are read when they are needed, and classes need no division.
     H, W = size
     device = next(net.parameters()).device
     if H * W <= (ONE_PIECE if whole is None else whole):
@@ -369,9 +371,7 @@ def predictions(net: nn.Module, data: Dataset, window: dict, workers: int = 0,
     All lies on net's device. window: crop, overlap, batch and amp of slide_down(). kept: the
     backbone's maps of all windows.
     """
-    rank, world = 0, 1
-    if dist.is_initialized():
-        rank, world = dist.get_rank(), dist.get_world_size()
+    rank, world = rank_and_world()
     device = next(net.parameters()).device
     mine = range(rank, len(data), world)  # unpadded: no image is counted twice
     loader = DataLoader(Bytes(data), batch_size=None, sampler=mine, num_workers=workers,

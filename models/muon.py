@@ -13,7 +13,8 @@ from torch import Tensor
 OPTIMIZERS = "adamw", "muon"  # what --optimizer may name
 BETAS = 0.9, 0.999  # of AdamW
 MOMENTUM = 0.95  # of Muon
-NARROW = 16  # shorter sides are no hidden layer: classes, or a convolution of each channel alone
+# A matrix with a shorter side is no hidden layer: it gives classes, or filters each channel alone.
+NARROW = 16
 RMS = 0.2  # of the values of AdamW's steps, as Moonlight measured it
 
 
@@ -30,7 +31,7 @@ def is_matrix(p: Tensor) -> bool:
 
 
 def orthogonal(x: Tensor, iterations: int = 5) -> Tensor:
-    """(A, B) -> the same with singular values of about 1 (.7 to 1.2), by Newton-Schulz iterations."""
+    """(A, B) -> (A, B) with all singular values near 1 (.7 to 1.2), by Newton-Schulz iterations."""
     tall = x.shape[0] > x.shape[1]
     if tall:  # the smaller product costs less
         x = x.T
@@ -66,16 +67,18 @@ class Muon(torch.optim.Optimizer):
                 p.sub_(change, alpha=group["lr"])
 
     def muon(self, p: Tensor) -> Tensor:
-        """The next change of a matrix, with Nesterov's momentum; its values have a mean square of RMS²."""
+        """The next change of a matrix, of root mean square RMS."""
         state = self.state[p]
         if not state:
             state["exp_avg"] = torch.zeros_like(p)
         state["exp_avg"].lerp_(p.grad, 1 - MOMENTUM)
+        # Nesterov's momentum: the average as it would be after one more such gradient.
         x = p.grad.lerp(state["exp_avg"], MOMENTUM).flatten(1)
+        # An orthogonal (A, B) has a root mean square of 1 / sqrt(max(A, B)).
         return RMS * max(x.shape) ** 0.5 * orthogonal(x).view_as(p)
 
     def adam(self, p: Tensor) -> Tensor:
-        """The next change by AdamW."""
+        """The next change by AdamW; its state has the names and types of torch.optim.AdamW's."""
         state = self.state[p]
         if not state:
             state["step"] = torch.zeros((), device=p.device)
@@ -84,6 +87,7 @@ class Muon(torch.optim.Optimizer):
         state["step"] += 1
         state["exp_avg"].lerp_(p.grad, 1 - BETAS[0])
         state["exp_avg_sq"].lerp_(p.grad.square(), 1 - BETAS[1])
+        # Both averages began with 0: what that still takes away is put back.
         mean = state["exp_avg"] / (1 - BETAS[0] ** state["step"])
         square = state["exp_avg_sq"] / (1 - BETAS[1] ** state["step"])
         return mean / (square.sqrt() + 1e-8)

@@ -467,6 +467,13 @@ def to_device(t: torch.Tensor, device: torch.device) -> torch.Tensor:
     return t.to(device, non_blocking=True)
 
 
+def rank_and_world() -> tuple[int, int]:
+    """This process's rank, and how many processes there are."""
+    if dist.is_initialized():
+        return dist.get_rank(), dist.get_world_size()
+    return 0, 1
+
+
 def over_ranks(t: torch.Tensor) -> torch.Tensor:
     """Sum over ranks, in place."""
     if dist.is_initialized():
@@ -780,7 +787,7 @@ def again(out: Path) -> str:
     return f"{start} {Path(sys.argv[0]).name} --resume {shlex.quote(str(out))}"
 
 
-def moved(last: dict, device: torch.device) -> str:
+def device_change(last: dict, device: torch.device) -> str:
     """The end of a line: that a run goes on on another kind of device than last.pt was saved on."""
     was = last.get("device", device.type)  # earlier versions have not kept it
     if was == device.type:

@@ -81,9 +81,8 @@ def speed(folder, arch, crop, rounds, images):
         if kept is None:
             kept, _ = features.open_kept(folder, net, arch, amp, d, views, {}, None, crop, 0.25)
             began = time.perf_counter()
-            for _, missing, told in features.first_batches(net, kept, None, BATCH, amp, 100 * images, 0):
-                features.fill(net, kept, missing, BATCH, amp, 0)
-            print(f"{arch} at {crop}, {images} images\n{told}")
+            text, = features.keep_all(net, kept, None, BATCH, amp, 0, reads=100 * images, validations=0)
+            print(f"{arch} at {crop}, {images} images\n{text}")
             print(f"         filled in {time.perf_counter() - began:.1f} s", flush=True)
         best = {}
         for _ in range(rounds):  # in turns: a busy machine slows all

@@ -96,8 +96,8 @@ def test_a_gpu_without_bf16_is_named(monkeypatch, capability, amp, said):
 
 def test_a_run_that_moves_to_another_device_says_so():
     cpu = torch.device("cpu")
-    assert run.moved(dict(device="cuda"), cpu) == "; on cpu after cuda: no longer bit for bit"
-    assert run.moved(dict(device="cpu"), cpu) == run.moved({}, cpu) == ""
+    assert run.device_change(dict(device="cuda"), cpu) == "; on cpu after cuda: no longer bit for bit"
+    assert run.device_change(dict(device="cpu"), cpu) == run.device_change({}, cpu) == ""
 
 
 # ---- a step

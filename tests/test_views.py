@@ -78,11 +78,7 @@ def open_tiny(folder, weights="any", amp=False, seed=0, n=2, drawn=None):
 
 
 def fill(net, kept, kept_val=None, batch=5, workers=0):
-    texts = []
-    for part, missing, text in features.first_batches(net, kept, kept_val, batch, False, 100, 1):
-        features.fill(net, part, missing, batch, False, workers)
-        texts.append(text)
-    return texts
+    return list(features.keep_all(net, kept, kept_val, batch, False, workers, reads=100, validations=1))
 
 
 def files_of(folder):
