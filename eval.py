@@ -482,7 +482,9 @@ def main(args):
             calibration.write("calibration.json", fit | dict(
                 weights=weights, split=args.split, images=len(names), files=digest,
                 overlap=overlap))
+            # The first is what is made smaller; few pixels can make the second larger by it.
             print(f"wrote {folder}/calibration.json: temperature {fit['temperature']:.3f}, "
+                  f"log loss {fit['nll_before']:.4f} -> {fit['nll_after']:.4f}, "
                   f"calibration error {fit['ece_before']:.4f} -> {fit['ece_after']:.4f} on "
                   f"{fit['pixels']} pixels of {args.split}")
 

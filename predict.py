@@ -138,7 +138,9 @@ def leave_out(e):
     hint = ""
     if "--bands" in str(e) or "--input-range" in str(e):
         # The message names flags of the training scripts, which predict.py does not have.
-        hint = " - in training; this file must be as those were"
+        hint = (" - that is for training; this run needs a file like those it was trained on: "
+                "gdal_translate -b 1 -b 2 -b 3 IN OUT.tif takes bands, -ot Byte -scale LOW HIGH "
+                "0 255 a range")
     print(f"left out: {escaped(str(e))}{hint}", file=sys.stderr)
 
 
@@ -331,6 +333,9 @@ def predict_masks(args, images, rank, world, device):
                 scene = Strips(file, **p.reading)
                 if scene.note:
                     print(f"note: {scene.note}", file=sys.stderr)
+                for layer in finished.others(name, ends[file]):
+                    print(f"note: {out / layer}: of an earlier call with other settings, and stays "
+                          "as it is", file=sys.stderr)
                 predict_scene(p, written, finished, name, scene, ends[file], marks[file], say)
         except BadInput as e:
             leave_out(e)
@@ -365,6 +370,8 @@ def last_line(count, old, ends, out):
         kinds |= dict.fromkeys(found)
     files = ", ".join(f"NAME{end}" for end in kinds)
     note = f" ({old} of them by an earlier call)" if old else ""
+    if not count:
+        return f"no mask was written to {out}/"
     return f"wrote the masks of {count} images{note} to {out}/: {files}, summary.json"
 
 

@@ -207,6 +207,14 @@ class Finished:
                 return None
         return row["facts"]
 
+    def others(self, image: str, ends: list[str]) -> list[str]:
+        """Files that an earlier call wrote of an image, and that are none of these endings."""
+        if image not in self.rows:
+            return []
+        new = {f"{image}{end}" for end in ends}
+        return [name for name in self.rows[image]["files"]
+                if name not in new and (self.folder / name).exists()]
+
     def add(self, image: str, mark: str, files: dict[str, str], facts: dict) -> None:
         """All files of an image are written: {name: sha256}."""
         row = dict(image=image, mark=mark, files=files, facts=facts)

@@ -299,6 +299,15 @@ def test_what_cannot_be_read_is_named_and_the_rest_is_finished(run, tmp_path):
     assert set(read(tmp_path / "p/summary.json")["images"]) == {"a", "d"}
 
 
+def test_layers_of_an_earlier_call_with_other_settings_are_named(run, tmp_path):
+    scene(tmp_path / "a.tif", IMAGE[:64, :64])
+    argv = [run, tmp_path / "a.tif", "--out", tmp_path / "p"]
+    assert "of an earlier call" not in call(*argv, "--probabilities")
+    said = call(*argv)
+    assert f"note: {tmp_path}/p/a_probabilities.tif: of an earlier call with other settings" in said
+    assert "a.tif: of an earlier" not in said
+
+
 def test_what_another_process_writes_is_left_out_and_its_tiles_stay(run, tmp_path):
     for name in "ab":
         scene(tmp_path / f"in/{name}.tif", IMAGE[:150, :150])
