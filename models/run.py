@@ -599,11 +599,14 @@ class Stop:
 
 
 def keep_signals_from_worker(worker_id: int) -> None:
-    """For DataLoader's worker_init_fn: only the main process shall get Ctrl-C."""
+    """For DataLoader's worker_init_fn: only the main process gets Ctrl-C, and its end ends the worker."""
     # A terminal sends it to a whole group of processes: a worker makes a group of its own.
     # Ignoring signals would not do: SIGTERM is how the main process ends its workers.
     if hasattr(os, "setpgid"):
         os.setpgid(0, 0)
+    # With its pipe full it would wait for ever for a main process that was killed.
+    if sys.platform == "linux":
+        ctypes.CDLL(None).prctl(1, signal.SIGKILL)  # PR_SET_PDEATHSIG
 
 
 # ---- the run folder

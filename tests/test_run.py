@@ -1,4 +1,5 @@
 """models/run.py: flags, processes, signals, the lock of a run folder, averaged weights."""
+import contextlib
 import copy
 import io
 import json
@@ -7,6 +8,7 @@ import os
 import pty
 import signal
 import socket
+import subprocess
 import sys
 import time
 from pathlib import Path
@@ -841,3 +843,33 @@ def test_ema_is_its_definition():
         torch.testing.assert_close(ema.net[1].running_mean, torch.tensor(mean))
     assert ema.net[2].weight is net[2].weight  # frozen weights are not copied
     assert ema.net[0].weight is not net[0].weight
+
+
+LOADER = """
+import time
+from torch.utils.data import DataLoader, Dataset
+from models.run import keep_signals_from_worker
+class Large(Dataset):
+    def __len__(self): return 100
+    def __getitem__(self, i): return bytes(10**6)  # more than a pipe holds
+batches = iter(DataLoader(Large(), batch_size=None, num_workers=1, worker_init_fn=keep_signals_from_worker))
+next(batches)
+print(batches._workers[0].pid, flush=True)
+time.sleep(60)
+"""
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="only Linux ends a worker with its main process")
+def test_a_worker_ends_with_its_main_process_even_if_that_is_killed():
+    main = subprocess.Popen([sys.executable, "-c", LOADER], cwd=Path(__file__).parents[1], stdout=subprocess.PIPE, text=True)
+    worker = int(main.stdout.readline())
+    main.kill()
+    main.wait()
+    for _ in range(100):
+        with contextlib.suppress(OSError):
+            if Path(f"/proc/{worker}/stat").read_text().split()[2] != "Z":  # whom nobody has waited for yet
+                time.sleep(0.05)
+                continue
+        return
+    os.kill(worker, signal.SIGKILL)
+    pytest.fail("the worker still waits")
