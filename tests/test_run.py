@@ -861,7 +861,8 @@ time.sleep(60)
 
 @pytest.mark.skipif(sys.platform != "linux", reason="only Linux ends a worker with its main process")
 def test_a_worker_ends_with_its_main_process_even_if_that_is_killed():
-    main = subprocess.Popen([sys.executable, "-c", LOADER], cwd=Path(__file__).parents[1], stdout=subprocess.PIPE, text=True)
+    main = subprocess.Popen([sys.executable, "-c", LOADER], cwd=Path(__file__).parents[1],
+                            stdout=subprocess.PIPE, text=True)
     worker = int(main.stdout.readline())
     main.kill()
     main.wait()
