@@ -41,7 +41,7 @@ from data.tiff import write_tiff
 from models import calibrate, ensemble, run
 from models.checkpoint import load_weights, weights_file
 from models.features import MeanFeatures
-from models.infer import predictions
+from models.infer import best_class, predictions
 from models.run import COUNT, between
 from models.score import Counts, Worst, further, table
 
@@ -425,8 +425,7 @@ def main(args):
             keys = sample.keys(counted, i) if args.calibrate else None
             p = []  # probabilities of some rows after the other
             for rows, logits in answer:
-                # max is ten times faster than argmax on a CPU.
-                pred[rows] = logits.max(0).indices.byte()
+                pred[rows] = best_class(logits)
                 counts.add_confidence(logits, y[rows], counted[rows], pred[rows])
                 if args.calibrate:
                     sample.add(logits, counted[rows], keys[rows])
