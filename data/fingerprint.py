@@ -43,6 +43,11 @@ def size_and_times(file: Path) -> str:
     return f"{s.st_size} {s.st_mtime_ns} {s.st_ctime_ns}"
 
 
+def path_in(root: str | Path, file: Path) -> str:
+    """A file as it is named in files.json: by its path from the root of its data set."""
+    return Path(os.path.relpath(file, root)).as_posix()
+
+
 def fingerprint(root: str | Path, files: Iterable[Path]) -> dict:
     """{"share": bytes hashed of a file, "files": {path in root: "size times hash"}}."""
     files = sorted(set(files))
@@ -56,7 +61,7 @@ def fingerprint(root: str | Path, files: Iterable[Path]) -> dict:
         state = size_and_times(file)  # before it is read: a change meanwhile is found later
         return f"{state} {digest(file, share)}"
 
-    names = [Path(os.path.relpath(file, root)).as_posix() for file in files]
+    names = [path_in(root, file) for file in files]
     return {"share": share, "files": dict(zip(names, in_threads(look, files, "hashes of files")))}
 
 

@@ -5,7 +5,6 @@
     train = d.part("train", norm="imagenet", augment=f, seed=0)     x (3, H, W), y (H, W), name
 """
 import hashlib
-import os
 from pathlib import Path
 
 import numpy as np
@@ -17,7 +16,7 @@ from .datasets import (
     SegDataset, check_masks, check_size, check_sizes, class_counts, count_ids, find_pairs,
     in_threads, load_splits, read_description, read_list, unknown_files)
 from .files import not_used
-from .fingerprint import fingerprint, prints_of_run
+from .fingerprint import fingerprint, path_in, prints_of_run
 from .io import Labels, read_valid
 from .ranges import percentile_range, range_of_run
 from .samplers import rich, share_of
@@ -213,22 +212,23 @@ class Source:
         images = progress(range(len(data)), f"{split} masks")
         return np.stack([count_ids(data.read(i)[1], len(self.names))[:-1] for i in images])
 
+    def used(self, split: str) -> list[Path]:
+        """Images and masks of a split, a file once for each of its tiles."""
+        found = []
+        for image, mask, *_ in self.files(split).values():
+            found += [image, mask] if mask else [image]
+        return found
+
     def fingerprint(self) -> dict:
         """Of the images and masks of all splits, for a run's files.json."""
         if self.prints is None:
-            used = []
-            for split in self.splits:
-                for image, mask, *_ in self.files(split).values():
-                    used += [image, mask] if mask else [image]
+            used = sum(map(self.used, self.splits), [])
             self.prints = fingerprint(self.root, used)
         return self.prints
 
     def hashes(self, split: str) -> dict[str, str]:
         """{path in root: hash} of the images and masks of a split."""
-        used = set()
-        for image, mask, *_ in self.files(split).values():
-            used |= {image, mask}
-        names = {Path(os.path.relpath(file, self.root)).as_posix() for file in used if file}
+        names = {path_in(self.root, file) for file in self.used(split)}
         prints = self.fingerprint()["files"]
         return {name: prints[name].rsplit(" ", 1)[1] for name in sorted(names)}
 
