@@ -100,8 +100,7 @@ def parse_args(argv=None):
     opt = p.add_argument_group("optimiser")
     opt.add_argument("--optimizer", choices=OPTIMIZERS,
                      help="(muon from scratch; adamw with --weights)")
-    opt.add_argument("--epochs", type=COUNT,
-                     help="passes over train (15; linear 100)")
+    opt.add_argument("--epochs", type=COUNT, help="passes over train (15; linear 100)")
     opt.add_argument("--batch-size", type=between(2, 2**31, int), default=64, help="per process")
     opt.add_argument("--lr", type=between(1e-9, 10),
                      help="learning rate of the head (2e-3 from scratch, CNN 3e-3; 1e-3 with --weights)")
