@@ -2,6 +2,7 @@
 
     python tests/bench_features.py                    32 images, ViT-B/14 at 518 and ViT-S/16 at 512, random weights
     python tests/bench_features.py --weights runs/eurosat-finetune      train_seg.py on the demo, that ViT frozen
+    python tests/bench_features.py --weights RUN --out DIR --root D --flags --crop 192 --scale 0.4 1.2     on other data
 
 An epoch takes every image once, forward and backward. "fp32" computes the features as the reports did,
 in torch's default precision; "own" in the precision of a run here. Ratios are of one process, rounds in turns.
@@ -9,7 +10,9 @@ The stand-in for DINO: python train_cls.py --root EuroSAT --mode finetune --arch
 """
 import argparse
 import json
+import os
 import resource
+import shutil
 import subprocess
 import sys
 import tempfile
@@ -102,26 +105,32 @@ def speed(folder, arch, crop, rounds, images):
 
 
 def trained(out, flags):
-    """Runs train_seg.py on the demo -> CPU seconds, {step: val mIoU}, test mIoU."""
-    before = resource.getrusage(resource.RUSAGE_CHILDREN)
-    words = [sys.executable, ROOT / "train_seg.py", "--workers", "0", "--out", out, *flags]
-    subprocess.run([str(word) for word in words], check=True, stdout=subprocess.DEVNULL)
-    after = resource.getrusage(resource.RUSAGE_CHILDREN)
+    """Runs train_seg.py on one thread, unless it has -> CPU seconds, {step: val mIoU}, test mIoU."""
+    cpu = out / "cpu.json"
+    if not cpu.exists():
+        shutil.rmtree(out, ignore_errors=True)  # of a run that was killed
+        before = resource.getrusage(resource.RUSAGE_CHILDREN)
+        words = [sys.executable, ROOT / "train_seg.py", "--workers", "0", "--out", out, *flags]
+        subprocess.run([str(word) for word in words], check=True, stdout=subprocess.DEVNULL,
+                       env={**os.environ, "OMP_NUM_THREADS": "1"})
+        after = resource.getrusage(resource.RUSAGE_CHILDREN)
+        took = after.ru_utime + after.ru_stime - before.ru_utime - before.ru_stime
+        cpu.write_text(json.dumps(took))
     rows = map(json.loads, (out / "log.jsonl").read_text().splitlines())
     scores = {row["step"]: row["val_miou"] for row in rows if "val_miou" in row}
-    took = after.ru_utime + after.ru_stime - before.ru_utime - before.ru_stime
-    return took, scores, json.loads((out / "results.json").read_text())["miou"]
+    return json.loads(cpu.read_text()), scores, json.loads((out / "results.json").read_text())["miou"]
 
 
-def by_views(folder, weights, head, steps, seeds, views):
+def by_views(folder, weights, head, steps, seeds, views, root, more):
     """Prints a row for each number of views: scores, CPU time and bytes, and what fresh crops reach."""
-    print(f"train_seg.py on the demo, {weights} frozen, {head}, {steps} steps of 8 crops of 128\n"
+    where = ["--root", root] if root else []
+    print(f"train_seg.py on {root or 'the demo'}, {weights} frozen, {head}, {steps} steps, {' '.join(more)}\n"
           "seed  views   test mIoU  val mIoU  CPU s  MB on disk  steps to the fresh run's val mIoU")
     for seed in seeds:
         goal = None
         for n in ["fresh", *views]:
-            flags = ["--weights", weights, "--head", head, "--crop", 128, "--steps", steps, "--seed", seed,
-                     "--eval-every", steps // 8, "--log-every", steps]
+            flags = [*where, "--weights", weights, "--head", head, "--batch-size", 8, "--steps", steps, "--seed", seed,
+                     "--eval-every", steps // 8, "--log-every", steps, *more]
             kept = folder / f"features-{seed}-{n}"
             if n != "fresh":
                 flags += ["--views", n, "--cache-features", kept]
@@ -143,11 +152,16 @@ def main():
     p.add_argument("--steps", type=int, default=400)
     p.add_argument("--seeds", type=int, nargs="+", default=[0])
     p.add_argument("--views", type=int, nargs="+", default=[1, 2, 4, 8])
+    p.add_argument("--root", help="data to train on (the demo)")
+    p.add_argument("--out", type=Path, help="folder for runs and features; what is there is not run again")
+    p.add_argument("--flags", nargs=argparse.REMAINDER, default=["--crop", "128"], help="of train_seg.py, last")
     args = p.parse_args()
     run.start(0)
     with tempfile.TemporaryDirectory() as folder:
         if args.weights:
-            by_views(Path(folder), Path(args.weights).resolve(), args.head, args.steps, args.seeds, args.views)
+            folder = (args.out or Path(folder)).absolute()
+            by_views(folder, Path(args.weights).resolve(), args.head, args.steps, args.seeds, args.views, args.root,
+                     args.flags)
             return
         for arch in args.arch:
             speed(Path(folder), arch, SIZES[arch], args.rounds, args.images)

@@ -1,7 +1,11 @@
 """Parameters, GFLOP and time of each head on the maps of a ViT-B/14 at 518 x 518, one image, 8 classes.
 
     python tests/bench_heads.py                     also what the backbone itself needs, forward only
+    python tests/bench_heads.py --weights RUN       test mIoU of each head on the demo: on that ViT frozen, on a random
+                                                    one frozen, and from scratch; mean +/- sd over --seeds
+The stand-in for DINO: python train_cls.py --root EuroSAT --mode finetune --arch nano16 --epochs 2
 """
+import argparse
 import sys
 import time
 from pathlib import Path
@@ -9,7 +13,8 @@ from pathlib import Path
 import torch
 from torch.utils.flop_counter import FlopCounterMode
 
-sys.path.insert(0, str(Path(__file__).parents[1]))
+sys.path[:0] = [str(Path(__file__).parents[1]), str(Path(__file__).parent)]
+from bench_features import trained
 from models.heads import HEADS
 from models.run import tune_cpu
 from models.vit import PRESETS, ViT
@@ -21,7 +26,29 @@ def gflop(work):
     return counter.get_total_flops() / 1e9
 
 
-def main(repeat=7):
+# How the three kinds of backbone are trained. The random frozen one has the recipe of frozen ones, too.
+FROZEN = "--optimizer adamw --lr 1e-3 --weight-decay 0.01 --dropout 0.1".split()
+
+
+def trainings(weights, out, root, seeds, heads, flags):
+    """Prints a row for each head: test mIoU on each backbone, of equally many steps, and CPU seconds of a run."""
+    kinds = {"frozen": ["--weights", weights], "random, frozen": ["--unfreeze", 0, *FROZEN], "from scratch": []}
+    print("| head | " + " | ".join(f"{kind} | CPU s" for kind in kinds) + " |\n" + "|---" * (2 * len(kinds) + 1) + "|")
+    where = ["--root", root] if root else []
+    for head in heads:
+        cells = []
+        for kind, chosen in kinds.items():
+            found = []
+            for seed in seeds:
+                run = out / f"{head}-{kind.replace(', ', '-').replace(' ', '-')}-{seed}"
+                found.append(trained(run, [*where, "--head", head, "--seed", seed, *flags, *chosen]))
+            scores = torch.tensor([miou for _, _, miou in found])
+            spread = f" +/- {scores.std():.3f}" if len(seeds) > 1 else ""
+            cells.append(f"{scores.mean():.3f}{spread} | {sum(took for took, _, _ in found) / len(found):.0f}")
+        print(f"| {head} | " + " | ".join(cells) + " |", flush=True)
+
+
+def costs(repeat=7):
     device = "cuda" if torch.cuda.is_available() else "cpu"
     if device == "cpu":
         tune_cpu()  # as the scripts do
@@ -44,6 +71,23 @@ def main(repeat=7):
     vit = ViT(**PRESETS["dinov2_vitb14"]).to(device).eval().requires_grad_(False)
     print(f"ViT-B/14 {sum(p.numel() for p in vit.parameters()) / 1e6:12.2f}"
           f"{gflop(lambda: vit(torch.randn(1, 3, 518, 518, device=device))):16.1f}")
+
+
+def main():
+    p = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    p.add_argument("--weights", help="run whose ViT is frozen: accuracy in place of costs")
+    p.add_argument("--out", type=Path, default=Path("runs/bench_heads"), help="what is there is not run again")
+    p.add_argument("--root", help="data to train on (the demo)")
+    p.add_argument("--seeds", type=int, nargs="+", default=[0, 1, 2])
+    p.add_argument("--heads", nargs="+", choices=HEADS, default=list(HEADS))
+    p.add_argument("--flags", nargs=argparse.REMAINDER, help="of train_seg.py for all, last",
+                   default="--steps 500 --crop 128 --scale 0.75 1.5 --batch-size 8 --eval-every 500".split())
+    args = p.parse_args()
+    if args.weights:
+        weights = Path(args.weights).resolve()
+        trainings(weights, args.out.absolute(), args.root, args.seeds, args.heads, args.flags)
+    else:
+        costs()
 
 
 if __name__ == "__main__":
