@@ -4,8 +4,8 @@
     loss.backward(); opt.step()
 
 Keller Jordan 2024 (kellerjordan.github.io/posts/muon), scaled as in Moonlight (arXiv 2502.16982) to
-the size of AdamW's steps: rate and weight decay mean what they mean there. It is for networks
-that start from random weights. torch.optim.Muon takes no convolutions.
+the size of AdamW's steps: rate and weight decay mean what they mean there. It is for what starts
+from random weights, be it a head alone. torch.optim.Muon takes no convolutions.
 """
 import torch
 from torch import Tensor
@@ -47,13 +47,16 @@ def orthogonal(x: Tensor, iterations: int = 5) -> Tensor:
 class Muon(torch.optim.Optimizer):
     """Muon for matrices (is_matrix), AdamW for biases, norms, tokens and narrow matrices.
 
-    groups: as nets.param_groups() makes them, whose "layers" says where matrices may be.
+    groups: as nets.param_groups() makes them, whose "layers" says where matrices may be. Those
+    that learn slower than the head ("scale" below 1) were trained before: AdamW takes them, too.
     """
 
     def __init__(self, groups: list[dict], lr: float):
         super().__init__(groups, dict(lr=lr))
-        layers = [p for group in groups if group["layers"] for p in group["params"]]
-        self.matrices = {p for p in layers if is_matrix(p)}
+        self.matrices = set()
+        for group in groups:
+            if group["layers"] and group["scale"] == 1:
+                self.matrices.update(p for p in group["params"] if is_matrix(p))
 
     @torch.no_grad()
     def step(self) -> None:
