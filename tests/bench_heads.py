@@ -27,7 +27,7 @@ def gflop(work):
 
 
 # How the three kinds of backbone are trained. The random frozen one has the recipe of frozen ones, too.
-FROZEN = "--optimizer adamw --lr 1e-3 --weight-decay 0.01 --dropout 0.1".split()
+FROZEN = "--weight-decay 0.01 --dropout 0.1".split()
 
 
 def trainings(weights, out, root, seeds, heads, flags):
