@@ -57,11 +57,11 @@ def values(run, key):
 
 # ---- limits
 
-def test_alpha_0_is_train_seg_bit_for_bit(teacher, forks, tmp_path):
+def test_alpha_0_is_train_seg_bit_for_bit(forks, tmp_path):
     flags = ["--root", tiny_set(), *TINY, "--ema", 0.9, "--loss", "ce+0.5*dice", "--accum", 2,
              "--batch-size", 2]
     forks.run("train_seg", *flags, "--out", tmp_path / "a")
-    forks.run("train_kd", *flags, "--out", tmp_path / "b", "--alpha", 0, "--teacher", teacher)
+    forks.run("train_kd", *flags, "--out", tmp_path / "b", "--alpha", 0)
     best = [tmp_path / out / "best.safetensors" for out in "ab"]
     assert best[0].read_bytes() == best[1].read_bytes()
     a, b = (load_state(tmp_path / out / "last.pt") for out in "ab")
