@@ -16,6 +16,7 @@ before stand beside those on the new ones.
 
 Writes eval.json, scenes.csv (a row per image), matrices.npz (for --compare), confusion.png,
 reliability.png and worst.png into RUN/eval-SPLIT, of --masks into RUN/eval-SPLIT-masks.
+Results of another protocol stay there unless --overwrite is typed.
 """
 import os
 from functools import partial
@@ -29,7 +30,7 @@ import torch
 
 from data import boundary, metrics, plots, public, samplers
 from data.common import BadInput, Written, nfc, read_json
-from data.compare import compare, pack_matrices, read_scored, scene_table
+from data.compare import check_earlier, compare, pack_matrices, read_scored, scene_table
 from data.curate.masks import before_review
 from data.datasets import scenes_of
 from data.io import Labels
@@ -146,6 +147,8 @@ def open_data(args, meta, folder):
     if args.root or args.variant:
         hint = f", or --split-file {own} for that of training"
     check_split(d, args, hint)
+    if not args.masks:
+        d.check_kinds(args.split, meta.get("kinds"))
     return d
 
 
@@ -400,6 +403,9 @@ def main(args):
     window = dict(crop=meta["crop"], overlap=overlap, batch=args.batch_size, amp=amp)
     if device.type == "cuda" and not args.masks:
         say(run.precision(amp, device))
+    protocol = protocol_of(args, d, meta, weights, temperature, window, several)
+    if not args.overwrite:
+        check_earlier(out.folder, protocol, in_run=not args.out)
 
     # ---- count
     if args.masks:
@@ -468,7 +474,6 @@ def main(args):
             report["before_review"] = old = counts_before.report(d.names, groups, meta["report"])
             print(f"on the labels before data.curate apply, which has changed {len(reviewed)} of "
                   f"{len(names)} masks:\n    {metrics.headline(dict(old, split=args.split))}")
-        protocol = protocol_of(args, d, meta, weights, temperature, window, several)
         protocol |= run.facts(device, world)
         out.write("eval.json", report | dict(protocol=protocol))
         for file, content in beside(report, counts, worst, data, d, groups, args).items():

@@ -35,7 +35,7 @@ from data.common import IGNORE, SILENT, BadInput, Written, csv_text, escaped, mi
 from data.datasets import NORMS
 from data.files import SUFFIXES, image_name, images_in, is_image, not_used, typed
 from data.io import Labels, read_image
-from data.raster import open_raster
+from data.raster import CONVERT, check_kind, open_raster
 from data.results import (
     Finished, area_summary, areas, check_outputs, class_values, mark_of, mask_image, open_writers,
     qml, read_back)
@@ -139,8 +139,7 @@ def leave_out(e):
     if "--bands" in str(e) or "--input-range" in str(e):
         # The message names flags of the training scripts, which predict.py does not have.
         hint = (" - that is for training; this run needs a file like those it was trained on: "
-                "gdal_translate -b 1 -b 2 -b 3 IN OUT.tif takes bands, -ot Byte -scale LOW HIGH "
-                "0 255 a range")
+                + CONVERT)
     print(f"left out: {escaped(str(e))}{hint}", file=sys.stderr)
 
 
@@ -150,6 +149,7 @@ class Predictor(NamedTuple):
     # What every image is predicted with.
     net: nn.Module
     reading: dict  # bands and input_range of the training images
+    kinds: list | None  # their numbers of bands and bits
     norm: str
     window: dict  # crop, overlap, batch and amp of slide_rows()
     temperature: float | None  # of a calibrated run, for probabilities
@@ -174,8 +174,8 @@ def open_predictor(args, labels, values, device):
                 CLASSES=", ".join(f"{v['value']} {v['name']}" for v in values))
     for flag, value in ensemble.about(**runs).items():
         info[flag.upper()] = value
-    return Predictor(net, meta["reading"], meta["norm"], window, temperature, labels,
-                     args.label_out == "raw", info)
+    return Predictor(net, meta["reading"], meta.get("kinds"), meta["norm"], window, temperature,
+                     labels, args.label_out == "raw", info)
 
 
 def endings(file, args, by_color):
@@ -330,6 +330,7 @@ def predict_masks(args, images, rank, world, device):
                         # Of a call that was killed just before it did that.
                         remove_part(out / f"{name}{end}")
                     continue
+                check_kind(file, p.kinds)
                 scene = Strips(file, **p.reading)
                 if scene.note:
                     print(f"note: {scene.note}", file=sys.stderr)
@@ -395,6 +396,7 @@ def predict_table(args, images, rank, world, device):
     rows, left_out, began = [], [], time.time()  # rows: file, probabilities, classes, both falling
 
     def load(file):
+        check_kind(file, meta.get("kinds"))
         return square(read_image(file, **meta["reading"]), meta["stored"])
 
     for i in progress(range(0, len(mine), args.batch_size), "batches of images"):

@@ -86,7 +86,8 @@ def parse_args(argv=None):
                        help="of a ResNet: 3x3, or 7x7 and pool (imagenet with --weights)")
     model.add_argument("--norm", default="auto", choices=["auto", *NORMS],
                        help="mean and std of pixels; auto: as the weights were trained")
-    model.add_argument("--unfreeze", default="all", help="last K blocks to fine-tune, or all")
+    model.add_argument("--unfreeze", type=run.blocks, default="all",
+                       help="last K blocks to fine-tune, or all")
     model.add_argument("--save", default="all", choices=["all", "head"],
                        help="head: without the frozen backbone")
     model.add_argument("--k", type=COUNT, nargs="+", default=[5, 10, 20, 50],
@@ -132,6 +133,22 @@ def parse_args(argv=None):
     train, val, test = args.fractions
     if not (train and val and 0.999 < train + val + test < 1.001):
         p.error(f"--fractions {train} {val} {test}: expected shares of sum 1, train and val above 0")
+    if not args.root:
+        p.error("--root is missing; type python train_cls.py --root D, where D holds a folder of "
+                "images per class; EuroSAT is such a set, 94 MB: github.com/phelber/eurosat")
+    scratch = args.weights == "none"
+    if args.mode is None:
+        args.mode = "cnn" if scratch else "linear"
+        if args.features == "mean":
+            args.mode = "knn"
+    probing = args.mode in ("knn", "linear")
+    if args.features == "mean" and not (probing and scratch):
+        p.error(f"--features mean with --mode {args.mode}, --weights {args.weights}: nothing to "
+                "train or load in means; type --mode knn or linear, and no --weights")
+    run.only_with(p, args, "mode", "finetune", "unfreeze")
+    if args.save == "head" and (scratch or not probing):
+        p.error("--save head needs a frozen backbone from --weights; leave --save out, or type "
+                "--mode linear or knn")
     return args
 
 
@@ -402,19 +419,7 @@ def main(args):
     say = print if rank == 0 else lambda *words, **how: None
 
     # ---- data
-    if not args.root:
-        raise BadInput("--root is missing; type python train_cls.py --root D, where D holds a "
-                       "folder of images per class; EuroSAT is such a set, 94 MB: "
-                       "github.com/phelber/eurosat")
-    scratch = args.weights == "none"
-    if args.mode is None:
-        args.mode = "cnn" if scratch else "linear"
-        if args.features == "mean":
-            args.mode = "knn"
-    probing = args.mode in ("knn", "linear")
-    if args.features == "mean" and not (probing and scratch):
-        raise BadInput(f"--features mean with --mode {args.mode}, --weights {args.weights}: nothing "
-                       "to train or load in means; type --mode knn or linear, and no --weights")
+    scratch, probing = args.weights == "none", args.mode in ("knn", "linear")
     cnn_of = args.cnn if args.mode == "cnn" else None
     backbone, state, info = nets.load_trunk(args.weights, args.arch, cnn_of)
     for turn in (0, 1):  # rank 0 decodes, the others find it in the cache
@@ -465,16 +470,10 @@ def main(args):
         bank = len(d.rows["train"])
         spec |= dict(bank=bank, k=max(args.k), temperature=args.temperature)
     net = nets.make_classifier(spec, state, info)
-    if args.unfreeze != "all" and args.mode != "finetune":
-        raise BadInput(f"--unfreeze {args.unfreeze} goes with --mode finetune, not {args.mode}; "
-                       "leave it out")
     if probing:
         net.backbone.requires_grad_(False)
     elif args.mode == "finetune":
         nets.unfreeze(net, args.unfreeze)
-    if args.save == "head" and (scratch or not probing):
-        raise BadInput("--save head needs a frozen backbone from --weights; leave --save out, or "
-                       "type --mode linear or knn")
     net.to(device, memory_format=torch.channels_last).train()
     amp = args.amp == "bf16" or args.amp == "auto" and run.fast_bf16(device)
     amp = amp and args.features != "mean"

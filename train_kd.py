@@ -39,7 +39,7 @@ from data.source import Source, rare_classes
 from models import checkpoint, nets, recipes, run
 from models.heads import HEADS
 from models.infer import evaluate, examples, rehearse
-from models.lookahead import Lookahead, cycle_ends, warm_restarts
+from models.lookahead import Lookahead, cycle_ends, end_step, warm_restarts
 from models.losses import LOSSES, class_weights, kl, parse_loss, translate, uses, weighted_sum
 from models.muon import OPTIMIZERS, optimizer
 from models.nets import as_tuple
@@ -109,7 +109,8 @@ def parse_args(argv=None):
     model.add_argument("--head", default="fpn", choices=sorted(HEADS), help="decoder of a vit")
     model.add_argument("--dropout", type=between(0, 0.9),
                        help="of the channels that the head reads (recipe)")
-    model.add_argument("--unfreeze", help="last K blocks, or all (0 with --weights, else all)")
+    model.add_argument("--unfreeze", type=run.blocks,
+                       help="last K blocks, or all (0 with --weights, else all)")
     model.add_argument("--norm", default="auto", choices=["auto", *NORMS],
                        help="mean and std of pixels; auto: as the weights were trained")
 
@@ -155,6 +156,17 @@ def parse_args(argv=None):
     run.check_rising(p, args, "scale")
     run.only_with(p, args, "model", "vit", "arch", "head", "unfreeze",
                   "layer_decay", "dropout")
+    run.fill_unfreeze(p, args)
+    if args.alpha == 0:
+        run.only_with(p, args, "alpha", "above 0", "teacher", "map", "within", "temperature")
+    elif not args.teacher:
+        p.error("--teacher is missing; name the run folder of a trained network, or type --alpha 0")
+    run.only_with(p, args, "sampler", "weighted", "difficulty")
+    if args.sampler == "weighted" and not args.difficulty:
+        p.error("--sampler weighted without --difficulty; make the file with python eval.py RUN "
+                "--split train --difficulty")
+    # Again in main(), with what the recipe has chosen.
+    args.steps = end_step(args.steps, args.eval_every, args.restarts, args.lookahead)
     return args
 
 
@@ -182,9 +194,6 @@ def transform(image, mask, rng, args, rare):
 
 def load_teacher(args, d, device):
     # -> network in eval mode, where it stays, and what its run says of it
-    if not args.teacher:
-        raise BadInput("--teacher is missing; name the run folder of a trained network, or type "
-                       "--alpha 0")
     teacher, theirs = nets.load_run(args.teacher)
     # Both see the same pixels: of equal percentiles those of the teacher's training images.
     if d.percentiles and theirs.get("percentiles") == d.percentiles:
@@ -194,6 +203,7 @@ def load_teacher(args, d, device):
         raise BadInput(f"{args.teacher}: reads images with {theirs['reading']}, this run with "
                        f"{d.reading}; type the same --bands and --input-range: {flags}, and take "
                        "what else says so out of dataset.json")
+    d.check_kinds("train", theirs.get("kinds"))
     return teacher.to(device).requires_grad_(False), theirs
 
 
@@ -271,8 +281,6 @@ def main(args):
     net, spec, info = nets.make(args.model, K, args.weights, args.arch, args.head)
     norm = nets.choose_norm(args.norm, info)
 
-    if args.unfreeze is None:
-        args.unfreeze = "all" if scratch or not vit else "0"
     frozen = nets.unfreeze(net, args.unfreeze)
 
     # What was not typed is the recipe's: models/recipes.py has one for training from scratch, one
@@ -286,13 +294,7 @@ def main(args):
         setattr(args, flag, value)
     if vit:
         net.dropout.p = args.dropout
-    if args.restarts:  # end where a cycle ends, at the lowest rate
-        args.steps = cycle_ends(*args.restarts, args.steps)[-1]
-    every = args.lookahead
-    if every and (args.steps % every or args.eval_every % every):
-        raise BadInput(f"--lookahead {every}: the run ends at step {args.steps} and is validated "
-                       f"every {args.eval_every}; --steps and --eval-every must be multiples of it, "
-                       "where fast and slow weights meet")
+    args.steps = end_step(args.steps, args.eval_every, args.restarts, args.lookahead)
     net = run.synchronise_norms(net, device).to(device).train()
     amp = args.amp == "bf16"
     if args.amp == "auto":  # on a CPU only under a frozen backbone
@@ -338,9 +340,6 @@ def main(args):
     if args.sampler == "class-balanced":
         image_weights = samplers.balanced_weights(d.count_as_read("train"))
     if args.sampler == "weighted":
-        if not (args.resume or args.difficulty):
-            raise BadInput("--sampler weighted without --difficulty; make the file with python "
-                           "eval.py RUN --split train --difficulty")
         file = out / "difficulty.json" if args.resume else args.difficulty
         difficulty = samplers.read_difficulty(file, plain.names)  # {name: hard classes}
         image_weights = samplers.difficulty_weights(list(difficulty.values()))

@@ -105,7 +105,8 @@ def parse_args(argv=None):
     model.add_argument("--head", default="fpn", choices=sorted(HEADS), help="decoder of a vit")
     model.add_argument("--dropout", type=between(0, 0.9),
                        help="of the channels that the head reads (recipe)")
-    model.add_argument("--unfreeze", help="last K blocks, or all (0 with --weights, else all)")
+    model.add_argument("--unfreeze", type=run.blocks,
+                       help="last K blocks, or all (0 with --weights, else all)")
     model.add_argument("--norm", default="auto", choices=["auto", *NORMS],
                        help="mean and std of pixels; auto: as the weights were trained")
 
@@ -145,6 +146,9 @@ def parse_args(argv=None):
     run.check_rising(p, args, "scale")
     run.only_with(p, args, "model", "vit", "arch", "head", "unfreeze",
                   "layer_decay", "dropout", "cache_features")
+    run.fill_unfreeze(p, args)
+    if args.grow and not recipes.ema_of(args.weights, args.unfreeze, args.ema):
+        p.error("--grow without --ema: the averaged weights are the teacher; type --ema 0.99")
     if args.points_per_class and args.points not in points.PATTERNS:
         p.error(f"--points-per-class {args.points_per_class}: for points drawn from masks, not "
                 f"--points {args.points}; leave it out")
@@ -299,8 +303,6 @@ def main(args):
     net, spec, info = nets.make(args.model, K, args.weights, args.arch, args.head)
     norm = nets.choose_norm(args.norm, info)
 
-    if args.unfreeze is None:
-        args.unfreeze = "all" if scratch or not vit else "0"
     frozen = nets.unfreeze(net, args.unfreeze)
 
     # What was not typed is the recipe's: models/recipes.py has one for training from scratch, one
@@ -314,12 +316,6 @@ def main(args):
         setattr(args, flag, value)
     if vit:
         net.dropout.p = args.dropout
-    if args.grow and not args.ema:
-        raise BadInput("--grow without --ema: the averaged weights are the teacher; type --ema "
-                       "0.99")
-    if args.cache_features and (scratch or not frozen):
-        raise BadInput("--cache-features needs a frozen backbone; type --weights FILE without "
-                       "--unfreeze, or leave --cache-features out")
     if args.cache_features and args.views is None:
         args.views = features.VIEWS
     net = run.synchronise_norms(net, device).to(device).train()

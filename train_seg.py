@@ -96,7 +96,8 @@ def parse_args(argv=None):
     model.add_argument("--head", default="fpn", choices=sorted(HEADS), help="decoder of a vit")
     model.add_argument("--dropout", type=between(0, 0.9),
                        help="of the channels that the head reads (recipe)")
-    model.add_argument("--unfreeze", help="last K blocks, or all (0 with --weights, else all)")
+    model.add_argument("--unfreeze", type=run.blocks,
+                       help="last K blocks, or all (0 with --weights, else all)")
     model.add_argument("--norm", default="auto", choices=["auto", *NORMS],
                        help="mean and std of pixels; auto: as the weights were trained")
     model.add_argument("--save", default="all", choices=["all", "head"],
@@ -147,6 +148,7 @@ def parse_args(argv=None):
                 "have; leave them or it out")
     run.only_with(p, args, "model", "vit", "arch", "head", "unfreeze",
                   "layer_decay", "dropout", "save", "cache_features")
+    run.fill_unfreeze(p, args)
     return args
 
 
@@ -201,8 +203,6 @@ def main(args):
     net, spec, info = nets.make(args.model, K, args.weights, args.arch, args.head)
     norm = nets.choose_norm(args.norm, info)
 
-    if args.unfreeze is None:
-        args.unfreeze = "all" if scratch or not vit else "0"
     frozen = nets.unfreeze(net, args.unfreeze)
 
     # What was not typed is the recipe's: models/recipes.py has one for training from scratch, one
@@ -216,12 +216,6 @@ def main(args):
         setattr(args, flag, value)
     if vit:
         net.dropout.p = args.dropout
-    if args.save == "head" and (scratch or not frozen):
-        raise BadInput("--save head needs a frozen backbone from --weights; leave --save or "
-                       "--unfreeze out")
-    if args.cache_features and (scratch or not frozen):
-        raise BadInput("--cache-features needs a frozen backbone; type --weights FILE without "
-                       "--unfreeze, or leave --cache-features out")
     if args.cache_features and args.views is None:
         args.views = features.VIEWS
     net = run.synchronise_norms(net, device).to(device).train()

@@ -135,18 +135,24 @@ class Written:
         self.digests = {}  # {name: sha256} of what was written here
 
     def check(self, names: Iterable[str]) -> None:
-        """BadInput for the first of these files that may not be replaced: before any long work."""
+        """BadInput where some of these files may not be replaced: before any long work."""
         own = self.read_list()
+        foreign = []
         for name in names:
             file = self.folder / name
             if file.is_dir():
                 raise BadInput(f"{file}: a folder, where a file will be written; name another --out")
-            if not self.overwrite and os.path.lexists(file):
-                if not file.is_file() or (name, file_sha256(file)) not in own:
-                    raise BadInput(f"{file}: would be overwritten, and was not written by this "
-                                   "program or was changed since; type --overwrite to replace it, "
-                                   "or name another --out")
-            self.checked.add(name)
+            free = self.overwrite or not os.path.lexists(file)
+            if not free and file.is_file():
+                free = (name, file_sha256(file)) in own
+            if free:
+                self.checked.add(name)
+            else:
+                foreign.append(file)
+        if foreign:
+            raise BadInput(f"{first_few(foreign)}: would be overwritten, though not written by this "
+                           "program, or changed since; type --overwrite to replace what is there, "
+                           "or name another --out")
 
     @contextlib.contextmanager
     def claim(self, name: str) -> Iterator[None]:
@@ -344,6 +350,12 @@ def follows(value, is_right: Callable) -> bool:
         return bool(is_right(value))
     except TypeError:  # a number where a list should be, or the like
         return False
+
+
+def first_few(items: list, n: int = 3) -> str:
+    """[1, 2, 3, 4, 5] -> '1, 2, 3 and 2 more'"""
+    text = ", ".join(map(str, items[:n]))
+    return f"{text} and {len(items) - n} more" if len(items) > n else text
 
 
 def nfc(text: str) -> str:

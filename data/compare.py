@@ -15,13 +15,17 @@ import torch
 from torch import Tensor
 
 from . import metrics
-from .common import BadInput, check_file, csv_text, read_json
+from .common import SHORT, BadInput, check_file, csv_text, read_json, without_nan
 
 # What two results must have in common to be compared, in eval.json's protocol.
 SAME = {
     "dataset": "data set", "variant": "variant", "split": "split", "files": "images of the split",
     "classes": "classes", "ignore": "ignored values", "ignore_boundary": "--ignore-boundary",
 }
+
+# What of it results may differ in from those that they replace: a run learns on, data move, a
+# calibration is added.
+MAY_CHANGE = {"weights", "root", "temperature"}
 
 
 # ---- intervals
@@ -98,6 +102,23 @@ def read_scored(path: str | Path, split: str | None = None) -> Scored:
         raise BadInput(f"{file}: does not belong to the eval.json beside it; score the split again "
                        "with eval.py --overwrite")
     return Scored(folder, report, images, scenes, matrices)
+
+
+def check_earlier(folder: Path, protocol: dict, in_run: bool) -> None:
+    """BadInput where the results in a folder are of another protocol than those to come.
+
+    in_run: the folder is the run's own, wherever that lies by now.
+    """
+    file = folder / "eval.json"
+    before = read_json(file).get("protocol", {}) if file.exists() else {}
+    found = []
+    for key, now in without_nan(protocol).items():
+        was = before.get(key, now)  # earlier versions have kept fewer
+        if was != now and key not in MAY_CHANGE and not (in_run and key == "run"):
+            found.append(f"{key} {SHORT.repr(was)}, now {SHORT.repr(now)}")
+    if found:
+        raise BadInput(f"{folder}: holds results of another protocol ({'; '.join(found)}); name "
+                       "another --out, or type --overwrite to replace them")
 
 
 def differences(a: Scored, b: Scored) -> list[str]:

@@ -51,7 +51,7 @@ from .files import (FILE_NAME, MATCH_TIME, SUFFIXES, Names, about_encoding, chec
                     is_image, match)
 from .io import Labels, read_valid, size_of
 from .ranges import is_range
-from .raster import part_of
+from .raster import kinds_of, open_raster, part_of
 
 # Mean and standard deviation of red, green and blue that the weights were trained with.
 NORMS = {
@@ -535,21 +535,25 @@ def in_threads(work: Callable, items: list, what: str) -> list:
         return list(progress(pool.map(work, items), what, len(items)))
 
 
-def check_sizes(pairs: dict) -> dict[Path, tuple[int, int]]:
-    """Reads the headers of all images and masks -> {image: (H, W)}.
+def check_headers(pairs: dict) -> tuple[dict[Path, tuple[int, int]], list[list[int]]]:
+    """Reads the headers of all images and masks -> {image: (H, W)}, [bands, bits] of every kind.
 
     A bad one, or a mask of another size than its image, stops a run before its first step.
     """
     def compare(pair):
         image, mask = pair
-        size = size_of(image)
+        raster = open_raster(image)
+        size = raster.shape[:2]
         if mask:
             check_size(mask, size_of(mask), size)
+        kinds.update(kinds_of(raster))
         return size
 
+    kinds = set()
     files = list(dict.fromkeys(pair[:2] for pair in pairs.values()))
     sizes = in_threads(compare, files, "sizes")
-    return {image: size for (image, _), size in zip(files, sizes)}
+    sizes = {image: size for (image, _), size in zip(files, sizes)}
+    return sizes, sorted(map(list, kinds))
 
 
 def check_size(mask: Path, found: tuple[int, int], expected: tuple[int, int]) -> None:

@@ -4,6 +4,7 @@
     raster.shape, raster.dtype                   (H, W, bands), uint16
     pixels = raster.read(bands=[4, 1, 2])        (H, W, 3) of dtype; bands count from 1
     valid = valid_pixels(raster, pixels)         (H, W) bool, or None where the file cannot say
+    check_kind("a.tif", [[3, 8]])                is it an image such as a run was trained on?
 
 TIFFs are read by data/tiff.py, all other formats by Pillow, whole.
 """
@@ -34,6 +35,10 @@ MODES = {
     "I;16B": (1, np.uint16), "I;16L": (1, np.uint16), "I": (1, np.int32), "F": (1, np.float32),
     "LA": (2, np.uint8), "RGB": (3, np.uint8), "RGBA": (4, np.uint8)}
 COLOURS = {"PA": "RGBA", "La": "LA", "RGBa": "RGBA", "RGBX": "RGBA"}
+
+# How a file becomes one like those that a run was trained on.
+CONVERT = ("gdal_translate -b 1 -b 2 -b 3 IN OUT.tif takes bands (-b 1 -b 1 -b 1 makes three of one), "
+           "-ot Byte -scale LOW HIGH 0 255 changes bits and range")
 
 
 def open_raster(path: str | Path) -> "Tiff | Picture":
@@ -135,6 +140,30 @@ class Picture:
         """Where the image lies, by a world file beside it."""
         transform = read_world_file(self.path)
         return Georef(transform, None, {}) if transform else None
+
+
+def kinds_of(raster: "Tiff | Picture") -> set[tuple[int, int]]:
+    """(bands, bits) of an image by its header; two where an alpha band may be a mask or a band."""
+    n = 3 if raster.indexed else raster.shape[2]
+    bits = 8 * raster.dtype.itemsize
+    return {(n, bits), (n - bool(raster.alpha), bits)}
+
+
+def kinds_text(kinds: set[tuple[int, int]]) -> str:
+    """{(3, 8)} -> '3 bands of 8 bits'"""
+    return " or ".join(f"{n} band{'s' * (n > 1)} of {bits} bits" for n, bits in sorted(kinds))
+
+
+def check_kind(path: str | Path, trained: list[list[int]] | None) -> None:
+    """BadInput where no image of a run's data set was of this image's kind: it would be guessed at.
+
+    trained: "kinds" in the run's header; earlier versions have not kept them.
+    """
+    known = set(map(tuple, trained or ()))
+    found = kinds_of(open_raster(path))
+    if known and known.isdisjoint(found):
+        raise BadInput(f"{path}: {kinds_text(found)}; expected {kinds_text(known)}, as in the data "
+                       f"that the run was trained on: {CONVERT}")
 
 
 def part_of(a: np.ndarray, window: Window | None = None) -> np.ndarray:

@@ -25,8 +25,9 @@ from .common import BadInput, as_bytes, as_text, nfc
 from .datasets import read_split_file, search_all, uncached
 from .files import check_folder, folders, images_in, not_used
 from .fingerprint import fingerprint, prints_of_run
-from .io import in_range, read_image, size_of, stored_colours
+from .io import in_range, read_image, stored_colours
 from .ranges import percentile_range, range_of_run
+from .raster import kinds_of, open_raster
 
 # How folders may call the three splits.
 SPLITS = {"train": "train", "training": "train", "val": "val", "valid": "val", "validation": "val",
@@ -207,18 +208,21 @@ def digest_of(image: np.ndarray) -> np.ndarray:
 
 
 def decode_scenes(*paths: Path, side: int | None = None, bands: list[int] | None = None,
-                  input_range: list[float] | None = None) -> tuple[np.ndarray, np.ndarray]:
-    """-> (N, S, S, 3) uint8 and (N, 16) uint8 digests of the images as stored, all 0 for an unreadable one.
+                  input_range: list[float] | None = None) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
+    """-> (N, S, S, 3) uint8; (N, 16) uint8 digests of the images as stored, all 0 for an unreadable one;
+    (n, 2) uint16 bands and bits of every kind of image: see raster.check_kind().
 
     S: the images' own side if all are equal squares of at most `side` or LARGEST; else that, by square().
     """
     largest = side or LARGEST
 
-    def size(path):
+    def look(path):
         try:
-            return size_of(path)
+            raster = open_raster(path)
         except BadInput:
-            return ()
+            return
+        sides.update(raster.shape[:2])
+        kinds.update(kinds_of(raster))
 
     def decode(i):
         try:
@@ -231,16 +235,15 @@ def decode_scenes(*paths: Path, side: int | None = None, bands: list[int] | None
         pixels[i] = square(image, S)
 
     with ThreadPoolExecutor(min(8, os.cpu_count())) as pool:  # Pillow lets go of the GIL
-        sides = set()
-        for width_and_height in pool.map(size, paths):
-            sides |= set(width_and_height)
+        sides, kinds = set(), set()
+        list(pool.map(look, paths))
         S = largest
         if len(sides) == 1 and max(sides) <= largest:
             S = max(sides)
         pixels = np.zeros((len(paths), S, S, 3), np.uint8)
         digests = np.zeros((len(paths), 16), np.uint8)
         list(pool.map(decode, range(len(paths))))
-    return pixels, digests
+    return pixels, digests, np.array(sorted(kinds), np.uint16)
 
 
 def twins(digests: np.ndarray) -> list[list[int]]:
@@ -418,7 +421,8 @@ class Scenes:
         """Sets .pixels of all images -> faults()."""
         decode = partial(decode_scenes, side=size, **self.reading)
         paths = tuple(self.base / name for name in scenes)
-        self.pixels, digests = self.keep(paths, decode, f"scenes 2 {size} {self.reading}")
+        tag = f"scenes 3 {size} {self.reading}"
+        self.pixels, digests, self.kinds = self.keep(paths, decode, tag)
         return faults(self.base, scenes, digests, self.reading)
 
     def measure_range(self, train: list[str]) -> list[str]:
@@ -445,7 +449,8 @@ class Scenes:
                   for split, names in self.splits.items()}
         return dict(classes=[{"name": c} for c in self.names], dataset=self.dataset,
                     root=str(self.base), chosen_on="val", reported=self.reports,
-                    reading=self.reading, percentiles=self.percentiles, stored=self.pixels.shape[1], splits=splits)
+                    reading=self.reading, percentiles=self.percentiles, kinds=self.kinds.tolist(),
+                    stored=self.pixels.shape[1], splits=splits)
 
 
 def check_asked(base: Path, classes: list[str] | None, found: dict[str, str]) -> None:

@@ -13,12 +13,13 @@ from . import demo, public
 from .cache import Cache
 from .common import BadInput, as_bytes, escaped, progress
 from .datasets import (
-    SegDataset, check_masks, check_size, check_sizes, class_counts, count_ids, find_pairs,
+    SegDataset, check_headers, check_masks, check_size, class_counts, count_ids, find_pairs,
     in_threads, load_splits, read_description, read_list, unknown_files)
 from .files import not_used
 from .fingerprint import fingerprint, path_in, prints_of_run
 from .io import Labels, read_valid
 from .ranges import percentile_range, range_of_run
+from .raster import check_kind
 from .samplers import rich, share_of
 
 
@@ -66,6 +67,7 @@ class Source:
         self.percentiles = None
         if isinstance(self.reading["input_range"], str):
             self.percentiles = self.reading["input_range"]
+        self.kinds = None  # of the images that training opens: see raster.check_kind()
         self.cache = {} if cache == "off" else dict(cache=Cache(cache))
 
         # Before the splits, which complain of images that are gone, too.
@@ -92,7 +94,7 @@ class Source:
         if need_masks:
             check_masks(used, self.description)
         if "train" in need:
-            self.sizes = check_sizes(used)  # {image file: (H, W)}
+            self.sizes, self.kinds = check_headers(used)  # {image file: (H, W)}
         # The split that chooses the weights, and the one that is reported: the same one only where
         # there is no other with labels.
         self.picks = "select" if self.splits.get("select") else "val"
@@ -158,6 +160,11 @@ class Source:
     def files(self, split: str) -> dict[str, tuple]:
         """{name: (image, mask)} of a split, with a box as third entry where names are tiles."""
         return {name: self.pairs[name] for name in self.splits[split]}
+
+    def check_kinds(self, split: str, trained: list[list[int]] | None) -> None:
+        """BadInput where an image of a split is none such as a run was trained on."""
+        for image in dict.fromkeys(image for image, *_ in self.files(split).values()):
+            check_kind(image, trained)
 
     def size(self, image: Path, mask: Path, *box: tuple) -> tuple[int, int]:
         """(H, W) of a pair of a split that training opened, or of its box."""
@@ -240,7 +247,7 @@ class Source:
                     threshold=self.labels.threshold, dataset=self.name,
                     root=str(self.root), source=self.kind, variant=self.description.get("variant"),
                     chosen_on=self.picks, reported=self.reports, reading=self.reading,
-                    percentiles=self.percentiles,
+                    percentiles=self.percentiles, kinds=self.kinds,
                     report=self.further, splits=splits)
 
 

@@ -19,7 +19,6 @@ import shlex
 import shutil
 import time
 from collections.abc import Callable, Sequence
-from functools import partial
 from itertools import accumulate
 from pathlib import Path
 
@@ -28,10 +27,11 @@ import torch
 from torch import Tensor
 
 from .cache import ABANDONED, KEEP_FREE, Rows, open_map, size_of, write_arrays
-from .common import BadInput, as_bytes, json_text, read_json, write
+from .common import BadInput, as_bytes, first_few, json_text, progress, read_json, write
 from .datasets import SegDataset, normalise
 
 FORMAT = 1  # of the files, and of how views are drawn: raise it when either changes
+MOST = 10  # damaged files that are removed one by one
 Shape = tuple[int, ...]
 
 
@@ -222,27 +222,45 @@ class Kept(torch.utils.data.Dataset):
 
     def read(self, k: int) -> tuple[list[np.ndarray], list[Tensor]]:
         """What sample(k) gave, and the maps (C, h, w) bf16; not to be written to."""
-        file = self.file(k)
         try:
-            arrays = []
-            for a in open_map(file, 0):
-                if isinstance(a, Rows):
-                    a.renew = partial(self.damaged, file)
-                    a = a.whole()
-                arrays.append(a)
+            arrays = self.arrays_of(k)
         except ValueError:
-            self.damaged(file)
+            raise self.damaged() from None
         except OSError as e:
-            raise BadInput(f"{file}: cannot be read ({e.strerror}); type the same command, or "
+            raise BadInput(f"{self.file(k)}: cannot be read ({e.strerror}); type the same command, or "
                            "--resume RUN: what is missing is computed again") from None
         # A copy, because torch has no tensors that cannot be written to.
         maps = [torch.from_numpy(a.copy()).view(torch.bfloat16) for a in arrays[self.arrays:]]
         return arrays[:self.arrays], maps
 
-    def damaged(self, file: Path) -> None:
-        """BadInput for a file whose checksums do not agree."""
-        raise BadInput(f"{file}: damaged; is the disk sound? Type rm {shlex.quote(str(file))}, "
-                       "then the same command, or --resume RUN: it is computed again")
+    def arrays_of(self, k: int) -> list[np.ndarray]:
+        """All of view k's file; a ValueError where checksums do not agree."""
+        def differ():
+            raise ValueError
+
+        arrays = []
+        for a in open_map(self.file(k), 0):
+            if isinstance(a, Rows):
+                a.renew = differ
+                a = a.whole()
+            arrays.append(a)
+        return arrays
+
+    def damaged(self) -> BadInput:
+        """What is said of all files whose checksums do not agree, not of the first alone."""
+        files = []
+        for k in progress(range(self.number), "features looked at"):
+            try:
+                self.arrays_of(k)
+            except ValueError:
+                files.append(str(self.file(k)))
+            except OSError:  # missing: computed again anyway
+                pass
+        remove = shlex.join(["rm", *files])
+        if len(files) > MOST:
+            remove = shlex.join(["rm", "-r", str(self.folder)])
+        return BadInput(f"{first_few(files)}: damaged; is the disk sound? Type {remove}, then the "
+                        "same command, or --resume RUN: what is missing is computed again")
 
     def __getitem__(self, key):
         i, draw = key

@@ -70,11 +70,19 @@ def are_texts(value) -> bool:
     return isinstance(value, dict) and all(map(is_text_or_none, value.values()))
 
 
+def are_kinds(value) -> bool:
+    """Pairs of bands and bits; None where training has not opened its images."""
+    if value is None:
+        return True
+    return fits(value, list[list[int]]) and all(len(pair) == 2 for pair in value)
+
+
 # Each of the two kinds of run has some of these fields, an old run has fewer.
 RULES = {
     "model": lambda v: isinstance(v, dict), "classes": are_classes,
     "ignore": lambda v: isinstance(v, list), "report": lambda v: fits(v, dict[str, list[str]]),
     "weights": are_texts, "splits": are_texts, "reading": is_reading,
+    "kinds": are_kinds,
     "norm": lambda v: v in NORMS, "saved": lambda v: v in ("all", "head"), "amp": is_text,
     "task": lambda v: v in (None, "classification"), "dataset": is_text, "root": is_text,
     "source": is_text, "variant": is_text_or_none, "percentiles": is_text_or_none,

@@ -51,6 +51,21 @@ def cycle_ends(first: int, mult: int, steps: int) -> list[int]:
     return ends
 
 
+def end_step(steps: int | None, eval_every: int | None, restarts: list[int] | None,
+             every: int | None) -> int | None:
+    """The step at which a run ends: that of --restarts' last cycle, with the lowest rate. None: not known yet.
+
+    A run that ends or is validated where Lookahead's weights do not meet is a BadInput.
+    """
+    if steps and restarts:
+        steps = cycle_ends(*restarts, steps)[-1]
+    if every and steps and eval_every and (steps % every or eval_every % every):
+        raise BadInput(f"--lookahead {every}: the run ends at step {steps} and is validated every "
+                       f"{eval_every}; --steps and --eval-every must be multiples of it, where "
+                       "fast and slow weights meet")
+    return steps
+
+
 def warm_restarts(step: int, first: int, mult: int) -> float:
     """Share of the rate at `step` (from 0): a half cosine from 1 to 0 in each cycle (SGDR, arXiv 1608.03983).
 

@@ -11,7 +11,7 @@ from pathlib import Path
 
 from torch import nn
 
-from data.common import BadInput, number
+from data.common import BadInput
 from data.datasets import NORMS
 
 from . import classify, deeplab, efficientnet_unet, unetformer
@@ -235,14 +235,7 @@ def size_line(net: nn.Module) -> str:
 
 def unfreeze(net: nn.Module, blocks: str) -> bool:
     """--unfreeze: "all", or how many of a ViT's last blocks train -> is its backbone frozen? CNNs always train."""
-    count = None
-    if blocks != "all":
-        try:
-            count = number(blocks, int)
-        except ValueError:
-            count = -1
-        if count < 0:
-            raise BadInput(f"--unfreeze {blocks}: expected a number of blocks, or all")
+    count = None if blocks == "all" else int(blocks)
     if isinstance(net, (Segmenter, Classifier)):
         return net.unfreeze(count) == 0
     return False

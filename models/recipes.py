@@ -51,6 +51,12 @@ def name_of(weights: str, frozen: bool) -> str:
     return "frozen" if frozen else "tuned"
 
 
+def ema_of(weights: str, unfreeze: str, typed: float | None) -> float:
+    """--weights, --unfreeze, --ema -> the decay of the averaged weights; 0 without any."""
+    recipe = RECIPES[name_of(weights, unfreeze == "0")]
+    return recipe["ema"] if typed is None else typed
+
+
 def fill(recipe: str, typed: dict, pixels: int, patch: int | None, crops: int = 1,
          quick: bool = False) -> dict:
     """A value for each of FLAGS: as typed, else the recipe's. typed: {flag: value, or None if not typed}.

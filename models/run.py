@@ -149,6 +149,17 @@ def device_name(text: str) -> str:
     return text
 
 
+def blocks(text: str) -> str:
+    """An argparse type: what --unfreeze may be, "all" or a number of blocks."""
+    try:
+        count = text if text == "all" else number(text, int)
+    except ValueError:
+        count = -1
+    if count != "all" and count < 0:
+        raise argparse.ArgumentTypeError(f"{text}: expected a number of blocks, or all")
+    return str(count)
+
+
 class InputRange(argparse.Action):
     """--input-range LOW HIGH, a pair for each of three bands, or percentiles: data/ranges.py."""
 
@@ -181,6 +192,24 @@ def only_with(parser: argparse.ArgumentParser, args: argparse.Namespace, owner: 
         if getattr(args, flag) != parser.get_default(flag):
             parser.error(f"--{flag.replace('_', '-')} goes with --{owner} {value}, not {chosen}; "
                          "leave it out")
+
+
+def fill_unfreeze(parser: argparse.ArgumentParser, args: argparse.Namespace) -> None:
+    """Sets --unfreeze where it was not typed: a loaded ViT stays as it is, all else learns.
+
+    Ends the program where another flag needs a backbone that stays as it is.
+    """
+    scratch = args.weights == "none"
+    if args.unfreeze is None:
+        args.unfreeze = "all" if scratch or args.model != "vit" else "0"
+    if not scratch and args.unfreeze == "0":
+        return
+    asked = {"--save head": getattr(args, "save", "all") == "head",
+             "--cache-features": getattr(args, "cache_features", None)}
+    for flag, typed in asked.items():
+        if typed:
+            parser.error(f"{flag} needs a frozen backbone from --weights; type --weights FILE "
+                         f"without --unfreeze, or leave {flag} out")
 
 
 def parse(parser: Parser, argv: list[str] | None = None, movable: tuple[str, ...] = (),

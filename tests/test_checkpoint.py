@@ -67,7 +67,7 @@ def test_weights_that_no_run_wrote_are_told_apart(tmp_path):
     ("reading", [1]), ("reading", {"bands": 3}), ("reading", {"bands": [1, 2]}), ("reading", {"more": 1}),
     ("reading", {"input_range": "p2-98"}), ("reading", {"input_range": [3, 1]}), ("crop", True), ("crop", 64.0),
     ("overlap", True), ("saved", "some"), ("reported", 3), ("variant", []), ("task", "painting"),
-    ("report", {"a": "b"}),
+    ("report", {"a": "b"}), ("kinds", [3, 8]), ("kinds", [[3]]), ("kinds", [[3, "8"]]),
     ("classes", [{"name": "a"}, {"name": "a"}]), ("ignore", 255), ("weights", "a.pth"), ("weights", {"path": 3}),
     ("splits", []), ("root", 3)])
 def test_a_field_that_no_run_writes_is_named(field, value, tmp_path):

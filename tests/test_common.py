@@ -427,6 +427,15 @@ def test_files_of_others_and_changed_ones_need_overwrite(tmp_path, change):
     assert (tmp_path / name).read_text() == "third time"
 
 
+def test_all_files_that_may_not_be_replaced_are_named_at_once(tmp_path):
+    names = [f"{i}.txt" for i in range(7)]
+    for name in names[:5]:
+        (tmp_path / name).write_text("by hand")
+    for there, said in ((["2.txt"], "2.txt"), (names, f"0.txt, {tmp_path}/1.txt, {tmp_path}/2.txt and 2 more")):
+        with pytest.raises(BadInput, match=f"^{tmp_path}/{said}: would be overwritten"):
+            Written(tmp_path).check(there)
+
+
 def test_a_process_that_is_killed_between_two_steps_leaves_files_that_can_be_replaced(tmp_path):
     Written(tmp_path).write("a.txt", "old")
 

@@ -214,6 +214,9 @@ def test_runs_of_other_classes_readings_or_tasks_are_refused_by_name(runs, tmp_p
     bands = changed(runs / "a", tmp_path / "c", reading=dict(bands=[4, 1, 2], input_range=None))
     with pytest.raises(BadInput, match=f"{bands}: .*bands .4, 1, 2.*{runs}/a by bands None"):
         load_runs(runs / "a", partners=[bands])
+    colours, grey = (changed(runs / "a", tmp_path / f"k{n}", kinds=[[n, 8]]) for n in (3, 1))
+    with pytest.raises(BadInput, match=f"{grey}: trained on images of 1 band of 8 bits, {colours} on 3 bands of 8"):
+        load_runs(colours, partners=[grey])
     table = changed(runs / "a", tmp_path / "d", task="classification")
     with pytest.raises(BadWeights, match=f"{table}: of another kind"):
         load_runs(runs / "a", partners=[table])

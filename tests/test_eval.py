@@ -69,7 +69,7 @@ def test_results_go_into_the_run_by_default(run, forks, tmp_path):
 
 def test_it_is_said_when_the_images_chose_or_taught_the_weights(run, forks, tmp_path):
     for split in ("val", "train"):
-        text = forks.run("eval", run, "--split", split, "--out", tmp_path, *QUICK)
+        text = forks.run("eval", run, "--split", split, "--out", tmp_path / split, *QUICK)
         assert f"WARNING: the model's own {split} images" in text
     assert "WARNING" not in forks.run("eval", run, "--out", tmp_path, *QUICK)
 
@@ -248,8 +248,12 @@ def test_pixels_near_another_label_do_not_count_where_that_is_wanted(run, forks,
         kept = [(true == c) & ~binary_dilation(true != c, disk) for c in range(8)]
         inside = np.any(kept, 0)
         np.add.at(cm, (true[inside], answers[name][inside]), 1)
-    assert matrix(tmp_path / "e/eval.json") == cm.tolist()
-    assert read(tmp_path / "e/eval.json")["protocol"]["ignore_boundary"] == 2
+    report = read(tmp_path / "e/eval.json")
+    assert report["confusion"] == cm.tolist() and report["protocol"]["ignore_boundary"] == 2
+    for c, (name, iou) in enumerate(report["iou"].items()):  # absent: neither true nor predicted where it counts
+        union = cm[c].sum() + cm[:, c].sum() - cm[c, c]
+        assert iou == (pytest.approx(cm[c, c] / union, abs=1e-6) if union else None)
+        assert (name in report["absent"]) == (union == 0)
 
 
 def test_results_that_somebody_changed_are_not_replaced(run, forks, tmp_path):
@@ -262,6 +266,36 @@ def test_results_that_somebody_changed_are_not_replaced(run, forks, tmp_path):
     assert (tmp_path / "scenes.csv").read_text() == "corrected by hand"
     forks.run("eval", *masks, "--overwrite")
     assert (tmp_path / "scenes.csv").read_text().startswith("image,")
+
+
+def test_results_of_another_protocol_are_not_replaced_unasked(run, forks, tmp_path):
+    copy = shutil.copytree(run, tmp_path / "a", ignore=shutil.ignore_patterns("eval-*"))
+    for _ in range(2):
+        forks.run("eval", copy, *QUICK)
+    before = (copy / "eval-test/eval.json").read_bytes()
+    overlap, border = "overlap 0.25, now 0.5", "ignore_boundary 0, now 1"
+    for flags, said in ((["--overlap", 0.5], overlap),
+                        (["--overlap", 0.5, "--ignore-boundary", 1], f"{border}; {overlap}")):
+        text = forks.run("eval", copy, *flags, *QUICK, ok=2)
+        assert f"eval-test: holds results of another protocol ({said}); name" in text
+        assert (copy / "eval-test/eval.json").read_bytes() == before and text.count("error: ") == 1
+    moved = copy.rename(tmp_path / "b")
+    forks.run("eval", moved, *QUICK)
+    forks.run("eval", moved, "--overlap", 0.5, "--overwrite", *QUICK)
+    assert read(moved / "eval-test/eval.json")["protocol"]["overlap"] == 0.5
+    # A folder that was named may hold the results of another run, or of other masks.
+    forks.run("eval", moved, "--out", tmp_path / "e", *QUICK)
+    said = forks.run("eval", run, "--out", tmp_path / "e", *QUICK, ok=2)
+    assert f"run '{moved}', now '{run}'" in said
+
+
+def test_images_of_another_kind_than_in_training_are_not_scored(run, forks, tmp_path):
+    root = shutil.copytree(tiny_set(), tmp_path / "grey")
+    file = next((root / "test/images").iterdir())
+    Image.open(file).convert("L").save(file)
+    said = forks.run("eval", run, "--root", root, "--out", tmp_path / "e", *QUICK, ok=2)
+    assert f"{file}: 1 band of 8 bits; expected 3 bands of 8 bits" in said and said.count("error: ") == 1
+    assert not (tmp_path / "e").exists()
 
 
 # ---- data that has moved or changed

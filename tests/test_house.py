@@ -10,6 +10,8 @@ from pathlib import Path
 
 import pytest
 
+from data.common import BadInput
+
 ROOT = Path(__file__).parents[1]
 LAYOUT = {"README.md", "requirements.txt", "LICENSE", ".gitignore", ".ci", "models", "data", "tests",
           "predict.py", "eval.py", "train_seg.py", "train_cls.py", "train_kd.py", "train_points.py"}
@@ -170,6 +172,40 @@ def test_a_flag_means_the_same_in_all_scripts(monkeypatch):
     # predict.py's compiled weights are frozen.
     assert differ(SCRIPTS) == differ(training) | {
         "--weights", "--amp", "--difficulty", "--features", "--probabilities", "--compile"}
+
+
+KNOWN_BY_FLAGS = [
+    *[(script, f"--unfreeze {blocks}", "expected a number of blocks, or all")
+      for script in ("train_seg", "train_points", "train_kd", "train_cls")
+      for blocks in ("x", "-1", "1.5", "Âµ", "²", "٣", "1_0", "nan")],
+    *[(script, f"--cache-features f {more}", "--cache-features needs a frozen backbone")
+      for script in ("train_seg", "train_points") for more in ("", "--weights w --unfreeze 1")],
+    ("train_seg", "--save head", "--save head needs a frozen backbone"),
+    ("train_seg", "--save head --weights w --unfreeze all", "--save head needs a frozen backbone"),
+    ("train_points", "--grow 1", "--grow without --ema"),
+    ("train_points", "--grow 1 --weights w", "--grow without --ema"),
+    ("train_points", "--grow 1 --weights w --unfreeze 2 --ema 0", "--grow without --ema"),
+    ("train_kd", "", "--teacher is missing"),
+    ("train_kd", "--alpha 0 --within shares", "--within goes with --alpha above 0"),
+    ("train_kd", "--alpha 0 --sampler weighted", "--sampler weighted without --difficulty"),
+    ("train_kd", "--alpha 0 --restarts 4 2 --steps 3", "no cycle would end"),
+    ("train_kd", "--alpha 0 --lookahead 4 --steps 8 --eval-every 6", "must be multiples of it"),
+    ("train_cls", "--save head", "--save head needs a frozen backbone"),
+    ("train_cls", "--weights w --unfreeze 1", "--unfreeze goes with --mode finetune, not linear"),
+    ("train_cls", "--weights w --features mean", "nothing to train or load in means")]
+
+
+@pytest.mark.parametrize("script, flags, said", KNOWN_BY_FLAGS)
+def test_what_flags_alone_rule_out_is_refused_before_anything_is_read(script, flags, said, capsys):
+    with pytest.raises((SystemExit, BadInput)) as e:
+        importlib.import_module(script).parse_args(["--root", "nowhere", *flags.split()])
+    assert said in f"{e.value} {capsys.readouterr().err}"
+
+
+@pytest.mark.parametrize("flags", [
+    "--grow 1 --weights w --unfreeze 2", "--grow 1 --ema 0.9", "--cache-features f --weights w"])
+def test_what_the_recipe_of_the_flags_allows_is_taken(flags):
+    importlib.import_module("train_points").parse_args(flags.split())
 
 
 @pytest.mark.parametrize("file", MODULES, ids=name_of)

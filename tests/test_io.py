@@ -12,7 +12,7 @@ from PIL import Image
 
 from data.check.images import inspect_pair
 from data.common import IGNORE, BadInput, write
-from data.datasets import SegDataset, check_sizes
+from data.datasets import SegDataset, check_headers
 from data.io import Labels, default_color, id_image, read_image, read_mask, read_valid
 from data.plots import WRONG
 
@@ -262,7 +262,7 @@ def test_sixteen_bit_colour_keeps_all_its_bits(kind, tmp_path):
     with pytest.raises(BadInput, match="uint16 pixels .*--input-range"):
         read_image(file)
     np.testing.assert_array_equal(read_image(file, None, [1000, 1255]), np.clip(a.astype(int) - 1000, 0, 255))
-    check_sizes({"a": (file, save(tmp_path / "m.png", np.zeros((6, 5), np.uint8)))})
+    check_headers({"a": (file, save(tmp_path / "m.png", np.zeros((6, 5), np.uint8)))})
     assert not inspect_pair(file, None, None, {"bands": None, "input_range": [1000, 1255]}).errors
 
 

@@ -13,6 +13,7 @@ from runs import (  # noqa: F401, forks is a fixture
 from data.common import write
 from data.datasets import normalise
 from data.io import Labels
+from data.tiff import write_tiff
 from models.checkpoint import load_weights, save_weights
 from models.vit import PRESETS
 from predict import parse_args
@@ -86,6 +87,56 @@ def test_any_size_and_a_file_that_cannot_be_read(run, forks, tmp_path):
         assert ids(tmp_path / f"out/sub/{h}x{w}.png").shape == (h, w)
     assert Image.open(tmp_path / "out/sub/1x66000_overlay.jpg").width == 33_000
     assert not (tmp_path / "out/sub/broken.png").exists()
+
+
+def make_kinds(folder):
+    """One scene in every form -> {name: why a run on colours of 8 bits leaves it out}."""
+    rgb = np.asarray(Image.open(scenes()[0]))
+    first = rgb[..., :1]
+    deep = (rgb.astype(np.uint16) * 257)
+    pictures = {"colours": Image.fromarray(rgb), "grey": Image.fromarray(first[..., 0]),
+                "palette": Image.fromarray(rgb).quantize(64),
+                "veiled": Image.fromarray(np.dstack([rgb, np.full_like(first, 255)])),
+                "grey_veiled": Image.fromarray(np.dstack([first, np.full_like(first, 255)]))}
+    folder.mkdir()
+    for name, picture in pictures.items():
+        picture.save(folder / f"{name}.png")
+    bands = {"tif_grey": first, "tif_colours": rgb, "tif_deep": deep, "tif_infrared": np.dstack([rgb, first])}
+    for name, pixels in bands.items():
+        write_tiff(folder / f"{name}.tif", pixels)
+    return {"grey": "1 band of 8 bits", "grey_veiled": "1 band of 8 bits or 2 bands of 8 bits",
+            "tif_grey": "1 band of 8 bits", "tif_deep": "3 bands of 16 bits", "tif_infrared": "4 bands of 8 bits"}
+
+
+def test_images_of_another_kind_than_in_training_are_left_out(run, forks, tmp_path):
+    left_out = make_kinds(tmp_path / "in")
+    text = forks.run("predict", run, tmp_path / "in", "--out", tmp_path / "p", ok=2)
+    for file in (tmp_path / "in").iterdir():
+        told = [line for line in text.splitlines() if line.startswith(f"left out: {file}: ")]
+        assert len(told) == (file.stem in left_out) == (not list((tmp_path / "p").glob(f"{file.stem}_overlay*")))
+        if told:
+            assert f": {left_out[file.stem]}; expected 3 bands of 8 bits, as in" in told[0]
+            assert "gdal_translate" in told[0]
+    assert "masks of 4 images" in text
+
+
+def test_what_a_run_may_see_is_what_its_training_images_were(forks, tmp_path):
+    """Grey, deep or of four bands: the others are of another kind. Runs of earlier versions take what they took."""
+    make_kinds(tmp_path / "in")
+    tensors, meta = load_weights(trained())
+    deep = dict(bands=[1, 2, 3], input_range=[0, 65535])
+    takes = {"grey": ([[1, 8]], {}, {"grey", "grey_veiled", "tif_grey"}),
+             "deep": ([[3, 16]], deep, {"tif_deep"}),
+             "four": ([[4, 8]], dict(bands=[1, 2, 3]), {"veiled", "tif_infrared"}),
+             "both": ([[1, 8], [3, 8]], {}, {"grey", "grey_veiled", "tif_grey", "colours", "palette", "veiled",
+                                             "tif_colours"}),
+             "before": (None, {}, {"grey", "grey_veiled", "tif_grey", "colours", "palette", "veiled", "tif_colours"})}
+    for name, (kinds, reading, want) in takes.items():
+        new = dict(meta, kinds=kinds, reading=meta["reading"] | reading)
+        save_weights(tmp_path / name / "best.safetensors", tensors, new)
+        forks.run("predict", tmp_path / name, tmp_path / "in", "--out", tmp_path / "p" / name, ok=2)
+        found = {file.stem.removesuffix("_overlay") for file in (tmp_path / "p" / name).glob("*_overlay.jpg")}
+        assert found == want, name
 
 
 @pytest.fixture(scope="module")

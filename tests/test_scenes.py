@@ -156,15 +156,18 @@ def test_classes_are_those_of_train():
 
 def test_pixels_are_those_of_the_files_and_large_ones_are_not_squashed(tmp_path):
     files = sorted(make_scenes(tmp_path / "set", (5, 0, 0)).rglob("*.png"))
-    pixels, digests = decode_scenes(*files)
+    pixels, digests, kinds = decode_scenes(*files)
     assert pixels.shape == (5, 16, 16, 3) and digests.any(1).all()
     np.testing.assert_array_equal(pixels, [np.asarray(Image.open(f)) for f in files])
     wide = np.zeros((20, 60, 3), np.uint8)
     wide[:, 20:40] = 200  # exactly the middle square
     Image.fromarray(wide).save(tmp_path / "wide.png")
     (tmp_path / "broken.jpg").write_bytes(b"\xff\xd8 no")
+    assert kinds.tolist() == [[3, 8]]
+    Image.fromarray(wide[..., 0]).save(tmp_path / "grey.png")
+    assert decode_scenes(*files, tmp_path / "grey.png")[2].tolist() == [[1, 8], [3, 8]]
     files = files[0], tmp_path / "wide.png", tmp_path / "broken.jpg"
-    pixels, digests = decode_scenes(*files, side=12)
+    pixels, digests, kinds = decode_scenes(*files, side=12)
     assert pixels.shape == (3, 12, 12, 3) and (pixels[1, :, 1:-1] > 190).all()
     assert digests.any(1).tolist() == [True, True, False]
     assert (square(wide, 20) == 200).all()

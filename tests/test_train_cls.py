@@ -252,7 +252,7 @@ def test_bad_files_are_named_and_may_be_skipped(tmp_path, forks):
     (["--root", "EMPTY"], "no images in sub-folders"),
     (["--root", "ROOT", "--mode", "cnn", "--features", "mean"], "nothing to train or load"),
     (["--root", "ROOT", "--weights", "RUN", "--features", "mean"], "no --weights"),
-    (["--root", "ROOT", "--mode", "cnn", "--unfreeze", 2], "--unfreeze 2"),
+    (["--root", "ROOT", "--mode", "cnn", "--unfreeze", 2], "--unfreeze goes with --mode finetune, not cnn"),
     (["--root", "ROOT", "--save", "head"], "--save head needs"),
     (["--root", "ROOT", "--fractions", 0.5, 0.2, 0.2], "sum 1"),
     (["--root", "ROOT", "--group-regex", "("], "no regular expression"),

@@ -57,11 +57,11 @@ def values(run, key):
 
 # ---- limits
 
-def test_alpha_0_is_train_seg_bit_for_bit(teacher, forks, tmp_path):
+def test_alpha_0_is_train_seg_bit_for_bit(forks, tmp_path):
     flags = ["--root", tiny_set(), *TINY, "--ema", 0.9, "--loss", "ce+0.5*dice", "--accum", 2,
              "--batch-size", 2]
     forks.run("train_seg", *flags, "--out", tmp_path / "a")
-    forks.run("train_kd", *flags, "--out", tmp_path / "b", "--alpha", 0, "--teacher", teacher)
+    forks.run("train_kd", *flags, "--out", tmp_path / "b", "--alpha", 0)
     best = [tmp_path / out / "best.safetensors" for out in "ab"]
     assert best[0].read_bytes() == best[1].read_bytes()
     a, b = (load_state(tmp_path / out / "last.pt") for out in "ab")
@@ -265,6 +265,10 @@ def test_what_is_wrong_with_a_teacher(forks, tmp_path, teacher, stranger):
     assert "all of the teacher's classes go nowhere" in said
     said = refused(forks, tmp_path, "--teacher", teacher, "--bands", "3,2,1")
     assert "type the same --bands and --input-range" in said
+    tensors, meta = load_weights(teacher)
+    save_weights(tmp_path / "grey/best.safetensors", tensors, meta | dict(kinds=[[1, 8]]))
+    said = refused(forks, tmp_path, "--teacher", tmp_path / "grey")
+    assert "3 bands of 8 bits; expected 1 band of 8 bits" in said
 
 
 def test_what_is_wrong_with_sampling(forks, tmp_path, difficulty):
@@ -295,6 +299,10 @@ def test_what_is_wrong_with_sampling(forks, tmp_path, difficulty):
     (["--cycle", 4, 2], "--cycle is gone: train_kd.py has --restarts STEPS MULT"),
     (["--mixup", 0.5], "--mixup is gone: train_seg.py and train_cls.py mix images"),
     (["--teacher-weights", "a"], "--teacher-weights is gone"),
+    (["--teacher", "a"], "--teacher goes with --alpha above 0, not 0.0; leave it out"),
+    (["--map", "measured"], "--map goes with --alpha above 0"),
+    (["--temperature", 3], "--temperature goes with --alpha above 0"),
+    (["--difficulty", "a.json"], "--difficulty goes with --sampler weighted, not uniform"),
     (["--model", "unetformer", "--arch", "nano8"], "--arch goes with --model vit, not unetformer")])
 def test_flags_that_do_not_go_together(forks, tmp_path, flags, said):
     assert said in refused(forks, tmp_path, "--alpha", 0, *flags)

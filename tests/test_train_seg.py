@@ -330,7 +330,7 @@ def test_five_in_a_row_end_the_run_and_name_the_images(forks, tmp_path):
     (["--loss", "ce+nonsense"], "unknown term 'nonsense'"),
     (["--crop", "nan"], "expected a whole number from 16"),
     (["--save", "head"], "--save head needs a frozen backbone from --weights"),
-    (["--unfreeze", "few"], "--unfreeze few: expected a number of blocks, or all"),
+    (["--unfreeze", "few"], "--unfreeze: few: expected a number of blocks, or all"),
     (["--weights", "none.pth"], "none.pth: no such file"),
     (["--scale", "2", "1"], "expected the lower number first"),
     (["--split-file", "none.json"], "none.json"),

@@ -1,8 +1,11 @@
 """data/views.py and --cache-features: kept features are the backbone's, and train as computed ones do."""
 import json
 import os
+import re
+import shlex
 import shutil
 import signal
+import subprocess
 import time
 from collections import Counter
 
@@ -299,6 +302,22 @@ def test_a_damaged_file_is_named_and_the_advice_works(tmp_path):
         kept[4, 0]
     fill(net, kept)
     assert len(kept[4, 0]) == 5
+
+
+def test_all_damaged_files_are_named_at_once(tmp_path):
+    net, _, _, kept, _ = open_tiny(tmp_path)
+    fill(net, kept)
+    for k in (1, 4, 5):
+        content = bytearray(kept.file(k).read_bytes())
+        content[-3000] ^= 1
+        kept.file(k).write_bytes(content)
+    open_map.cache_clear()
+    with pytest.raises(BadInput) as e:
+        kept[4, 0]
+    command = re.search(r"Type (rm .*), then the same command", str(e.value))[1]
+    assert shlex.split(command) == ["rm", *(str(kept.file(k)) for k in (1, 4, 5))]
+    subprocess.run(command, shell=True, check=True)
+    assert kept.missing() == [1, 4, 5]
 
 
 def test_features_of_another_backbone_under_this_name_are_refused(tmp_path):
