@@ -479,6 +479,7 @@ def export_run(args):
     S = meta["crop"]  # pixels of a side
     print(f"wrote {path}: {nets.name_of(meta['model'])}, 1 x 3 x {S} x {S} pixels of "
           f"{resolution:g} cm, divided by 255 -> probabilities of {len(meta['classes'])} classes")
+    print('in Deepness: choose the file, then press "Load default parameters"')
     if any(meta["reading"].values()):
         print(f"note: trained on images read with {ensemble.as_words(meta['reading'])}; a map must "
               "show the same bands in the same range")

@@ -6,6 +6,10 @@ Input (1, 3, S, S) float, bytes divided by 255; output (1, K, S, S) probabilitie
 training. Normalisation and softmax are in the graph, since GeoDeep knows neither. What the two
 programs must know stands in the metadata. Needs the package onnx; onnxruntime, where it is
 installed, compares the file with the network.
+
+Deepness keeps its own resolution, overlap and threshold until "Load default parameters" is pressed,
+and takes only maps in metres. GeoDeep smooths the classes by a median of 5 x 5 pixels. Of the same
+windows both find the classes of predict.py, which blends where they overlap; both cut there.
 """
 import copy
 import importlib
@@ -97,9 +101,7 @@ def metadata(meta: dict, resolution: float) -> dict:
         model_type="Segmentor",
         class_names=names,
         resolution=resolution,
-        # Deepness' code reads the first, its documentation names the second.
         tile_size=meta["crop"],
-        tiles_size=meta["crop"],
         tiles_overlap=round(100 * meta["overlap"]),  # per cent
         # Pixels below a threshold would become class 0.
         seg_thresh=0,

@@ -1,4 +1,4 @@
-"""predict.py on a huge GeoTIFF: peak memory, CPU time, share beyond the network; seams against a plain rasterio loop.
+"""predict.py on a huge GeoTIFF: peak memory, CPU time, share beyond the network; seams beside others' loops.
 
     python tests/bench_predict.py                       20,000 x 20,000 pixels, tiled, three bands
     python tests/bench_predict.py --side 4096           a smaller one
@@ -6,9 +6,11 @@
     python tests/bench_predict.py --crops               predict(crop) against crop(predict), per overlap
     python tests/bench_predict.py --png 512 2048 8192   PNGs, which are read whole: bytes per further pixel
 
-The run is a demo run of a few steps (or --run); what is large is written to --folder and deleted.
+The run is a demo run of a few steps (or --run); what is large is written to --folder and deleted. Where torchgeo is
+installed (pip install torchgeo), it is among the loops.
 """
 import argparse
+import importlib.util
 import json
 import os
 import subprocess
@@ -22,8 +24,7 @@ from PIL import Image
 
 ROOT = Path(__file__).resolve().parents[1]
 TILE = 512
-# plain_loop()'s step and mode
-OTHERS = {"plain rasterio loop": (1,), "grid of torchgeo, overwriting": (0.75,), "pad, tile, stitch": (1, "reflect")}
+OVERLAP = 0.25  # of predict.py and torchgeo
 
 
 # ---- what is predicted
@@ -125,12 +126,10 @@ def show(what, H, W, seconds, peak):
 
 # ---- what a user would write instead
 
-def plain_loop(run, image, result, step=1.0, mode="constant"):
-    """Windows by themselves, a later one over an earlier one, as many a script has them -> seconds.
+def plain_loop(run, image, result, mode="constant"):
+    """Windows side by side, as many a script has them -> seconds.
 
-    step: of the windows, as a part of their size. 1 is the plain loop over a rasterio file; .75 a grid with overlap,
-    stitched by overwriting, as torchgeo's GridGeoSampler(size, stride) gives the windows. mode "reflect" pads as usual
-    examples around segmentation_models_pytorch do: pad, tile, predict, stitch.
+    mode "reflect" pads as usual examples around segmentation_models_pytorch do: pad, tile, predict, stitch.
     """
     sys.path.insert(0, str(ROOT))
     import rasterio
@@ -144,8 +143,8 @@ def plain_loop(run, image, result, step=1.0, mode="constant"):
     began = time.process_time()
     with torch.inference_mode(), rasterio.open(image) as f:
         with rasterio.open(result, "w", **f.profile | dict(count=1)) as g:
-            for top in range(0, f.height, int(size * step)):
-                for left in range(0, f.width, int(size * step)):
+            for top in range(0, f.height, size):
+                for left in range(0, f.width, size):
                     window = Window(left, top, min(size, f.width - left), min(size, f.height - top))
                     pixels = f.read(window=window).transpose(1, 2, 0)
                     beside = (0, size - window.height), (0, size - window.width), (0, 0)
@@ -155,13 +154,43 @@ def plain_loop(run, image, result, step=1.0, mode="constant"):
     return time.process_time() - began
 
 
-def seams(ids, reference, size):
-    """Share of pixels on both sides of the borders between windows that differ from the reference; of all pixels."""
-    H, W = ids.shape
-    border = np.zeros((H, W), bool)
-    for i in range(size, H, size):
+def torchgeo_loop(run, image, result):
+    """torchgeo's data set and sampler as in its tutorials; a later window over an earlier one -> seconds."""
+    sys.path.insert(0, str(ROOT))
+    import rasterio
+    import torch
+    from torch.utils.data import DataLoader
+    from torchgeo.datasets import RasterDataset, stack_samples
+    from torchgeo.samplers import GridGeoSampler
+
+    from data.datasets import normalised
+    from models.nets import load_run
+    net, meta = load_run(run)
+    size = meta["crop"]
+    began = time.process_time()
+    data = RasterDataset(image)
+    sampler = GridGeoSampler(data, size, size * (1 - OVERLAP))
+    with torch.inference_mode(), rasterio.open(image) as f:
+        ids = np.zeros(f.shape, np.uint8)
+        for batch in DataLoader(data, 16, sampler=sampler, collate_fn=stack_samples):
+            found = net(normalised(batch["image"], meta["norm"])).argmax(1).byte().numpy()
+            for window, (columns, rows, _) in zip(found, batch["bounds"]):
+                top = round((f.bounds.top - rows.stop) / f.res[1])
+                left = round((columns.start - f.bounds.left) / f.res[0])
+                # The grid begins at the lower left corner and reaches beyond the upper and the right rim.
+                part = ids[max(0, top):top + size, left:left + size]
+                part[:] = window[max(0, -top):, :part.shape[1]]
+        with rasterio.open(result, "w", **f.profile | dict(count=1)) as g:
+            g.write(ids, 1)
+    return time.process_time() - began
+
+
+def seams(ids, reference, rows, columns):
+    """Share of pixels on both sides of the windows' borders that differ from the reference; of all pixels."""
+    border = np.zeros(ids.shape, bool)
+    for i in rows:
         border[i - 1:i + 1] = True
-    for i in range(size, W, size):
+    for i in columns:
         border[:, i - 1:i + 1] = True
     differ = ids != reference
     return differ[border].mean(), differ.mean()
@@ -175,15 +204,23 @@ def compare(run, folder, side, data, size):
             return f.read(1)
     image = folder / "small.tif"
     make_scene(image, side, side, data)
-    others = {}
-    for what, how in OTHERS.items():
-        others[what] = plain_loop(run, image, folder / f"{what}.tif", *how)
-    ours, _ = predict(run, image, folder / "ours")
+    beside = range(size, side, size)
+    overlapping = range(int(size * (1 - OVERLAP)), side, int(size * (1 - OVERLAP)))
+    # name, map, seconds, rows and columns where a window begins
+    found = []
+    for what, mode in (("plain rasterio loop", "constant"), ("pad, tile, stitch", "reflect")):
+        path = folder / f"{what}.tif"
+        found.append((what, path, plain_loop(run, image, path, mode), beside, beside))
+    if importlib.util.find_spec("torchgeo"):
+        path = folder / "torchgeo.tif"
+        from_below = [side - i for i in overlapping]
+        found.append(("torchgeo", path, torchgeo_loop(run, image, path), from_below, overlapping))
+    ours, _ = predict(run, image, folder / "ours", "--overlap", OVERLAP)
+    found.append(("predict.py", folder / "ours/small.tif", ours["total"], overlapping, overlapping))
     predict(run, image, folder / "reference", "--overlap", 0.5)
     reference = ids(folder / "reference/small.tif")
-    found = [(what, folder / f"{what}.tif", seconds) for what, seconds in others.items()]
-    for what, path, seconds in [*found, ("predict.py", folder / "ours/small.tif", ours["total"])]:
-        at_borders, everywhere = seams(ids(path), reference, size)
+    for what, path, seconds, rows, columns in found:
+        at_borders, everywhere = seams(ids(path), reference, rows, columns)
         print(f"{what}: {side} x {side}  {seconds:.0f} s of CPU time  differs from overlap .5 on {at_borders:.2%} "
               f"of the pixels along window borders, {everywhere:.2%} of all", flush=True)
 

@@ -2,12 +2,14 @@
 import json
 import sys
 
+import geodeep
 import numpy as np
 import onnxruntime
 import pytest
 import rasterio
 import torch
 from rasterio.transform import from_origin
+from scipy.ndimage import median_filter
 
 from data.common import BadInput, write
 from data.datasets import NORMS
@@ -68,7 +70,28 @@ def test_what_deepness_and_geodeep_look_for(model):
     found = session.get_modelmeta().custom_metadata_map
     assert {key: json.loads(value) for key, value in found.items()} == dict(
         model_type="Segmentor", class_names={"0": "field", "1": "road", "2": "car"}, resolution=12.5,
-        tile_size=32, tiles_size=32, tiles_overlap=25, seg_thresh=0, seg_small_segment=0)
+        tile_size=32, tiles_overlap=25, seg_thresh=0, seg_small_segment=0)
+
+
+def test_geodeep_finds_the_classes_of_the_network(tmp_path):
+    torch.manual_seed(0)
+    net = vit("fpn", "dinov3", 16, registers=4).eval()
+    (tmp_path / "model.onnx").write_bytes(to_onnx(net, meta_of(64), 20)[0])
+    # The map's pixels are half as wide as the network's: it is one window of 64 x 64.
+    image = np.random.default_rng(0).integers(0, 256, (3, 8, 8), np.uint8).repeat(16, 1).repeat(16, 2)
+    with rasterio.open(tmp_path / "map.tif", "w", driver="GTiff", height=128, width=128, count=3, dtype="uint8",
+                       crs="EPSG:32632", transform=from_origin(500_000, 5_500_000, 0.1, 0.1), tiled=True) as file:
+        file.write(image)
+    files = str(tmp_path / "map.tif"), str(tmp_path / "model.onnx")
+    found = geodeep.segment(*files)
+    polygons = json.loads(geodeep.segment(*files, output_type="geojson"))["features"]
+    with rasterio.open(tmp_path / "map.tif") as file:
+        x = file.read(out_shape=(3, 64, 64), resampling=rasterio.enums.Resampling.bilinear)
+    mean, std = (np.reshape(v, (3, 1, 1)) for v in NORMS["sat"])
+    with torch.no_grad():
+        z = net(torch.tensor((x / 255 - mean) / std, dtype=torch.float32)[None])
+    assert (found == median_filter(z[0].argmax(0).byte().numpy(), 5)).mean() > 0.999
+    assert len(np.unique(found)) == 3 and {p["properties"]["class"] for p in polygons} == {*NAMES}
 
 
 def test_without_the_package_it_says_what_to_install(monkeypatch):

@@ -321,6 +321,7 @@ def test_export_writes_the_network_and_compares_it(others, forks, tmp_path):
     assert "type --resolution 30" in forks.run("predict", folder / "b", "--export", path, ok=2)
     text = forks.run("predict", folder / "b", "--export", path, *resolution)
     assert f"wrote {path}: " in text and "100.00% of the pixels have the same class" in text
+    assert 'press "Load default parameters"' in text
     session = onnxruntime.InferenceSession(path)
     assert session.get_modelmeta().custom_metadata_map["resolution"] == "12.5"
     x = np.asarray(Image.open(scenes()[0]), np.float32).transpose(2, 0, 1)[None] / 255
