@@ -101,7 +101,9 @@ def metadata(meta: dict, resolution: float) -> dict:
         model_type="Segmentor",
         class_names=names,
         resolution=resolution,
+        # Deepness' code reads the first, its documentation names the second.
         tile_size=meta["crop"],
+        tiles_size=meta["crop"],
         tiles_overlap=round(100 * meta["overlap"]),  # per cent
         # Pixels below a threshold would become class 0.
         seg_thresh=0,

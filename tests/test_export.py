@@ -70,7 +70,7 @@ def test_what_deepness_and_geodeep_look_for(model):
     found = session.get_modelmeta().custom_metadata_map
     assert {key: json.loads(value) for key, value in found.items()} == dict(
         model_type="Segmentor", class_names={"0": "field", "1": "road", "2": "car"}, resolution=12.5,
-        tile_size=32, tiles_overlap=25, seg_thresh=0, seg_small_segment=0)
+        tile_size=32, tiles_size=32, tiles_overlap=25, seg_thresh=0, seg_small_segment=0)
 
 
 def test_geodeep_finds_the_classes_of_the_network(tmp_path):
