@@ -247,6 +247,9 @@ def predict_scene(p, written, finished, name, scene, ends, mark, say):
     # All files of one image.
     out = written.folder / name
     writers = open_writers(scene, out, ends, p.labels, p.raw, p.info, mark)
+    if any(writer.begun_again for writer in writers.values()):
+        print(f"note: {escaped(str(out))}: a call with other settings has not finished it; begun "
+              "again", file=sys.stderr)
     try:
         predict_rows(p, scene, writers, lambda row: say(f"{escaped(name)}  {row}", flush=True))
     except BadInput:

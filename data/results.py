@@ -109,6 +109,8 @@ def raw_palette(labels: Labels) -> np.ndarray:
 class InMemory:
     """The pixels of an image that is written whole, taken as TiffWriter takes them."""
 
+    begun_again = False
+
     def __init__(self, shape: tuple[int, ...]):
         self.pixels = np.empty(shape, np.uint8)
 

@@ -1058,6 +1058,7 @@ class TiffWriter:
         self.end = 0  # of the .part
         self.unwritten = bytearray()  # its last bytes
         self.waiting = []  # rows of pixels that do not fill a tile yet
+        self.begun_again = False  # instead of the .part of a call with other settings?
         key = json.dumps([resume, *map(int, shape), self.dtype.str])
         self.open_part(PART_HEAD + key.encode() + b"\n", bool(resume))
 
@@ -1071,6 +1072,7 @@ class TiffWriter:
                 if not is_part(found):
                     raise BadInput(f"{self.part}: would be overwritten, and is no part of a TIFF "
                                    "that is being written; move it away")
+                self.begun_again = found != head
                 if resume and found == head:
                     self.end = self.find_tiles(file)
             os.truncate(self.part, self.end)

@@ -14,6 +14,9 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+# Has this CPU tiles for bf16 matrix products? Private API: False where this torch does not have it.
+AMX = getattr(torch.cpu, "_is_amx_tile_supported", bool)()
+
 # B batch, C width, nh heads, hd = C // nh, H W pixels, h w patches.
 # N tokens: 1 cls + R registers + h*w patches, in this order.
 
@@ -106,16 +109,16 @@ class Rope(nn.Module):
 
 
 def rotate(x: Tensor, sin: Tensor, cos: Tensor) -> Tensor:
-    """Turn the last h*w of the tokens (B, nh, N, hd) by their places, in fp32."""
+    """Turn the last h*w of the tokens (..., N, hd) by their places, in fp32."""
     # The cls token and the registers come first. They have no place in the image, and an angle of
     # zero leaves them as they are.
-    prefix = x.shape[2] - sin.shape[0]
+    prefix = x.shape[-2] - sin.shape[0]
     sin = F.pad(sin, (0, 0, prefix, 0))
     cos = F.pad(cos, (0, 0, prefix, 0), value=1.0)
     moving = x.to(torch.promote_types(x.dtype, torch.float32))
     # Channel i turns together with channel i + hd / 2.
     a, b = moving.chunk(2, dim=-1)
-    turned = moving * cos + torch.cat([-b, a], -1) * sin
+    turned = torch.addcmul(moving * cos, torch.cat([-b, a], -1), sin)
     return turned.to(x.dtype)
 
 
@@ -129,9 +132,9 @@ def attend(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
         scores = q * scale @ k.transpose(-2, -1)
         return scores.softmax(-1) @ v
 
-    # A CPU's sdpa runs bf16 no faster than fp32. One head at a time the (N, N) scores stay in
-    # cache (tests/bench_vit.py).
-    if cpu and q.dtype == torch.bfloat16 and not q.requires_grad:
+    # Without AMX a CPU's sdpa runs bf16 no faster than fp32. One head at a time the (N, N) scores
+    # stay in cache (tests/bench_vit.py).
+    if cpu and q.dtype == torch.bfloat16 and not q.requires_grad and not AMX:
         heads = zip((q * scale).flatten(0, 1), k.flatten(0, 1), v.flatten(0, 1))
         mixed = [(qi @ ki.T).softmax(-1) @ vi for qi, ki, vi in heads]
         return torch.stack(mixed).view_as(q)
@@ -162,10 +165,10 @@ class Attention(nn.Module):
     def forward(self, x: Tensor, rope: tuple[Tensor, Tensor] | None = None) -> Tensor:
         B, N, C = x.shape
         qkv = self.qkv(x).view(B, N, 3, self.heads, C // self.heads)  # (B, N, 3, nh, hd)
-        q, k, v = qkv.permute(2, 0, 3, 1, 4)  # (B, nh, N, hd) each
+        qk, v = qkv.permute(2, 0, 3, 1, 4).split([2, 1])  # (2 or 1, B, nh, N, hd)
         if rope is not None:
-            q, k = rotate(q, *rope), rotate(k, *rope)
-        x = attend(q, k, v).transpose(1, 2).reshape(B, N, C)
+            qk = rotate(qk, *rope)
+        x = attend(*qk, *v).transpose(1, 2).reshape(B, N, C)
         return self.proj(x)
 
 

@@ -4,6 +4,7 @@
     python tests/bench_predict.py --side 4096           a smaller one
     python tests/bench_predict.py --sparse              100,000 x 60,000, mostly nodata, a constant network
     python tests/bench_predict.py --crops               predict(crop) against crop(predict), per overlap
+    python tests/bench_predict.py --killed --side 2048 --flags=--compile     killed, and typed again: the same bytes?
     python tests/bench_predict.py --png 512 2048 8192   PNGs, which are read whole: bytes per further pixel
 
 The run is a demo run of a few steps (or --run); what is large is written to --folder and deleted. Where torchgeo is
@@ -250,6 +251,27 @@ def crops(run, folder, side, data):
         print(f"{overlap:7} {same[~near].mean():45.2%} {same[near].mean():14.2%}", flush=True)
 
 
+def killed(run, folder, side, data, *flags):
+    """Kills predict.py with some of its tiles written; typed again, in another process, it shall end alike."""
+    make_scene(folder / "scene.tif", side, side, data)
+
+    def start(out):
+        return subprocess.Popen([sys.executable, ROOT / "predict.py", run, folder / "scene.tif", "--out", out, *flags])
+
+    start(folder / "whole").wait()
+    size = (folder / "whole/scene.tif").stat().st_size
+    part = folder / "out/scene.tif.part"
+    job = start(folder / "out")
+    while job.poll() is None and not (part.exists() and part.stat().st_size > size / 4):
+        time.sleep(0.05)
+    job.kill()
+    job.wait()
+    left = part.stat().st_size
+    start(folder / "out").wait()
+    same = (folder / "out/scene.tif").read_bytes() == (folder / "whole/scene.tif").read_bytes()
+    print(f"killed with {left} of about {size} bytes: {'the same' if same else 'NOT the same'} at the end")
+
+
 def pngs(run, folder, sides):
     print("pixels a side   seconds   GB at most   bytes per further pixel")
     before = None
@@ -271,6 +293,7 @@ def main():
     p.add_argument("--constant", action="store_true", help="a network that costs nothing, and no seams")
     p.add_argument("--sparse", action="store_true", help="100,000 x 60,000 pixels, a constant network")
     p.add_argument("--crops", action="store_true", help="crops of an image of --seams pixels a side")
+    p.add_argument("--killed", action="store_true", help="killed and typed again")
     p.add_argument("--png", type=int, nargs="+", help="sides of PNGs")
     p.add_argument("--folder", help="where the large files lie for a while")
     p.add_argument("--flags", default="", help="more flags of predict.py, such as '--confidence'")
@@ -287,6 +310,8 @@ def main():
         data = f"{folder}/demo"
         if args.crops:
             return crops(run, folder, args.seams, data)
+        if args.killed:
+            return killed(run, folder, args.side, data, *args.flags.split())
         if args.png:
             return pngs(run, folder, args.png)
         if args.sparse:

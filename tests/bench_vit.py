@@ -101,6 +101,12 @@ def networks(name, x, mode, threads, compiles):
 
 # ---- the backbone alone, in other libraries
 
+def timm_name(name):
+    p = PRESETS[name]
+    size = {384: "small", 768: "base", 1024: "large"}[p["dim"]]
+    return f"vit_{size}_patch{p['patch']}_{p['family']}"
+
+
 def backbones(name, x, mode):
     """Three random nets of one size; all use torch's sdpa, ours its own bf16 path on a CPU."""
     import timm
@@ -112,8 +118,7 @@ def backbones(name, x, mode):
         hf = DINOv3ViTModel(DINOv3ViTConfig(**size, intermediate_size=p["hidden"], num_register_tokens=4))
     else:
         hf = Dinov2Model(Dinov2Config(**size, image_size=518))
-    model = f"vit_{'small' if p['dim'] == 384 else 'base'}_patch{p['patch']}_{p['family']}"
-    other = timm.create_model(model, num_classes=0).eval().to(x.device)
+    other = timm.create_model(timm_name(name), num_classes=0).eval().to(x.device)
     ours, hf = ViT(**p).eval().to(x.device), hf.eval().to(x.device)
 
     def run(net):

@@ -7,7 +7,9 @@ from pathlib import Path
 import bench_curate
 import bench_kd
 import bench_points
+import bench_train
 import pytest
+import torch
 from PIL import Image
 
 import eval as eval_script
@@ -157,3 +159,17 @@ def test_both_arms_start_alike_and_label_the_same_numbers(tmp_path, monkeypatch,
     assert set(first["train"]) < set(fourth["train"]) < set(fifth["train"])
     assert fourth["train"][2:] == first["pool"][-2:] and second["train"][2:] == first["pool"][:2]
     assert all(len({*s["train"], *s["pool"]}) == 20 for s in splits)
+
+
+# ---- a training step
+
+def test_a_training_step_beside_a_plain_loop(capsys):
+    before = torch.get_float32_matmul_precision()
+    bench_train.main("--arch dinov3_vits16 --crop 32 --batch-size 1 --rounds 1 --cpu --tuned".split())
+    torch.set_float32_matmul_precision(before)
+    rows = capsys.readouterr().out.splitlines()
+    assert rows[0].startswith("dinov3_vits16 at 32, batch 1, tuned, linear head, fp32 on cpu; ")
+    # Forward and backward: 2 and 4 operations for each weight and token, and what attention adds.
+    gflop = 6 * 21.6e6 * 9 / 1e9
+    assert gflop < float(rows[0].split("; ")[1].split()[0]) < 1.2 * gflop
+    assert [row.split()[1] for row in rows[3:5]] == ["ours", "timm"] and rows[5].startswith("ours / timm: ")

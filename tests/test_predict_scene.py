@@ -251,7 +251,11 @@ def test_no_image_is_begun_with_a_compiled_network_and_ended_without(run, tmp_pa
     def fails():
         predict.compiled = lambda net, crop, amp: (net, "not compiled, goes on without")
 
-    call(*argv)
+    def killed():
+        fake()
+        killed_at_rename(2)()
+
+    assert "begun again" not in call(*argv)
     plain = read_bands(tmp_path / "p/a.tif")
     text = call(*argv, "--compile", patch=fails)
     assert "not compiled" in text and "1 of them by an earlier call" in text  # the very same network
@@ -261,6 +265,10 @@ def test_no_image_is_begun_with_a_compiled_network_and_ended_without(run, tmp_pa
     assert "1 of them by an earlier call" in call(*argv, "--compile", patch=fake)
     assert "earlier call" not in call(*argv)
     assert (read_bands(tmp_path / "p/a.tif") == plain).all()
+    argv[-1] = tmp_path / "killed"
+    call(*argv, "--compile", ok=-signal.SIGKILL, patch=killed)
+    assert "a call with other settings has not finished it; begun again" in call(*argv)
+    assert (read_bands(tmp_path / "killed/a.tif") == plain).all()
 
 
 def test_what_somebody_has_changed_is_not_replaced(run, tmp_path):
