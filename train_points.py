@@ -30,7 +30,7 @@ from torch.utils.data import DataLoader
 
 from data import augment, crops, metrics, plots, points, public
 from data.common import IGNORE, BadInput, json_lines, minutes, without_nan, write
-from data.datasets import NORMS, match_pairs
+from data.datasets import NORMS
 from data.points import UNLABELLED, PointSet
 from data.samplers import StepSampler
 from data.source import Source, rare_classes
@@ -47,7 +47,6 @@ from models.vit import PRESETS
 AUX = 0.4  # weight of an auxiliary head's cross-entropy, as UNetFormer was published
 CLIP = 1.0  # limit of the gradient's norm
 OVERLAP = 0.25  # of evaluation windows, as a part of --crop
-FEW = 5  # points per class and image that are drawn, unless told
 GROW_FROM = 0.4  # part of --steps after which the second stage begins
 GROW_ABOVE = 0.8  # mean probability of the views above which a pixel is sure
 
@@ -63,7 +62,7 @@ def parse_args(argv=None):
                        help="CSV or GeoJSON of image, x, y, class; or drawn from masks: "
                             + ", ".join(points.PATTERNS))
     label.add_argument("--points-per-class", type=COUNT,
-                       help=f"and image, when drawn ({FEW}; of instances and centres all)")
+                       help=f"and image, when drawn ({points.FEW}; of instances and centres all)")
     label.add_argument("--grow", type=RATE, default=0.0,
                        help="weight of the second stage: ce where the averaged weights are sure; "
                             "0 = off")
@@ -168,51 +167,6 @@ def lr_at(step, args):
     return args.lr * min(rise, fall)
 
 
-# ---- points
-
-def open_points(args, d):
-    # -> {image name: (n, 3) rows x, y, class} of any split, and a line that says where from
-    if args.resume or args.points not in points.PATTERNS:
-        path = f"{args.resume}/points.csv" if args.resume else args.points
-        given = points.read_points(path, d.pairs, d.names)
-        return given, f"{path}, {sum(map(len, given.values()))} in all"
-
-    instances = {}
-    if "instances" in d.description:  # a pattern beside "masks": which pixels are one object
-        pairs, _ = match_pairs(d.root, d.description | {"masks": d.description["instances"]})
-        instances = {name: file for name, (_, file) in pairs.items() if file}
-    few = args.points_per_class
-    if few is None and args.points in ("class-balanced", "random"):
-        few = FEW
-    given = points.simulate(d.files("train"), d.labels, args.points, few, args.seed, instances,
-                            **d.reading)
-    how = points.PATTERNS[args.points]
-    return given, f"drawn from the masks: {how}, n = {few or 'all'}"
-
-
-def open_split(d, split, norm, given):
-    # -> the data set that a split is scored on: full masks, or its points where no image has a mask
-    files = d.files(split)
-    bare = [name for name, (_, mask, *_) in files.items() if mask is None]
-    if not bare:
-        return d.part(split, norm)
-    marked = {name: file for name, file in files.items() if name in given}
-    if len(bare) < len(files) or not marked:
-        what = f"{len(bare)} of {len(files)} without a mask"
-        if not marked:
-            what = "without a mask, and no point in that split"
-        raise BadInput(f"{files[bare[0]][0]}: in {split}, {what}; add them, or take it out of the "
-                       "splits")
-    return PointSet(marked, given, d.labels, norm, at_points, **d.cache, **d.reading)
-
-
-def at_points(image, mask, rng, ps):
-    # the whole image, to be scored where it has points
-    mask = np.full(mask.shape, IGNORE, np.uint8)
-    mask[ps[:, 1], ps[:, 0]] = ps[:, 2]
-    return image, mask
-
-
 def transform(image, mask, rng, ps, args, rare):
     # (H, W, 3) uint8, mask of UNLABELLED and IGNORE, points (n, 3) -> a crop with its points
     def one_of(some):
@@ -271,7 +225,8 @@ def main(args):
     say(d.headline())
 
     # ---- points
-    given, told = open_points(args, d)
+    source = f"{args.resume}/points.csv" if args.resume else args.points
+    given, told = points.open_points(d, source, args.points_per_class, args.seed)
     files = d.files("train")
     ps = {name: given[name] for name in files if name in given}
     counts = np.zeros((len(ps), K), int)  # points per image and class
@@ -383,8 +338,8 @@ def main(args):
 
     how = partial(transform, args=args, rare=rare)
     train = PointSet(files, ps, d.labels, norm, how, args.seed, **d.cache, **d.reading)
-    val = open_split(d, d.picks, norm, given) if d.picks else None
-    test = open_split(d, d.reports, norm, given)
+    val = points.open_split(d, d.picks, norm, given) if d.picks else None
+    test = points.open_split(d, d.reports, norm, given)
     for data in (val, test):
         if isinstance(data, PointSet):
             say(f"        WARNING no masks: scored on the points of {len(data)} images such as "
@@ -536,12 +491,14 @@ def main(args):
         # once in a while: log, validate, save, stop
         if log:
             row = dict(loss=total, lr=lr_at(step, args), grad_norm=grad_norm)
+            of_teacher = ""
             if growing:
                 row["sure"] = sure
+                of_teacher = f"sure {sure:.1%}  "
             s.history.append(without_nan(dict(step=s.step, **row)))
             rest = minutes(s.seconds / s.step * (args.steps - s.step))
             say(f"step {s.step:5d} of {args.steps}  loss {total:.4f}  |g| {grad_norm:.3f}  "
-                f"sure {sure:.1%}  lr {row['lr']:.2e}  ETA {rest}", flush=True)
+                f"{of_teacher}lr {row['lr']:.2e}  ETA {rest}", flush=True)
         due = s.step % args.eval_every == 0 or last_step
         if due or stopping:  # from here on rank 0 holds the answers of all
             run.over_ranks(seen)

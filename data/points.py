@@ -32,10 +32,11 @@ from numpy.random import Generator
 from .common import (
     IGNORE, SHORT, BadInput, as_bytes, csv_text, nfc, number, read_json, read_text, write)
 from .crops import nearest
-from .datasets import SegDataset
+from .datasets import SegDataset, match_pairs
 from .files import Names, about_encoding
 from .io import Labels, read_mask, read_valid, size_of
 from .raster import open_raster
+from .source import Source
 
 Box = tuple[int, int, int, int]  # top, left, h, w
 Points = dict[str, np.ndarray]  # {image: (n, 3) int64 rows x, y, class id}
@@ -48,6 +49,7 @@ PATTERNS = {
     "one-per-instance": "a random pixel of n instances of every class",
     "clicked-centre": "the innermost pixel of the n largest instances of every class",
 }
+FEW = 5  # points per class and image that are drawn, unless told
 COLUMNS = ("image", "x", "y", "class")
 # How tables call the coordinates of a map.
 EAST = ("lon", "lng", "long", "longitude", "easting")
@@ -625,3 +627,45 @@ class PointSet(SegDataset):
         """(H, W, 3) uint8 image, (H, W) uint8 labels of a draw."""
         image, mask = self.read_lazily(i)
         return self.augment(image, mask, self.rng(draw), self.points[i])
+
+
+def open_points(d: Source, source: str, few: int | None, seed: int) -> tuple[Points, str]:
+    """Points of a data set from a file, or drawn by a name of PATTERNS, and a line that says where from.
+
+    few: points per class and image; None: FEW, or all instances.
+    """
+    if source not in PATTERNS:
+        given = read_points(source, d.pairs, d.names)
+        return given, f"{source}, {sum(map(len, given.values()))} in all"
+
+    instances = {}
+    if "instances" in d.description:  # a pattern beside "masks": which pixels are one object
+        pairs, _ = match_pairs(d.root, d.description | {"masks": d.description["instances"]})
+        instances = {name: file for name, (_, file) in pairs.items() if file}
+    if few is None and source in ("class-balanced", "random"):
+        few = FEW
+    given = simulate(d.files("train"), d.labels, source, few, seed, instances, **d.reading)
+    return given, f"drawn from the masks: {PATTERNS[source]}, n = {few or 'all'}"
+
+
+def open_split(d: Source, split: str, norm: str, given: Points) -> SegDataset:
+    """What a split is scored on: full masks, or its points where no image of it has a mask."""
+    files = d.files(split)
+    bare = [name for name, (_, mask, *_) in files.items() if mask is None]
+    if not bare:
+        return d.part(split, norm)
+    marked = {name: file for name, file in files.items() if name in given}
+    if len(bare) < len(files) or not marked:
+        what = f"{len(bare)} of {len(files)} without a mask"
+        if not marked:
+            what = "without a mask, and no point in that split"
+        raise BadInput(f"{files[bare[0]][0]}: in {split}, {what}; add them, or take it out of the "
+                       "splits")
+    return PointSet(marked, given, d.labels, norm, at_points, **d.cache, **d.reading)
+
+
+def at_points(image: np.ndarray, mask: np.ndarray, rng: Generator, ps: np.ndarray) -> tuple:
+    """The whole image, to be scored where it has points."""
+    mask = np.full(mask.shape, IGNORE, np.uint8)
+    mask[ps[:, 1], ps[:, 0]] = ps[:, 2]
+    return image, mask
