@@ -3,8 +3,8 @@
     net, note = compiled(net, crop=512)        about a minute; `note` says what it brings
     logits = slide(net, x, crop=512, ...)      as before
 
-Whether it pays depends on the CPU: on one with AVX512 and bf16 a ViT-B/14 took .45 instead of
-.54 s, on one with AVX2 alone, in fp32, a ViT-S/16 took 1.13 times as long (tests/bench_vit.py).
+Whether it pays depends on CPU and network: with AVX512 and bf16 a ViT-B/14 took .45 instead of
+.54 s, with AMX .84 times as long, a ViT-S/16 there 1.13 times (tests/bench_vit.py).
 It needs a C++ compiler. Without one the network comes back as it was, and the note says so.
 """
 import time
