@@ -102,7 +102,8 @@ def parts(rounds, profile):
     times = torch.tensor([work(1 + i) for i in range(rounds)])
     median = times.median(0).values
     print(f"{args.arch} + {args.head}, batch {args.batch_size}, crop {args.crop}, {args.optimizer}: a step takes "
-          f"{1e3 * median.sum():.0f} ms, data read in this process\n| part | ms, median of {rounds} | share |\n|---|---|---|")
+          f"{1e3 * median.sum():.0f} ms, data read in this process\n"
+          f"| part | ms, median of {rounds} | share |\n|---|---|---|")
     for part, t in zip(PARTS, median):
         print(f"| {part} | {1e3 * t:.1f} | {t / median.sum():.0%} |")
     if profile:
@@ -160,13 +161,13 @@ def beside_timm(arch, crop, batch, recipe, rounds):
             clock("forward")  # the whole step
             times[name].append(clock.seconds["forward"])
     ratios = torch.tensor(times["ours"]) / torch.tensor(times["timm"])
-    print(f"{arch} at {crop}, batch {batch}, {recipe}, linear head, {run.precision(amp, DEVICE)}; {work:.3g} GFLOP a step"
-          f"\n| | ms a step, best of {rounds} | images/s | TFLOP/s |\n|---|---|---|---|")
+    print(f"{arch} at {crop}, batch {batch}, {recipe}, linear head, {run.precision(amp, DEVICE)}; "
+          f"{work:.3g} GFLOP a step\n| | ms a step, best of {rounds} | images/s | TFLOP/s |\n|---|---|---|---|")
     for name, found in times.items():
         best = min(found)
         rate = f"{work / best / 1e3:.2f}" if name == "ours" else ""
         print(f"| {name} | {1e3 * best:.1f} | {batch / best:.1f} | {rate} |")
-    print(f"ours / timm: {min(times['ours']) / min(times['timm']):.2f}, rounds {ratios.min():.2f} to {ratios.max():.2f}")
+    print(f"ours / timm: {ratios.median():.2f}, rounds {ratios.min():.2f} to {ratios.max():.2f}")
     if DEVICE.type == "cuda":
         print(f"a large matrix product reaches {peak():.0f} TFLOP/s")
 
