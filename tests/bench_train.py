@@ -102,13 +102,8 @@ def parts(rounds, profile):
     times = torch.tensor([work(1 + i) for i in range(rounds)])
     median = times.median(0).values
     print(f"{args.arch} + {args.head}, batch {args.batch_size}, crop {args.crop}, {args.optimizer}: a step takes "
-<<<<<<< HEAD
-          f"{1e3 * median.sum():.0f} ms, data read in this process")
-    print(f"| part | ms, median of {rounds} | share |\n|---|---|---|")
-=======
           f"{1e3 * median.sum():.0f} ms, data read in this process\n"
           f"| part | ms, median of {rounds} | share |\n|---|---|---|")
->>>>>>> h3
     for part, t in zip(PARTS, median):
         print(f"| {part} | {1e3 * t:.1f} | {t / median.sum():.0%} |")
     if profile:
@@ -167,22 +162,12 @@ def beside_timm(arch, crop, batch, recipe, rounds):
             times[name].append(clock.seconds["forward"])
     ratios = torch.tensor(times["ours"]) / torch.tensor(times["timm"])
     print(f"{arch} at {crop}, batch {batch}, {recipe}, linear head, {run.precision(amp, DEVICE)}; "
-<<<<<<< HEAD
-          f"{work:.3g} GFLOP a step")
-    print(f"| | ms a step, best of {rounds} | images/s | TFLOP/s |\n|---|---|---|---|")
-=======
           f"{work:.3g} GFLOP a step\n| | ms a step, best of {rounds} | images/s | TFLOP/s |\n|---|---|---|---|")
->>>>>>> h3
     for name, found in times.items():
         best = min(found)
         rate = f"{work / best / 1e3:.2f}" if name == "ours" else ""
         print(f"| {name} | {1e3 * best:.1f} | {batch / best:.1f} | {rate} |")
-<<<<<<< HEAD
-    ratio = min(times["ours"]) / min(times["timm"])
-    print(f"ours / timm: {ratio:.2f}, rounds {ratios.min():.2f} to {ratios.max():.2f}")
-=======
     print(f"ours / timm: {ratios.median():.2f}, rounds {ratios.min():.2f} to {ratios.max():.2f}")
->>>>>>> h3
     if DEVICE.type == "cuda":
         print(f"a large matrix product reaches {peak():.0f} TFLOP/s")
 
