@@ -16,7 +16,7 @@ before stand beside those on the new ones.
 
 Writes eval.json, scenes.csv (a row per image), matrices.npz (for --compare), confusion.png,
 reliability.png and worst.png into RUN/eval-SPLIT, of --masks into RUN/eval-SPLIT-masks.
-Results of another protocol stay there unless --overwrite is typed.
+Where results of another protocol lie there it stops, unless --overwrite is typed.
 """
 import os
 from functools import partial
@@ -148,7 +148,7 @@ def open_data(args, meta, folder):
         hint = f", or --split-file {own} for that of training"
     check_split(d, args, hint)
     if not args.masks:
-        d.check_kinds(args.split, meta.get("kinds"))
+        d.check_kinds(args.split, meta)
     return d
 
 
@@ -322,7 +322,7 @@ def protocol_of(args, d, meta, weights, temperature, window, several):
         boundary_f1=f"tolerance {boundary.TOLERANCE} pixels", temperature=temperature,
         **meta["reading"], crop=meta["crop"], overlap=window["overlap"],
         amp="bf16" if window["amp"] else "off",
-        **(dict(tta="none") | ensemble.about(**several)))
+        **({"tta": "none", "with": "none", "soup": "none"} | ensemble.about(**several)))
 
 
 def write_indexes(args, names, about, features):

@@ -149,7 +149,7 @@ class Predictor(NamedTuple):
     # What every image is predicted with.
     net: nn.Module
     reading: dict  # bands and input_range of the training images
-    kinds: list | None  # their numbers of bands and bits
+    meta: dict  # the run's header
     norm: str
     window: dict  # crop, overlap, batch and amp of slide_rows()
     temperature: float | None  # of a calibrated run, for probabilities
@@ -174,8 +174,8 @@ def open_predictor(args, labels, values, device):
                 CLASSES=", ".join(f"{v['value']} {v['name']}" for v in values))
     for flag, value in ensemble.about(**runs).items():
         info[flag.upper()] = value
-    return Predictor(net, meta["reading"], meta.get("kinds"), meta["norm"], window, temperature,
-                     labels, args.label_out == "raw", info)
+    return Predictor(net, meta["reading"], meta, meta["norm"], window, temperature, labels,
+                     args.label_out == "raw", info)
 
 
 def endings(file, args, by_color):
@@ -248,8 +248,8 @@ def predict_scene(p, written, finished, name, scene, ends, mark, say):
     out = written.folder / name
     writers = open_writers(scene, out, ends, p.labels, p.raw, p.info, mark)
     if any(writer.begun_again for writer in writers.values()):
-        print(f"note: {escaped(str(out))}: a call with other settings has not finished it; begun "
-              "again", file=sys.stderr)
+        print(f"note: {escaped(str(out))}: begun by a call with other settings, or before the image "
+              "changed, and not finished; begun again", file=sys.stderr)
     try:
         predict_rows(p, scene, writers, lambda row: say(f"{escaped(name)}  {row}", flush=True))
     except BadInput:
@@ -333,7 +333,7 @@ def predict_masks(args, images, rank, world, device):
                         # Of a call that was killed just before it did that.
                         remove_part(out / f"{name}{end}")
                     continue
-                check_kind(file, p.kinds)
+                check_kind(file, p.meta)
                 scene = Strips(file, **p.reading)
                 if scene.note:
                     print(f"note: {scene.note}", file=sys.stderr)
@@ -399,7 +399,7 @@ def predict_table(args, images, rank, world, device):
     rows, left_out, began = [], [], time.time()  # rows: file, probabilities, classes, both falling
 
     def load(file):
-        check_kind(file, meta.get("kinds"))
+        check_kind(file, meta)
         return square(read_image(file, **meta["reading"]), meta["stored"])
 
     for i in progress(range(0, len(mine), args.batch_size), "batches of images"):

@@ -147,8 +147,8 @@ def parse_args(argv=None):
                 "train or load in means; type --mode knn or linear, and no --weights")
     run.only_with(p, args, "mode", "finetune", "unfreeze")
     if args.save == "head" and (scratch or not probing):
-        p.error("--save head needs a frozen backbone from --weights; leave --save out, or type "
-                "--mode linear or knn")
+        p.error("--save head needs a frozen backbone; type --weights FILE with --mode linear or "
+                "knn, or leave --save out")
     return args
 
 
@@ -271,7 +271,8 @@ def train(args, d, net, here, s):
     say, out = here.say, here.out
     # Groups of parameters: group["scale"] is their learning rate as a share of the head's; norms,
     # biases and tokens have no weight decay.
-    groups = nets.param_groups(net, args.lr, args.backbone_lr, args.layer_decay, args.weight_decay)
+    groups = nets.param_groups(net, args.lr, args.backbone_lr, args.layer_decay, args.weight_decay,
+                               trained=args.weights != "none")
     opt = optimizer(args.optimizer, groups, args.lr)
     params = [p for p in net.parameters() if p.requires_grad]
     ema = run.Ema(net, args.ema) if args.ema else None

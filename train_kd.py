@@ -158,6 +158,7 @@ def parse_args(argv=None):
                   "layer_decay", "dropout")
     run.fill_unfreeze(p, args)
     if args.alpha == 0:
+        # "above 0" is no value of --alpha: it completes the message.
         run.only_with(p, args, "alpha", "above 0", "teacher", "map", "within", "temperature")
     elif not args.teacher:
         p.error("--teacher is missing; name the run folder of a trained network, or type --alpha 0")
@@ -165,8 +166,8 @@ def parse_args(argv=None):
     if args.sampler == "weighted" and not args.difficulty:
         p.error("--sampler weighted without --difficulty; make the file with python eval.py RUN "
                 "--split train --difficulty")
-    # Again in main(), with what the recipe has chosen.
-    args.steps = end_step(args.steps, args.eval_every, args.restarts, args.lookahead)
+    # Here what was typed, in main() what the recipe has chosen.
+    end_step(args.steps, args.eval_every, args.restarts, args.lookahead)
     return args
 
 
@@ -203,7 +204,7 @@ def load_teacher(args, d, device):
         raise BadInput(f"{args.teacher}: reads images with {theirs['reading']}, this run with "
                        f"{d.reading}; type the same --bands and --input-range: {flags}, and take "
                        "what else says so out of dataset.json")
-    d.check_kinds("train", theirs.get("kinds"))
+    d.check_kinds("train", theirs, run="--teacher")
     return teacher.to(device).requires_grad_(False), theirs
 
 
@@ -349,7 +350,8 @@ def main(args):
     # ---- optimiser
     # Groups of parameters: group["scale"] is their learning rate as a share of the head's; norms,
     # biases and tokens have no weight decay.
-    groups = nets.param_groups(net, args.lr, args.backbone_lr, args.layer_decay, args.weight_decay)
+    groups = nets.param_groups(net, args.lr, args.backbone_lr, args.layer_decay, args.weight_decay,
+                               trained=args.weights != "none")
     opt = optimizer(args.optimizer, groups, args.lr)
     params = [p for p in net.parameters() if p.requires_grad]
     weights = None  # (K,) of the classes

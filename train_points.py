@@ -225,8 +225,8 @@ def main(args):
     say(d.headline())
 
     # ---- points
-    source = f"{args.resume}/points.csv" if args.resume else args.points
-    given, told = points.open_points(d, source, args.points_per_class, args.seed)
+    wanted = f"{args.resume}/points.csv" if args.resume else args.points
+    given, told = points.open_points(d, wanted, args.points_per_class, args.seed)
     files = d.files("train")
     ps = {name: given[name] for name in files if name in given}
     counts = np.zeros((len(ps), K), int)  # points per image and class
@@ -289,7 +289,8 @@ def main(args):
     # ---- optimiser
     # Groups of parameters: group["scale"] is their learning rate as a share of the head's; norms,
     # biases and tokens have no weight decay.
-    groups = nets.param_groups(net, args.lr, args.backbone_lr, args.layer_decay, args.weight_decay)
+    groups = nets.param_groups(net, args.lr, args.backbone_lr, args.layer_decay, args.weight_decay,
+                               trained=args.weights != "none")
     opt = optimizer(args.optimizer, groups, args.lr)
     params = [p for p in net.parameters() if p.requires_grad]
     weights = None  # (K,) of the classes
@@ -491,14 +492,14 @@ def main(args):
         # once in a while: log, validate, save, stop
         if log:
             row = dict(loss=total, lr=lr_at(step, args), grad_norm=grad_norm)
-            of_teacher = ""
+            sure_text = ""
             if growing:
                 row["sure"] = sure
-                of_teacher = f"sure {sure:.1%}  "
+                sure_text = f"sure {sure:.1%}  "
             s.history.append(without_nan(dict(step=s.step, **row)))
             rest = minutes(s.seconds / s.step * (args.steps - s.step))
             say(f"step {s.step:5d} of {args.steps}  loss {total:.4f}  |g| {grad_norm:.3f}  "
-                f"{of_teacher}lr {row['lr']:.2e}  ETA {rest}", flush=True)
+                f"{sure_text}lr {row['lr']:.2e}  ETA {rest}", flush=True)
         due = s.step % args.eval_every == 0 or last_step
         if due or stopping:  # from here on rank 0 holds the answers of all
             run.over_ranks(seen)

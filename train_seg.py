@@ -234,7 +234,8 @@ def main(args):
     # ---- optimiser
     # Groups of parameters: group["scale"] is their learning rate as a share of the head's; norms,
     # biases and tokens have no weight decay.
-    groups = nets.param_groups(net, args.lr, args.backbone_lr, args.layer_decay, args.weight_decay)
+    groups = nets.param_groups(net, args.lr, args.backbone_lr, args.layer_decay, args.weight_decay,
+                               trained=args.weights != "none")
     opt = optimizer(args.optimizer, groups, args.lr)
     params = [p for p in net.parameters() if p.requires_grad]
     weights = None  # (K,) of the classes

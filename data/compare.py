@@ -23,9 +23,10 @@ SAME = {
     "classes": "classes", "ignore": "ignored values", "ignore_boundary": "--ignore-boundary",
 }
 
-# What of it results may differ in from those that they replace: a run learns on, data move, a
-# calibration is added.
-MAY_CHANGE = {"weights", "root", "temperature"}
+# Keys of the protocol that may differ from the results that are replaced: the run was trained
+# further, the data were moved, a calibration was added, the machine is another one.
+MAY_CHANGE = {"weights", "root", "temperature", "amp"}
+PATHS = {"run", "masks"}  # of its keys: equal where they lead to the same place
 
 
 # ---- intervals
@@ -114,7 +115,10 @@ def check_earlier(folder: Path, protocol: dict, in_run: bool) -> None:
     found = []
     for key, now in without_nan(protocol).items():
         was = before.get(key, now)  # earlier versions have kept fewer
-        if was != now and key not in MAY_CHANGE and not (in_run and key == "run"):
+        equal = was == now
+        if key in PATHS and was and now:
+            equal = Path(was).resolve() == Path(now).resolve()
+        if not equal and key not in MAY_CHANGE and not (in_run and key == "run"):
             found.append(f"{key} {SHORT.repr(was)}, now {SHORT.repr(now)}")
     if found:
         raise BadInput(f"{folder}: holds results of another protocol ({'; '.join(found)}); name "

@@ -629,23 +629,23 @@ class PointSet(SegDataset):
         return self.augment(image, mask, self.rng(draw), self.points[i])
 
 
-def open_points(d: Source, source: str, few: int | None, seed: int) -> tuple[Points, str]:
-    """Points of a data set from a file, or drawn by a name of PATTERNS, and a line that says where from.
+def open_points(d: Source, wanted: str, few: int | None, seed: int) -> tuple[Points, str]:
+    """Point labels from a file, or drawn by a name of PATTERNS, and a line that says which.
 
     few: points per class and image; None: FEW, or all instances.
     """
-    if source not in PATTERNS:
-        given = read_points(source, d.pairs, d.names)
-        return given, f"{source}, {sum(map(len, given.values()))} in all"
+    if wanted not in PATTERNS:
+        given = read_points(wanted, d.pairs, d.names)
+        return given, f"{wanted}, {sum(map(len, given.values()))} in all"
 
     instances = {}
     if "instances" in d.description:  # a pattern beside "masks": which pixels are one object
         pairs, _ = match_pairs(d.root, d.description | {"masks": d.description["instances"]})
         instances = {name: file for name, (_, file) in pairs.items() if file}
-    if few is None and source in ("class-balanced", "random"):
+    if few is None and wanted in ("class-balanced", "random"):
         few = FEW
-    given = simulate(d.files("train"), d.labels, source, few, seed, instances, **d.reading)
-    return given, f"drawn from the masks: {PATTERNS[source]}, n = {few or 'all'}"
+    given = simulate(d.files("train"), d.labels, wanted, few, seed, instances, **d.reading)
+    return given, f"drawn from the masks: {PATTERNS[wanted]}, n = {few or 'all'}"
 
 
 def open_split(d: Source, split: str, norm: str, given: Points) -> SegDataset:

@@ -4,7 +4,7 @@
     raster.shape, raster.dtype                   (H, W, bands), uint16
     pixels = raster.read(bands=[4, 1, 2])        (H, W, 3) of dtype; bands count from 1
     valid = valid_pixels(raster, pixels)         (H, W) bool, or None where the file cannot say
-    check_kind("a.tif", [[3, 8]])                is it an image such as a run was trained on?
+    check_kind("a.tif", meta)                    is it an image such as a run was trained on?
 
 TIFFs are read by data/tiff.py, all other formats by Pillow, whole.
 """
@@ -37,8 +37,8 @@ MODES = {
 COLOURS = {"PA": "RGBA", "La": "LA", "RGBa": "RGBA", "RGBX": "RGBA"}
 
 # How a file becomes one like those that a run was trained on.
-CONVERT = ("gdal_translate -b 1 -b 2 -b 3 IN OUT.tif takes bands (-b 1 -b 1 -b 1 makes three of one), "
-           "-ot Byte -scale LOW HIGH 0 255 changes bits and range")
+CONVERT = ("gdal_translate IN OUT.tif takes bands with -b 1 -b 2 -b 3 (-b 1 -b 1 -b 1 makes three of "
+           "one), changes bits and range with -ot Byte or UInt16 and -scale LOW HIGH NEW_LOW NEW_HIGH")
 
 
 def open_raster(path: str | Path) -> "Tiff | Picture":
@@ -154,16 +154,24 @@ def kinds_text(kinds: set[tuple[int, int]]) -> str:
     return " or ".join(f"{n} band{'s' * (n > 1)} of {bits} bits" for n, bits in sorted(kinds))
 
 
-def check_kind(path: str | Path, trained: list[list[int]] | None) -> None:
+def kinds_in(meta: dict) -> set[tuple[int, int]]:
+    """What kinds_of() gave for a run's data set, by its header; earlier versions have not kept them: {}."""
+    return set(map(tuple, meta.get("kinds") or ()))
+
+
+def check_kind(path: str | Path, meta: dict, run: str = "the run") -> None:
     """BadInput where no image of a run's data set was of this image's kind: it would be guessed at.
 
-    trained: "kinds" in the run's header; earlier versions have not kept them.
+    meta: the run's header. run: what the message calls it.
     """
-    known = set(map(tuple, trained or ()))
+    known = kinds_in(meta)
     found = kinds_of(open_raster(path))
+    if meta["reading"]["bands"]:
+        # Named bands are taken from images of any number of bands: the bits must agree.
+        known = {(n, bits) for _, bits in known for n, _ in found}
     if known and known.isdisjoint(found):
         raise BadInput(f"{path}: {kinds_text(found)}; expected {kinds_text(known)}, as in the data "
-                       f"that the run was trained on: {CONVERT}")
+                       f"set of {run}: {CONVERT}")
 
 
 def part_of(a: np.ndarray, window: Window | None = None) -> np.ndarray:

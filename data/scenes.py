@@ -236,7 +236,7 @@ def decode_scenes(*paths: Path, side: int | None = None, bands: list[int] | None
 
     with ThreadPoolExecutor(min(8, os.cpu_count())) as pool:  # Pillow lets go of the GIL
         sides, kinds = set(), set()
-        list(pool.map(look, paths))
+        list(pool.map(look, paths))  # list(): waits until all are read
         S = largest
         if len(sides) == 1 and max(sides) <= largest:
             S = max(sides)

@@ -67,7 +67,7 @@ class Source:
         self.percentiles = None
         if isinstance(self.reading["input_range"], str):
             self.percentiles = self.reading["input_range"]
-        self.kinds = None  # of the images that training opens: see raster.check_kind()
+        self.kinds = None  # of the images of all splits, where training opens them: raster.kinds_of()
         self.cache = {} if cache == "off" else dict(cache=Cache(cache))
 
         # Before the splits, which complain of images that are gone, too.
@@ -161,10 +161,10 @@ class Source:
         """{name: (image, mask)} of a split, with a box as third entry where names are tiles."""
         return {name: self.pairs[name] for name in self.splits[split]}
 
-    def check_kinds(self, split: str, trained: list[list[int]] | None) -> None:
-        """BadInput where an image of a split is none such as a run was trained on."""
-        for image in dict.fromkeys(image for image, *_ in self.files(split).values()):
-            check_kind(image, trained)
+    def check_kinds(self, split: str, meta: dict, run: str = "the run") -> None:
+        """BadInput where an image of a split is of no kind that a run's data set had: check_kind()."""
+        images = list(dict.fromkeys(image for image, *_ in self.files(split).values()))
+        in_threads(lambda image: check_kind(image, meta, run), images, "headers")
 
     def size(self, image: Path, mask: Path, *box: tuple) -> tuple[int, int]:
         """(H, W) of a pair of a split that training opened, or of its box."""

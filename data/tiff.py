@@ -1058,7 +1058,7 @@ class TiffWriter:
         self.end = 0  # of the .part
         self.unwritten = bytearray()  # its last bytes
         self.waiting = []  # rows of pixels that do not fill a tile yet
-        self.begun_again = False  # instead of the .part of a call with other settings?
+        self.begun_again = False  # was a .part dropped that was begun with another head?
         key = json.dumps([resume, *map(int, shape), self.dtype.str])
         self.open_part(PART_HEAD + key.encode() + b"\n", bool(resume))
 

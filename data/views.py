@@ -25,13 +25,14 @@ from pathlib import Path
 import numpy as np
 import torch
 from torch import Tensor
+from torch.utils.data import get_worker_info
 
 from .cache import ABANDONED, KEEP_FREE, Rows, open_map, size_of, write_arrays
 from .common import BadInput, as_bytes, first_few, json_text, progress, read_json, write
 from .datasets import SegDataset, normalise
 
 FORMAT = 1  # of the files, and of how views are drawn: raise it when either changes
-MOST = 10  # damaged files that are removed one by one
+LISTED = 10  # damaged files that the advice names one by one
 Shape = tuple[int, ...]
 
 
@@ -225,7 +226,7 @@ class Kept(torch.utils.data.Dataset):
         try:
             arrays = self.arrays_of(k)
         except ValueError:
-            raise self.damaged() from None
+            raise self.damaged(k) from None
         except OSError as e:
             raise BadInput(f"{self.file(k)}: cannot be read ({e.strerror}); type the same command, or "
                            "--resume RUN: what is missing is computed again") from None
@@ -246,10 +247,14 @@ class Kept(torch.utils.data.Dataset):
             arrays.append(a)
         return arrays
 
-    def damaged(self) -> BadInput:
-        """What is said of all files whose checksums do not agree, not of the first alone."""
-        files = []
-        for k in progress(range(self.number), "features looked at"):
+    def damaged(self, first: int) -> BadInput:
+        """What is said of all files whose checksums do not agree, not of the first that was met alone."""
+        files = [str(self.file(first))]
+        others = [k for k in range(self.number) if k != first]
+        worker = get_worker_info()
+        if worker and worker.id:  # One process is enough to look at all.
+            others = []
+        for k in progress(others, "features looked at"):
             try:
                 self.arrays_of(k)
             except ValueError:
@@ -257,8 +262,8 @@ class Kept(torch.utils.data.Dataset):
             except OSError:  # missing: computed again anyway
                 pass
         remove = shlex.join(["rm", *files])
-        if len(files) > MOST:
-            remove = shlex.join(["rm", "-r", str(self.folder)])
+        if len(files) > LISTED:
+            remove = shlex.join(["rm", "-r", str(self.folder)]) + " (sound features too)"
         return BadInput(f"{first_few(files)}: damaged; is the disk sound? Type {remove}, then the "
                         "same command, or --resume RUN: what is missing is computed again")
 

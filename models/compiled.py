@@ -3,8 +3,8 @@
     net, note = compiled(net, crop=512)        about a minute; `note` says what it brings
     logits = slide(net, x, crop=512, ...)      as before
 
-Whether it pays depends on CPU and network: with AVX512 and bf16 a ViT-B/14 took .45 instead of
-.54 s, with AMX .84 times as long, a ViT-S/16 there 1.13 times (tests/bench_vit.py).
+Whether it pays depends on CPU and network (tests/bench_vit.py, bf16): with AVX512 a ViT-B/14 took
+.45 instead of .54 s. With AMX it took .84 times as long, but a ViT-S/16 1.13 times.
 It needs a C++ compiler. Without one the network comes back as it was, and the note says so.
 """
 import time

@@ -18,7 +18,7 @@ from torch import Tensor, nn
 
 from data.common import BadInput, nfc
 from data.datasets import NORMS
-from data.raster import kinds_text
+from data.raster import kinds_in, kinds_text
 
 from .checkpoint import load_weights, weights_file
 from .infer import slide
@@ -200,7 +200,7 @@ def check_same_classes(run: str | Path, meta: dict, first_run: str | Path, first
         raise BadInput(f"{run}: reads images by {as_words(meta['reading'])}, {first_run} by "
                        f"{as_words(first['reading'])}; name a run with the same --bands and "
                        "--input-range")
-    kinds, known = [{*map(tuple, its.get("kinds") or ())} for its in (meta, first)]
+    kinds, known = kinds_in(meta), kinds_in(first)
     if kinds and known and kinds.isdisjoint(known):
         raise BadInput(f"{run}: trained on images of {kinds_text(kinds)}, {first_run} on "
                        f"{kinds_text(known)}; name a run that was trained on the same kind")

@@ -9,7 +9,7 @@ installed, compares the file with the network.
 
 Deepness keeps its own resolution, overlap and threshold until "Load default parameters" is pressed,
 and takes only maps in metres. GeoDeep smooths the classes by a median of 5 x 5 pixels. Of the same
-windows both find the classes of predict.py, which blends where they overlap; both cut there.
+windows both find the classes of predict.py, which blends windows where they overlap; they cut there.
 """
 import copy
 import importlib

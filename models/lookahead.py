@@ -60,9 +60,10 @@ def end_step(steps: int | None, eval_every: int | None, restarts: list[int] | No
     if steps and restarts:
         steps = cycle_ends(*restarts, steps)[-1]
     if every and steps and eval_every and (steps % every or eval_every % every):
+        cause = "the cycles of --restarts" if restarts else "--steps"
         raise BadInput(f"--lookahead {every}: the run ends at step {steps} and is validated every "
-                       f"{eval_every}; --steps and --eval-every must be multiples of it, where "
-                       "fast and slow weights meet")
+                       f"{eval_every}; choose {cause} and --eval-every so that both are multiples "
+                       f"of {every}, where fast and slow weights meet")
     return steps
 
 

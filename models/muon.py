@@ -47,15 +47,15 @@ def orthogonal(x: Tensor, iterations: int = 5) -> Tensor:
 class Muon(torch.optim.Optimizer):
     """Muon for matrices (is_matrix), AdamW for biases, norms, tokens and narrow matrices.
 
-    groups: as nets.param_groups() makes them, whose "layers" says where matrices may be. Those
-    that learn slower than the head ("scale" below 1) were trained before: AdamW takes them, too.
+    groups: as nets.param_groups() makes them, whose "layers" says where matrices may be. Those of
+    a loaded backbone ("trained") are AdamW's, too.
     """
 
     def __init__(self, groups: list[dict], lr: float):
         super().__init__(groups, dict(lr=lr))
         self.matrices = set()
         for group in groups:
-            if group["layers"] and group["scale"] == 1:
+            if group["layers"] and not group["trained"]:
                 self.matrices.update(p for p in group["params"] if is_matrix(p))
 
     @torch.no_grad()

@@ -266,11 +266,11 @@ def choose_norm(wanted: str, info: dict) -> str:
 
 
 def param_groups(net: nn.Module, lr: float, backbone_lr: float, layer_decay: float,
-                 weight_decay: float) -> list[dict]:
+                 weight_decay: float, trained: bool = False) -> list[dict]:
     """Groups for an optimiser; "scale" is a group's learning rate divided by the head's.
 
     "layers" is False for norms, biases and tokens, which do not decay. layer_decay: factor per block
-    of a ViT below its last.
+    of a ViT below its last. trained: was the backbone loaded? Muon leaves it to AdamW.
     """
     depth = len(getattr(getattr(net, "backbone", None), "blocks", ()))  # 0: no ViT
     groups = {}
@@ -283,10 +283,12 @@ def param_groups(net: nn.Module, lr: float, backbone_lr: float, layer_decay: flo
             if depth:
                 scale *= layer_decay ** (depth - 1 - block_of(name, depth))
         is_layer = p.ndim > 1 and "token" not in name and "pos_embed" not in name
-        key = scale, is_layer
+        loaded = trained and name.startswith(TRUNKS)
+        key = scale, is_layer, loaded
         groups.setdefault(key, []).append(p)
-    return [dict(params=params, scale=scale, layers=is_layer, weight_decay=weight_decay * is_layer)
-            for (scale, is_layer), params in groups.items()]
+    return [dict(params=params, scale=scale, layers=is_layer, trained=loaded,
+                 weight_decay=weight_decay * is_layer)
+            for (scale, is_layer, loaded), params in groups.items()]
 
 
 def block_of(name: str, depth: int) -> int:

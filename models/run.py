@@ -152,11 +152,13 @@ def device_name(text: str) -> str:
 
 def blocks(text: str) -> str:
     """An argparse type: what --unfreeze may be, "all" or a number of blocks."""
+    if text == "all":
+        return text
     try:
-        count = text if text == "all" else number(text, int)
+        count = number(text, int)
     except ValueError:
         count = -1
-    if count != "all" and count < 0:
+    if count < 0:
         raise argparse.ArgumentTypeError(f"{text}: expected a number of blocks, or all")
     return str(count)
 
@@ -205,12 +207,14 @@ def fill_unfreeze(parser: argparse.ArgumentParser, args: argparse.Namespace) -> 
         args.unfreeze = "all" if scratch or args.model != "vit" else "0"
     if not scratch and args.unfreeze == "0":
         return
-    asked = {"--save head": getattr(args, "save", "all") == "head",
-             "--cache-features": getattr(args, "cache_features", None)}
-    for flag, typed in asked.items():
-        if typed:
-            parser.error(f"{flag} needs a frozen backbone from --weights; type --weights FILE "
-                         f"without --unfreeze, or leave {flag} out")
+    asked = []
+    if getattr(args, "save", "all") == "head":
+        asked.append("--save head")
+    if getattr(args, "cache_features", None):
+        asked.append("--cache-features")
+    for flag in asked:
+        parser.error(f"{flag} needs a frozen backbone from --weights; type --weights FILE without "
+                     f"--unfreeze, or leave {flag} out")
 
 
 def parse(parser: Parser, argv: list[str] | None = None, movable: tuple[str, ...] = (),

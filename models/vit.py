@@ -165,10 +165,12 @@ class Attention(nn.Module):
     def forward(self, x: Tensor, rope: tuple[Tensor, Tensor] | None = None) -> Tensor:
         B, N, C = x.shape
         qkv = self.qkv(x).view(B, N, 3, self.heads, C // self.heads)  # (B, N, 3, nh, hd)
-        qk, v = qkv.permute(2, 0, 3, 1, 4).split([2, 1])  # (2 or 1, B, nh, N, hd)
+        qkv = qkv.permute(2, 0, 3, 1, 4)  # (3, B, nh, N, hd)
+        qk, v = qkv[:2], qkv[2]
         if rope is not None:
-            qk = rotate(qk, *rope)
-        x = attend(*qk, *v).transpose(1, 2).reshape(B, N, C)
+            qk = rotate(qk, *rope)  # both in one pass
+        q, k = qk
+        x = attend(q, k, v).transpose(1, 2).reshape(B, N, C)
         return self.proj(x)
 
 

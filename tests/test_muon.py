@@ -34,8 +34,8 @@ def params():
 
 
 def groups(layers, others):
-    return [dict(params=layers, scale=1.0, layers=True, weight_decay=0.05),
-            dict(params=others, scale=1.0, layers=False, weight_decay=0.0)]
+    return [dict(params=layers, trained=False, layers=True, weight_decay=0.05),
+            dict(params=others, trained=False, layers=False, weight_decay=0.0)]
 
 
 def test_it_is_torchs_muon_on_matrices_and_torchs_adamw_on_the_rest():
@@ -57,7 +57,7 @@ def test_a_convolution_is_the_matrix_of_its_outputs():
     conv = torch.nn.Parameter(flat.detach().clone().view(32, 4, 3, 3))
     for p in (flat, conv):
         p.grad = torch.arange(flat.numel()).sin().view(p.shape)
-        Muon([dict(params=[p], scale=1.0, layers=True, weight_decay=0.1)], lr=0.1).step()
+        Muon([dict(params=[p], trained=False, layers=True, weight_decay=0.1)], lr=0.1).step()
     torch.testing.assert_close(conv.flatten(1), flat, rtol=0, atol=0)
     assert not is_matrix(torch.zeros(64, 1, 3, 3))  # each channel alone
 
@@ -73,7 +73,7 @@ def test_of_a_network_tokens_and_the_classes_are_adamws_also_without_weight_deca
 
 def test_a_trained_backbone_learns_by_adamw_under_a_head_that_learns_by_muon():
     net, _, _ = nets.make("vit", 8, "none", "nano16", "fpn")
-    opt = optimizer("muon", nets.param_groups(net, 1e-3, 1e-4, 0.8, 0.05), 1e-3)
+    opt = optimizer("muon", nets.param_groups(net, 1e-3, 1e-3, 1.0, 0.05, trained=True), 1e-3)
     names = {name for name, p in net.named_parameters() if p in opt.matrices}
     assert "head.fuse.0.0.weight" in names and all(name.startswith("head.") for name in names)
     net(torch.zeros(1, 3, 32, 32)).square().mean().backward()

@@ -121,13 +121,14 @@ def test_images_of_another_kind_than_in_training_are_left_out(run, forks, tmp_pa
 
 
 def test_what_a_run_may_see_is_what_its_training_images_were(forks, tmp_path):
-    """Grey, deep or of four bands: the others are of another kind. Runs of earlier versions take what they took."""
+    """Grey, deep or of named bands: the others are of another kind. Runs of earlier versions take what they took."""
     make_kinds(tmp_path / "in")
     tensors, meta = load_weights(trained())
     deep = dict(bands=[1, 2, 3], input_range=[0, 65535])
     takes = {"grey": ([[1, 8]], {}, {"grey", "grey_veiled", "tif_grey"}),
              "deep": ([[3, 16]], deep, {"tif_deep"}),
-             "four": ([[4, 8]], dict(bands=[1, 2, 3]), {"veiled", "tif_infrared"}),
+             # Bands that were named are taken from images of three, too.
+             "four": ([[4, 8]], dict(bands=[1, 2, 3]), {"veiled", "tif_infrared", "colours", "palette", "tif_colours"}),
              "both": ([[1, 8], [3, 8]], {}, {"grey", "grey_veiled", "tif_grey", "colours", "palette", "veiled",
                                              "tif_colours"}),
              "before": (None, {}, {"grey", "grey_veiled", "tif_grey", "colours", "palette", "veiled", "tif_colours"})}

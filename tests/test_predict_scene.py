@@ -267,7 +267,7 @@ def test_no_image_is_begun_with_a_compiled_network_and_ended_without(run, tmp_pa
     assert (read_bands(tmp_path / "p/a.tif") == plain).all()
     argv[-1] = tmp_path / "killed"
     call(*argv, "--compile", ok=-signal.SIGKILL, patch=killed)
-    assert "a call with other settings has not finished it; begun again" in call(*argv)
+    assert "begun by a call with other settings, or before the image changed, and not finished" in call(*argv)
     assert (read_bands(tmp_path / "killed/a.tif") == plain).all()
 
 
