@@ -189,7 +189,7 @@ KNOWN_BY_FLAGS = [
     ("train_kd", "--alpha 0 --within shares", "--within goes with --alpha above 0"),
     ("train_kd", "--alpha 0 --sampler weighted", "--sampler weighted without --difficulty"),
     ("train_kd", "--alpha 0 --restarts 4 2 --steps 3", "no cycle would end"),
-    ("train_kd", "--alpha 0 --lookahead 4 --steps 8 --eval-every 6", "must be multiples of it"),
+    ("train_kd", "--alpha 0 --lookahead 4 --steps 8 --eval-every 6", "choose --steps and --eval-every so"),
     ("train_cls", "--save head", "--save head needs a frozen backbone"),
     ("train_cls", "--weights w --unfreeze 1", "--unfreeze goes with --mode finetune, not linear"),
     ("train_cls", "--weights w --features mean", "nothing to train or load in means")]
