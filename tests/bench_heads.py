@@ -81,7 +81,7 @@ def main():
     p.add_argument("--seeds", type=int, nargs="+", default=[0, 1, 2])
     p.add_argument("--heads", nargs="+", choices=HEADS, default=list(HEADS))
     p.add_argument("--flags", nargs=argparse.REMAINDER, help="of train_seg.py for all, last",
-                   default="--steps 500 --crop 128 --scale 0.75 1.5 --batch-size 8 --eval-every 500".split())
+                   default="--steps 300 --crop 128 --scale 0.75 1.5 --batch-size 8 --eval-every 300".split())
     args = p.parse_args()
     if args.weights:
         weights = Path(args.weights).resolve()
