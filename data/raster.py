@@ -151,7 +151,11 @@ def kinds_of(raster: "Tiff | Picture") -> set[tuple[int, int]]:
 
 def kinds_text(kinds: set[tuple[int, int]]) -> str:
     """{(3, 8)} -> '3 bands of 8 bits'"""
-    return " or ".join(f"{n} band{'s' * (n > 1)} of {bits} bits" for n, bits in sorted(kinds))
+    words = []
+    for n, bits in sorted(kinds):
+        plural = "s" if n > 1 else ""
+        words.append(f"{n} band{plural} of {bits} bits")
+    return " or ".join(words)
 
 
 def kinds_in(meta: dict) -> set[tuple[int, int]]:
@@ -166,10 +170,12 @@ def check_kind(path: str | Path, meta: dict, run: str = "the run") -> None:
     """
     known = kinds_in(meta)
     found = kinds_of(open_raster(path))
+    fits = not known.isdisjoint(found)
     if meta["reading"]["bands"]:
         # Named bands are taken from images of any number of bands: the bits must agree.
-        known = {(n, bits) for _, bits in known for n, _ in found}
-    if known and known.isdisjoint(found):
+        trained_bits = {bits for _, bits in known}
+        fits = any(bits in trained_bits for _, bits in found)
+    if known and not fits:
         raise BadInput(f"{path}: {kinds_text(found)}; expected {kinds_text(known)}, as in the data "
                        f"set of {run}: {CONVERT}")
 

@@ -25,7 +25,6 @@ from pathlib import Path
 import numpy as np
 import torch
 from torch import Tensor
-from torch.utils.data import get_worker_info
 
 from .cache import ABANDONED, KEEP_FREE, Rows, open_map, size_of, write_arrays
 from .common import BadInput, as_bytes, first_few, json_text, progress, read_json, write
@@ -251,9 +250,6 @@ class Kept(torch.utils.data.Dataset):
         """What is said of all files whose checksums do not agree, not of the first that was met alone."""
         files = [str(self.file(first))]
         others = [k for k in range(self.number) if k != first]
-        worker = get_worker_info()
-        if worker and worker.id:  # One process is enough to look at all.
-            others = []
         for k in progress(others, "features looked at"):
             try:
                 self.arrays_of(k)
@@ -261,6 +257,7 @@ class Kept(torch.utils.data.Dataset):
                 files.append(str(self.file(k)))
             except OSError:  # missing: computed again anyway
                 pass
+        files.sort()
         remove = shlex.join(["rm", *files])
         if len(files) > LISTED:
             remove = shlex.join(["rm", "-r", str(self.folder)]) + " (sound features too)"

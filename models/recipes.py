@@ -79,8 +79,10 @@ def fill(recipe: str, typed: dict, pixels: int, patch: int | None, crops: int = 
         most = round(PASSES / passes(1, chosen, pixels, crops))
         chosen["steps"] = min(chosen["steps"], max(QUICK["steps"], most))
     if typed["warmup"] is None:
+        steps = chosen["steps"]
+        rise = max(50, steps // 25)
         # A short run shall reach its rate, too.
-        chosen["warmup"] = min(max(50, chosen["steps"] // 25), chosen["steps"] // 2)
+        chosen["warmup"] = min(rise, steps // 2)
     if "eval_every" not in chosen:
         chosen["eval_every"] = max(360, chosen["steps"] // 20)
     return chosen

@@ -220,7 +220,9 @@ def test_train_eval_and_predict_back(name, form, flags, forks, tmp_path):
         assert {tuple(v) if raw.ndim == 3 else v for v in raw.reshape(-1, *raw.shape[2:]).tolist()} <= known
     masks = ["--masks", out, "--mask-ids", "raw"] if form != "raw" else []
     forks.run("eval", run, *masks, "--out", tmp_path / "e", "--workers", 0)
-    assert json.loads((tmp_path / "e/eval.json").read_text())["confusion"] == results["confusion"]
+    # Batches of another size round otherwise on some CPUs: one pixel may go over.
+    again = json.loads((tmp_path / "e/eval.json").read_text())["confusion"]
+    assert np.abs(np.subtract(again, results["confusion"])).sum() <= 2
 
 
 def test_loveda_submission_holds_0_to_6_and_its_test_has_no_score(forks, tmp_path):
@@ -245,7 +247,7 @@ def test_trained_on_full_labels_scored_on_eroded_ones(forks, tmp_path):
     forks.run("train_seg", *flags, "--variant", "complete", "--out", run)
     sums = []
     for variant in ([], ["--variant", "eroded"]):
-        forks.run("eval", run, *variant, "--out", tmp_path / "e", "--workers", 0)
+        forks.run("eval", run, *variant, "--out", tmp_path / "e", "--workers", 0, "--overwrite")
         e = json.loads((tmp_path / "e/eval.json").read_text())
         assert e["protocol"]["variant"] == (variant or ["complete"])[-1] and e["protocol"]["images"] == 17
         sums.append(np.sum(e["confusion"]))

@@ -292,7 +292,7 @@ def test_what_is_wrong_with_sampling(forks, tmp_path, difficulty):
 
 @pytest.mark.parametrize("flags, said", [
     (["--lookahead", 5, "--restarts", 7, 3, "--steps", 30, "--eval-every", 15],  # 7 + 21 = 28
-     "--lookahead 5: the run ends at step 28 and is validated every 15; --steps and --eval-every must"),
+     "--lookahead 5: the run ends at step 28 and is validated every 15; choose the cycles of --restarts and"),
     (["--lookahead", 4, "--steps", 8, "--eval-every", 6],
      "the run ends at step 8 and is validated every 6"),
     (["--restarts", 40, 2, "--steps", 30], "--restarts 40 2 with --steps 30: no cycle would end"),
