@@ -116,6 +116,8 @@ def check_flags(p, args):
         p.error("--tta, --with and --soup ask the model of a run; leave them out")
     if several and args.calibrate:
         p.error("--calibrate is of one run as it is; leave --tta, --with and --soup out")
+    if args.calibrate and args.ignore_boundary:
+        p.error("--calibrate fits all pixels of a map; leave --ignore-boundary out")
     if args.features and (args.tta or args.partners):
         p.error("--features are of one network; leave --tta and --with out")
 

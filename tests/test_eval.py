@@ -478,6 +478,7 @@ def test_the_summary_has_a_row_per_experiment(run, forks, tmp_path):
     (["--masks", "a", "--mask-ids", "raw"], "or --masks with --root"),
     (["RUN", "--masks", "a", "--mask-ids", "raw", "--calibrate"], "--calibrate asks the model"),
     (["RUN", "--ignore-boundary", "-1"], "expected a whole number from 0 to 1000"),
+    (["RUN", "--split", "val", "--calibrate", "--ignore-boundary", "3"], "leave --ignore-boundary out"),
     (["none"], "none: no such file; train first"),
     (["RUN", "--overlap", "1"], "expected a number from 0 to 0.9")])
 def test_what_is_typed_wrong(run, forks, argv, said):
