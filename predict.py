@@ -148,9 +148,7 @@ def leave_out(e):
 class Predictor(NamedTuple):
     # What every image is predicted with.
     net: nn.Module
-    reading: dict  # bands and input_range of the training images
     meta: dict  # the run's header
-    norm: str
     window: dict  # crop, overlap, batch and amp of slide_rows()
     temperature: float | None  # of a calibrated run, for probabilities
     labels: Labels
@@ -174,8 +172,7 @@ def open_predictor(args, labels, values, device):
                 CLASSES=", ".join(f"{v['value']} {v['name']}" for v in values))
     for flag, value in ensemble.about(**runs).items():
         info[flag.upper()] = value
-    return Predictor(net, meta["reading"], meta, meta["norm"], window, temperature, labels,
-                     args.label_out == "raw", info)
+    return Predictor(net, meta, window, temperature, labels, args.label_out == "raw", info)
 
 
 def endings(file, args, by_color):
@@ -215,7 +212,7 @@ def predict_rows(p, scene, writers, say):
         # Windows reach beyond the columns that they are computed for.
         scene.columns(read_left, read_width)
         inner = slice(left - read_left, left - read_left + width)
-        for rows in slide_rows(p.net, scene.read, (H, read_width), p.norm, **p.window,
+        for rows in slide_rows(p.net, scene.read, (H, read_width), p.meta["norm"], **p.window,
                                first=first, skip_empty=scene.is_tiff):
             ids = rows.ids()[:, inner]
             append_rows(p, scene, writers, rows, ids, inner)
@@ -314,8 +311,8 @@ def predict_masks(args, images, rank, world, device):
     finished = Finished(out)
     if rank == 0 and (args.overwrite or not (out / "classes.json").exists()):
         written.write("classes.json", values)
-    settings = dict(p.info, window=p.window, reading=p.reading, norm=p.norm, values=values,
-                    temperature=p.temperature, device=device.type)
+    settings = dict(p.info, window=p.window, reading=p.meta["reading"], norm=p.meta["norm"],
+                    values=values, temperature=p.temperature, device=device.type)
     # A compiled network rounds otherwise, so no image may be begun with one and ended without.
     if isinstance(p.net, Compiled):
         settings["compiled"] = True
@@ -334,7 +331,7 @@ def predict_masks(args, images, rank, world, device):
                         remove_part(out / f"{name}{end}")
                     continue
                 check_kind(file, p.meta)
-                scene = Strips(file, **p.reading)
+                scene = Strips(file, **p.meta["reading"])
                 if scene.note:
                     print(f"note: {scene.note}", file=sys.stderr)
                 for layer in finished.others(name, ends[file]):

@@ -351,7 +351,7 @@ def main(args):
     # Groups of parameters: group["scale"] is their learning rate as a share of the head's; norms,
     # biases and tokens have no weight decay.
     groups = nets.param_groups(net, args.lr, args.backbone_lr, args.layer_decay, args.weight_decay,
-                               trained=args.weights != "none")
+                               trained=not scratch)
     opt = optimizer(args.optimizer, groups, args.lr)
     params = [p for p in net.parameters() if p.requires_grad]
     weights = None  # (K,) of the classes

@@ -19,7 +19,7 @@ from .files import not_used
 from .fingerprint import fingerprint, path_in, prints_of_run
 from .io import Labels, read_valid
 from .ranges import percentile_range, range_of_run
-from .raster import check_kind
+from .raster import check_kind, kinds_in
 from .samplers import rich, share_of
 
 
@@ -163,6 +163,8 @@ class Source:
 
     def check_kinds(self, split: str, meta: dict, run: str = "the run") -> None:
         """BadInput where an image of a split is of no kind that a run's data set had: check_kind()."""
+        if self.kinds and kinds_in(meta).issuperset(map(tuple, self.kinds)):
+            return  # The headers have been read: all are of such a kind.
         images = list(dict.fromkeys(image for image, *_ in self.files(split).values()))
         in_threads(lambda image: check_kind(image, meta, run), images, "headers")
 

@@ -26,7 +26,7 @@ import torch.nn.functional as F
 from safetensors import safe_open
 
 from data.common import (
-    BadInput, check_file, file_sha256, parse_json, progress, read_json, replace)
+    BadInput, check_file, file_sha256, first_few, parse_json, progress, read_json, replace)
 
 # One row per parameter: the file's name and ours (= Meta DINOv3). * is the block number, + is
 # weight and bias. A block's q, k and v are joined to qkv after renaming. None = not part of the
@@ -488,9 +488,7 @@ def select(raw: dict, parts: set[str], *patterns: str) -> tuple[dict, str]:
     if prefix:
         words += f", taken: {prefix.rstrip('.')}"
     if rest:
-        words += f", left out: {', '.join(list(rest)[:4])}"
-    if len(rest) > 4:
-        words += f" and {len(rest) - 4} more"
+        words += f", left out: {first_few(list(rest), 4)}"
     return {k: raw[name] for k, name in names.items()}, words
 
 

@@ -130,11 +130,19 @@ def written(run):
 
 
 def interrupt(forks, number, run, script, *argv):
-    """Starts a script, sends the signal after its next last.pt -> exit code, what was printed."""
-    before = written(run)
+    """Starts a script, sends the signal at its next last.pt -> exit code, what was printed.
+
+    A kill comes when the file is there. What a script hears comes while it is written, or the next step may be first.
+    """
+    def writing():
+        return set(run.glob("last.pt.*.tmp")) - left
+
+    before, left = written(run), set(run.glob("last.pt.*.tmp"))
     pid = forks.start(script, *argv)
     deadline = time.monotonic() + 60
     while written(run) == before and time.monotonic() < deadline:
+        if number != signal.SIGKILL and writing():
+            break
         time.sleep(0.005)
     os.kill(pid, number)
     return forks.finish()

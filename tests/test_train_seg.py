@@ -199,8 +199,7 @@ def test_every_network_trains_resumes_evaluates_and_predicts(model, batch, forks
     flags = ["--root", tiny_set(), *FOLDER, "--model", model, "--crop", 64, "--steps", 2,
              "--log-every", 1, "--warmup", 1, "--batch-size", batch]
     code, text = interrupt(forks, signal.SIGTERM, out, "train_seg", *flags, "--out", out)
-    # On a busy machine the signal may come in the second step.
-    assert code == 128 + signal.SIGTERM and load_state(out / "last.pt")["state"]["step"] in (1, 2), text
+    assert code == 128 + signal.SIGTERM and load_state(out / "last.pt")["state"]["step"] == 1, text
     frozen = "BatchNorm keeps its statistics: it cannot learn from batches of one" in text
     forks.run("train_seg", "--resume", out)
     means = [t for name, t in load_weights(out)[0].items() if name.endswith("running_mean")]

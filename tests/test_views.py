@@ -197,18 +197,16 @@ def test_killed_and_resumed_it_ends_alike(kept, flags, forks, tmp_path):
     same_run(out, tmp_path / "b")
 
 
-def test_two_ranks_fill_one_folder_and_train_alike(kept, flags, forks, tmp_path):
-    out, folder, _ = kept
-    more = ["--steps", 4, "--head", "linear", "--dropout", 0]
+def test_two_ranks_fill_one_folder_and_train_alike(flags, forks, tmp_path):
+    # In bf16 a batch of two may round otherwise than one of four.
+    more = ["--steps", 4, "--head", "linear", "--dropout", 0, "--amp", "off"]
+    folder = tmp_path / "g"
     forks.run("train_seg", *flags, *more, "--out", tmp_path / "one", "--batch-size", 4, "--cache-features", folder)
     text = forks.run("train_seg", *flags, *more, "--out", tmp_path / "two", "--batch-size", 2, "--cache-features",
                      tmp_path / "f", ranks=2)
     assert text.count("computing one") == 2  # rank 0 alone prints
     one, two = (list(logged(tmp_path / run, "loss").values()) for run in ("one", "two"))
-    assert one == pytest.approx(two, rel=1e-4)
-    # In bf16 a batch of two rounds otherwise than one of four: some pixels go over.
-    a, b = (np.array(matrix(tmp_path / run)) for run in ("one", "two"))
-    assert a.sum() == b.sum() and np.abs(a - b).sum() <= 1e-2 * a.sum()
+    assert one == pytest.approx(two, rel=1e-4) and matrix(tmp_path / "one") == matrix(tmp_path / "two")
     for sub in folder.iterdir():
         assert files_of(sub).keys() == files_of(tmp_path / "f" / sub.name).keys()
 
