@@ -46,6 +46,9 @@ from models.infer import best_class, predictions
 from models.run import COUNT, between
 from models.score import Counts, Worst, further, table
 
+# Flags that masks of any program do not follow.
+ASK_THE_MODEL = ("calibrate", "probabilities", "features", "tta", "partners", "soup", "overlap",
+                 "weights", "amp", "batch_size")
 HARD_IOU = 0.5  # a class of an image with less is hard, for --difficulty
 
 
@@ -63,7 +66,7 @@ def parse_args(argv=None):
     p.add_argument("--mask-ids", choices=["train", "raw", "color"],
                    help="ids 0..K-1, values as in the data set's masks, or the classes' colours")
     p.add_argument("--ignore-boundary", type=between(0, 1000, int), default=0, metavar="R",
-                   help="do not count pixels within R of another label")
+                   help="do not count pixels within R of another label, but for boundary scores")
     p.add_argument("--difficulty", action="store_true",
                    help="also write difficulty.json: hard classes per image")
     p.add_argument("--calibrate", action="store_true",
@@ -108,12 +111,15 @@ def check_flags(p, args):
                 "raw for values as in the data set's own masks, or color for the classes' colours")
     if args.mask_ids and not args.masks:
         p.error("--mask-ids goes with --masks; leave it out")
-    for flag in ("calibrate", "probabilities", "features"):
-        if args.masks and getattr(args, flag):
-            p.error(f"--{flag} asks the model, --masks does not; leave one of them out")
+    if args.masks:
+        asked = [flag for name, flag in p.typed(args).items() if name in ASK_THE_MODEL]
+        if asked:
+            p.error(f"{' and '.join(asked)} asks the model, --masks does not; leave one of them out")
     several = args.tta or args.partners or args.soup
-    if several and (args.masks or not args.run):
-        p.error("--tta, --with and --soup ask the model of a run; leave them out")
+    if args.summary:
+        p.only(args, "--summary reads what runs have reported", ("summary",))
+    if args.compare:
+        p.only(args, "--compare reads what eval.py has written", ("compare", "split"))
     if several and args.calibrate:
         p.error("--calibrate is of one run as it is; leave --tta, --with and --soup out")
     if args.calibrate and args.ignore_boundary:
@@ -316,6 +322,7 @@ def protocol_of(args, d, meta, weights, temperature, window, several):
     # -> all that a score depends on; data/compare.py asks it whether two can be compared
     return dict(
         run=args.run and str(args.run), weights=weights, masks=args.masks,
+        mask_ids=args.mask_ids,
         dataset=d.name, root=str(d.root), variant=d.description.get("variant"),
         split=args.split, files=d.about()["splits"][args.split], images=len(d.splits[args.split]),
         scene=d.description.get("scene"),
@@ -348,6 +355,8 @@ def main(args):
         return
     if args.compare:
         a, b = (read_scored(path, args.split) for path in args.compare)
+        if a.path.resolve() == b.path.resolve():
+            raise BadInput(f"{a.path}: compared with itself; name two results")
         print(compare(a, b))
         return
     rank, world, device = run.start(wanted=args.device, hours=24)
@@ -361,6 +370,7 @@ def main(args):
         if meta.get("task") == "classification":
             raise BadInput(f"{args.run}: a run of train_cls.py, which has written its own "
                            f"results.json; type python predict.py {args.run} IMAGES for others")
+        ensemble.check_runs([args.run, *(args.partners or ()), *(args.soup or ())], args.weights)
         folder = weights_file(args.run).parent
         args.split = args.split or meta["reported"]
         d = open_data(args, meta, folder)
@@ -373,11 +383,13 @@ def main(args):
     if args.run:
         for one in (args.run, *(args.partners or ()), *(args.soup or ())):
             for split in own_splits(one, digest):
-                say(f"WARNING: the model's own {split} images ({one})")
+                if split == "train" or not args.calibrate:  # which is what val is for
+                    say(f"WARNING: the model's own {split} images ({one})")
     if args.run and not args.masks:
         weights = ensemble.identity(args.run, **several)
         temperature = calibrate.read_temperature(folder, weights)
-        if temperature is None and (folder / "calibration.json").exists():
+        averaged = any(several.values())
+        if temperature is None and not averaged and (folder / "calibration.json").exists():
             say(f"note: {folder}/calibration.json is of other weights, and is not used")
     data = d.part(args.split, meta["norm"])
 
@@ -491,8 +503,11 @@ def main(args):
             # The first is what is made smaller; few pixels can make the second larger by it.
             print(f"wrote {folder}/calibration.json: temperature {fit['temperature']:.3f}, "
                   f"log loss {fit['nll_before']:.4f} -> {fit['nll_after']:.4f}, "
-                  f"calibration error {fit['ece_before']:.4f} -> {fit['ece_after']:.4f} on "
-                  f"{fit['pixels']} pixels of {args.split}")
+                  f"calibration error {fit['ece_before']:.4f} -> {fit['ece_after']:.4f} on a "
+                  f"sample of {fit['pixels']} pixels of {args.split}")
+            if fit["ece_after"] > fit["ece_before"]:
+                print("note: the calibration error has not become smaller: the probabilities were "
+                      f"about right; without {folder}/calibration.json they stay as they are")
 
         # ---- for other programs, such as data.curate
         about = dict(run=str(folder), weights=weights, root=str(d.root), source=d.kind,

@@ -33,7 +33,7 @@ from torch import nn
 from data import plots
 from data.common import IGNORE, SILENT, BadInput, Written, csv_text, escaped, minutes, progress
 from data.datasets import NORMS
-from data.files import SUFFIXES, image_name, images_in, is_image, not_used, typed
+from data.files import SUFFIXES, image_name, images_in, is_image, not_used, torn, typed
 from data.io import Labels, read_image
 from data.raster import CONVERT, check_kind, open_raster
 from data.results import (
@@ -44,7 +44,7 @@ from data.strips import Strips
 from data.tiff import TiffWriter, remove_part
 from models import ensemble, export, nets, run
 from models.calibrate import read_temperature
-from models.checkpoint import load_weights
+from models.checkpoint import load_weights, weights_file
 from models.compiled import Compiled, compiled
 from models.infer import panels, slide_rows
 from models.run import COUNT, WHOLE, between
@@ -54,11 +54,19 @@ from models.run import COUNT, WHOLE, between
 JPEG_SIDE = 60_000
 LOOK_SIDE = 2048
 
+# What --export asks of a run, and the flags that only one kind of runs can follow.
+FOR_EXPORT = ("run", "export", "soup", "weights", "resolution", "overwrite", "max_pixels")
+FOR_MASKS = ("label_out", "out_format", "confidence", "probabilities", "tta", "partners", "soup",
+             "export", "overlap", "compile")
+FOR_TABLES = ("top", "montage")
+FOR_TRAINING = ("--bands", "--input-range")  # which messages about images may name
+
 
 def parse_args(argv=None):
     p = run.Parser(__doc__)
     p.add_argument("run", help="run folder, or its best.safetensors")
-    p.add_argument("inputs", nargs="*", help="images, folders (with sub-folders) or patterns")
+    p.add_argument("inputs", nargs="*", metavar="images",
+                   help="images, folders (with sub-folders) or patterns")
     p.add_argument("--out", default="predictions", help="folder for the results")
     p.add_argument("--label-out", default="train", choices=["train", "raw"],
                    help="ids 0..K-1, or those of the masks")
@@ -94,25 +102,26 @@ def parse_args(argv=None):
     p.add_argument("--montage", type=WHOLE, default=0,
                    help="images per class in montage.png, the surest first; 0 = none")
     args = p.parse_args(argv)
-    if not args.inputs and not args.export:
-        p.error("no images: name them behind the run and before flags such as --with")
-    if args.export and (args.inputs or args.partners or args.tta):
-        p.error("--export writes one network and predicts nothing; leave images, --with and --tta "
-                "out")
-    if args.compile and (args.export or args.partners or args.tta):
-        p.error("--compile is for one network that predicts; leave --export, --with and --tta out")
-    if args.resolution and not args.export:
+    if args.export:
+        p.only(args, "--export writes one network and predicts nothing", FOR_EXPORT)
+    elif args.resolution:
         p.error("--resolution goes with --export; leave it out")
+    elif not args.inputs:
+        p.error("no images: name them behind the run and before flags such as --with")
+    if args.compile and (args.partners or args.tta):
+        p.error("--compile is for one network that predicts; leave --with and --tta out")
+    args.typed = p.typed(args)
     return args
 
 
 def find_images(inputs):
     # -> {file: name below --out}, and what else lies in the folders
     found, others = {}, []
-    for word in inputs:
+    for i, word in enumerate(inputs):
         paths = typed(word)
         if not paths:
-            raise BadInput(f"{word}: no such file or folder, and nothing fits it as a pattern")
+            raise BadInput(f"{word}: no such file or folder, and nothing fits it as a pattern"
+                           f"{torn(inputs[i:])}")
         here = {}
         for path in paths:
             if path.is_dir():
@@ -134,13 +143,17 @@ def find_images(inputs):
 
 
 def leave_out(e):
-    # The images still to come are predicted all the same.
-    hint = ""
-    if "--bands" in str(e) or "--input-range" in str(e):
-        # The message names flags of the training scripts, which predict.py does not have.
-        hint = (" - that is for training; this run needs a file like those it was trained on: "
-                + CONVERT)
-    print(f"left out: {escaped(str(e))}{hint}", file=sys.stderr)
+    # -> what was said. The images still to come are predicted all the same.
+    message = str(e)
+    print(f"left out: {escaped(message.removesuffix(f': {CONVERT}'))}", file=sys.stderr)
+    return message
+
+
+def last_advice(messages):
+    # Once for all files that were left out: it is long.
+    if any(words in message for message in messages for words in (CONVERT, *FOR_TRAINING)):
+        print(f"files that differ from those of training: {CONVERT} ({' and '.join(FOR_TRAINING)} "
+              "are for training)", file=sys.stderr)
 
 
 # ---- every pixel: masks
@@ -153,6 +166,7 @@ class Predictor(NamedTuple):
     temperature: float | None  # of a calibrated run, for probabilities
     labels: Labels
     raw: bool  # masks hold the values of the training masks, not 0..K-1
+    values: list[dict]  # what each of them means: class_values()
     info: dict  # for the TIFFs' metadata
 
 
@@ -172,7 +186,7 @@ def open_predictor(args, labels, values, device):
                 CLASSES=", ".join(f"{v['value']} {v['name']}" for v in values))
     for flag, value in ensemble.about(**runs).items():
         info[flag.upper()] = value
-    return Predictor(net, meta, window, temperature, labels, args.label_out == "raw", info)
+    return Predictor(net, meta, window, temperature, labels, args.label_out == "raw", values, info)
 
 
 def endings(file, args, by_color):
@@ -200,11 +214,12 @@ def predict_rows(p, scene, writers, say):
     # Rows of windows from top to bottom, in columns that fit into memory.
     K = len(p.labels.names)
     H, W = scene.shape
-    start = shown = time.time()
+    shown = time.time()
     columns = [(0, W, 0, W)]
     if scene.is_tiff:
         columns = panels(W, p.window["crop"], p.window["overlap"], K)
     for left, width, read_left, read_width in columns:
+        start = time.time()
         # A call that was killed may have written more rows of one file than of another.
         first = min(writer.done(left, width) for writer in writers.values())
         for writer in writers.values():
@@ -256,7 +271,7 @@ def predict_scene(p, written, finished, name, scene, ends, mark, say):
         raise
     counts = write_files(p, written, name, scene, writers, ends)
     digests = {f"{name}{end}": written.digests[f"{name}{end}"] for end in ends}
-    finished.add(name, mark, digests, areas(counts, scene.georef))
+    finished.add(name, mark, digests, areas(counts, scene.georef) | dict(values=p.values))
     for writer in writers.values():
         writer.discard()
 
@@ -288,7 +303,7 @@ def write_files(p, written, name, scene, writers, ends):
 
 
 def predict_masks(args, images, rank, world, device):
-    # -> files left out by this rank
+    # -> why this rank has left files out, a message each
     say = print if rank == 0 else lambda *words, **how: None
     out, raw = Path(args.out), args.label_out == "raw"
     labels = Labels.of(load_weights(args.run, header_only=True)[1])
@@ -301,8 +316,10 @@ def predict_masks(args, images, rank, world, device):
     if device.type == "cuda":
         say(run.precision(p.window["amp"], device))
     if (args.confidence or args.probabilities) and p.temperature is None:
-        say("note: no calibration.json of these weights: probabilities as the network says; "
-            f"python eval.py {args.run} --split val --calibrate fits them")
+        advice = f"python eval.py {args.run} --split val --calibrate fits them"
+        if args.tta or args.partners or args.soup:
+            advice = "a calibration.json is of one run as it is"
+        say(f"note: no temperature of these weights: probabilities as the network says; {advice}")
     if args.compile:
         net, note = compiled(p.net, p.window["crop"], p.window["amp"])
         p = p._replace(net=net)
@@ -339,8 +356,7 @@ def predict_masks(args, images, rank, world, device):
                           "as it is", file=sys.stderr)
                 predict_scene(p, written, finished, name, scene, ends[file], marks[file], say)
         except BadInput as e:
-            leave_out(e)
-            left_out.append(file)
+            left_out.append(leave_out(e))
             continue
         rest = minutes((time.time() - began) / (i + 1) * (len(mine) - i - 1))
         size = f"{scene.shape[0]} x {scene.shape[1]}"
@@ -349,19 +365,26 @@ def predict_masks(args, images, rank, world, device):
     # ---- all images
     numbers = run.over_ranks(torch.tensor([len(mine) - len(left_out), old], device=device))
     if rank == 0:
-        write_summary(written, images, marks, labels.names)
+        write_summary(written, images, marks, labels.names, values)
         say(last_line(*numbers.tolist(), ends, out))
     return left_out
 
 
-def write_summary(written, images, marks, names):
-    # Of every image that is finished, by whichever rank or earlier call.
-    found = Finished(written.folder).rows
+def write_summary(written, images, marks, names, values):
+    # Of every mask in the folder, by whichever rank or earlier call: also of images that were not
+    # named this time, as long as their masks have the same classes and nobody has changed them.
+    finished = Finished(written.folder)
+    mine = {name: marks[file] for file, name in images.items()}
     facts = {}
-    for file, name in images.items():
-        if name in found and found[name]["mark"] == marks[file]:
-            facts[name] = found[name]["facts"]
-    written.write("summary.json", area_summary(facts, names))
+    for name, row in finished.rows.items():
+        if name in mine:
+            there = row["mark"] == mine[name]
+        else:
+            there = row["facts"].get("values") == values and finished.find(name, row["mark"])
+        if there:
+            facts[name] = row["facts"]
+    if facts:
+        written.write("summary.json", area_summary(facts, names))
 
 
 def last_line(count, old, ends, out):
@@ -379,7 +402,7 @@ def last_line(count, old, ends, out):
 # ---- whole images: a table
 
 def predict_table(args, images, rank, world, device):
-    # -> files left out by this rank
+    # -> why this rank has left files out, a message each
     net, meta = nets.load_run(args.run, args.weights, "classification")
     net.to(device)
     names, out = [c["name"] for c in meta["classes"]], Path(args.out)
@@ -388,8 +411,8 @@ def predict_table(args, images, rank, world, device):
         print(run.precision(amp, device))
     written = Written(out, args.overwrite)
     if rank == 0:
-        out.mkdir(parents=True, exist_ok=True)  # fails now, not after the last image
         written.check(["predictions.csv", "montage.png"] if args.montage else ["predictions.csv"])
+        out.mkdir(parents=True, exist_ok=True)  # fails now, not after the last image
     # The folder of the images may be --out, with the montage of an earlier call in it.
     montage = (out / "montage.png").resolve()
     mine = [file for file in images if file.resolve() != montage][rank::world]
@@ -405,8 +428,7 @@ def predict_table(args, images, rank, world, device):
             try:
                 loaded[str(file)] = load(file)
             except BadInput as e:
-                leave_out(e)
-                left_out.append(str(file))
+                left_out.append(leave_out(e))
         if not loaded:
             continue
         pixels = torch.from_numpy(np.stack(list(loaded.values()))).to(device)
@@ -469,16 +491,18 @@ def export_run(args):
     written = Written(path.parent, args.overwrite)
     written.check([path.name])
     net, meta = ensemble.load_runs(args.run, args.weights, soup=args.soup)
+    temperature = read_temperature(Path(args.run), ensemble.identity(args.run, soup=args.soup))
     resolution = args.resolution or export.training_resolution(meta)
     if resolution is None:
         raise BadInput(f"--export {path}: how large a pixel is does not stand in the training "
                        "images; type --resolution 30 if one is 30 cm wide: maps will be resampled "
                        "to that")
-    content, compared = export.to_onnx(net, meta, resolution)
+    content, compared = export.to_onnx(net, meta, resolution, temperature or 1.0)
     written.write(path.name, content)
     S = meta["crop"]  # pixels of a side
     print(f"wrote {path}: {nets.name_of(meta['model'])}, 1 x 3 x {S} x {S} pixels of "
-          f"{resolution:g} cm, divided by 255 -> probabilities of {len(meta['classes'])} classes")
+          f"{resolution:g} cm, divided by 255 -> probabilities of {len(meta['classes'])} classes"
+          + (f", calibrated by {temperature:.3f}" if temperature else ""))
     print('in Deepness: choose the file, then press "Load default parameters"')
     if any(meta["reading"].values()):
         print(f"note: trained on images read with {ensemble.as_words(meta['reading'])}; a map must "
@@ -491,25 +515,38 @@ def export_run(args):
               "class")
 
 
+def check_run(args):
+    # BadInput where this kind of run cannot do what is asked.
+    if not weights_file(args.run).is_file() and torn([args.run, *args.inputs]):
+        raise BadInput(f"{args.run}: no such file or folder{torn([args.run, *args.inputs])}")
+    _, meta = load_weights(args.run, header_only=True)
+    args.is_classifier = meta.get("task") == "classification"
+    strange = FOR_MASKS if args.is_classifier else FOR_TABLES
+    flags = [flag for name, flag in args.typed.items() if name in strange]
+    if flags:
+        what = "classifies whole images" if args.is_classifier else "classifies every pixel"
+        raise BadInput(f"{args.run}: {what}, which {' and '.join(flags)} has no part in; leave it "
+                       "out")
+    ensemble.check_runs([args.run, *(args.partners or ()), *(args.soup or ())], args.weights)
+
+
 def main(args):
     rank, world, device = run.start(wanted=args.device, hours=24)
-    task = load_weights(args.run, header_only=True)[1].get("task")
-    if task == "classification" and (args.export or args.tta or args.partners or args.soup
-                                     or args.compile):
-        raise BadInput(f"{args.run}: a run of train_cls.py; --export, --tta, --with, --soup and "
-                       "--compile are for segmentation: leave them out")
+    check_run(args)
     if args.export:
         if rank == 0:
             export_run(args)
         run.end()
         return
-    predict = predict_table if task == "classification" else predict_masks
     images, others = find_images(args.inputs)
     if others and rank == 0:
         print(f"note: {not_used(others)}")
+    predict = predict_table if args.is_classifier else predict_masks
     left_out = run.from_all_ranks(predict(args, images, rank, world, device))
     run.end()
     if left_out:
+        if rank == 0:
+            last_advice(left_out)
         sys.exit(2)
 
 

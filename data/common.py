@@ -62,6 +62,12 @@ class NotWritten(OSError):
     """A file that cannot be written: one line that names it, and what to do."""
 
 
+def temporary_of(name: str) -> str | None:
+    """The file that replace() was writing under this name when it was killed; None of other names."""
+    stem, _, number = name.removesuffix(".tmp").rpartition(".")
+    return stem if name.endswith(".tmp") and number.isdecimal() else None
+
+
 def replace(path: str | Path, save: Callable[[str], None]) -> None:
     """save(temporary name), then rename: a killed job or a full disk leaves the old file. Failures are NotWritten."""
     temporary = f"{path}.{os.getpid()}.tmp"
@@ -133,9 +139,17 @@ class Written:
         self.list = self.folder / ".written.jsonl"
         self.checked = set()
         self.digests = {}  # {name: sha256} of what was written here
+        self.left = {}  # {file: what a killed process was writing of it}
 
     def check(self, names: Iterable[str]) -> None:
         """BadInput where some of these files may not be replaced: before any long work."""
+        if self.folder.exists() and not self.folder.is_dir():
+            raise BadInput(f"{self.folder}: a file, where a folder for results is expected; name "
+                           "another --out")
+        names = list(names)
+        for folder in {(self.folder / name).parent for name in names}:
+            for file in folder.glob("*.tmp"):
+                self.left.setdefault(folder / (temporary_of(file.name) or ""), []).append(file)
         own = self.read_list()
         foreign = []
         for name in names:
@@ -188,6 +202,8 @@ class Written:
             add_row(self.list, dict(file=name, sha256=self.digests[name]))
 
         replace(self.folder / name, save_and_list)
+        for left in self.left.pop(self.folder / name, ()):
+            left.unlink(missing_ok=True)
 
     def read_list(self) -> set[tuple[str, str]]:
         """(name, sha256) of every file ever written."""

@@ -15,7 +15,7 @@ import torch
 from torch import Tensor
 
 from . import metrics
-from .common import SHORT, BadInput, check_file, csv_text, read_json, without_nan
+from .common import SHORT, BadInput, check_file, csv_text, file_sha256, read_json, without_nan
 
 # What two results must have in common to be compared, in eval.json's protocol.
 SAME = {
@@ -81,6 +81,11 @@ def read_scored(path: str | Path, split: str | None = None) -> Scored:
     folder = Path(path)
     if folder.name == "eval.json":
         folder = folder.parent
+    if not folder.exists():
+        raise BadInput(f"{folder}: no such folder; name a run, or a folder that eval.py has written")
+    if (folder / "protocol.json").exists() and "accuracy" in read_results(folder):
+        raise BadInput(f"{folder}: a run of train_cls.py; --compare is for segmentation, type "
+                       f"python eval.py --summary {folder} ... for its table")
     # A run folder: the results of one of its splits lie below it.
     if (folder / "protocol.json").exists() and not (folder / "eval.json").exists():
         split = split or read_json(folder / "protocol.json").get("reported")
@@ -102,7 +107,25 @@ def read_scored(path: str | Path, split: str | None = None) -> Scored:
     if not fits:
         raise BadInput(f"{file}: does not belong to the eval.json beside it; score the split again "
                        "with eval.py --overwrite")
+    check_weights(folder, report["protocol"])
     return Scored(folder, report, images, scenes, matrices)
+
+
+def read_results(run: Path) -> dict:
+    """A run's results.json, {} without one."""
+    file = run / "results.json"
+    return read_json(file) if file.exists() else {}
+
+
+def check_weights(folder: Path, protocol: dict) -> None:
+    """BadInput where the run around the results has been trained on since."""
+    weights = folder.parent / "best.safetensors"
+    averaged = any(protocol.get(flag, "none") != "none" for flag in ("tta", "with", "soup"))
+    if protocol.get("masks") or averaged or not weights.exists():
+        return
+    if protocol.get("weights") not in (None, file_sha256(weights)):
+        raise BadInput(f"{folder}: results of earlier weights than {weights}; type python eval.py "
+                       f"{folder.parent} --split {protocol['split']} first")
 
 
 def check_earlier(folder: Path, protocol: dict, in_run: bool) -> None:

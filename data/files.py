@@ -243,6 +243,15 @@ def typed(word: str) -> list[Path]:
     return [p for p in paths if not any(map(is_hidden, p.relative_to(base).parts))]
 
 
+def torn(words: list[str]) -> str:
+    """The end of a message about the first word, where it and the next ones are one path with spaces."""
+    for n in range(2, min(len(words), 8) + 1):
+        path = " ".join(words[:n])
+        if os.path.lexists(path):
+            return f"; a path with spaces goes into quotes: {shlex.quote(path)}"
+    return ""
+
+
 # ---- names in lists and tables
 
 def about_encoding(text: str) -> str:

@@ -69,6 +69,18 @@ def mask_table(values: str, labels: Labels) -> Labels:
     return Labels(classes, ignored)
 
 
+def load_answer(file: Path, table: Labels) -> np.ndarray:
+    """A mask to be scored -> (H, W) uint8 ids. It is not the data set's: no label table is at fault."""
+    try:
+        return table.load(file)
+    except BadInput as e:
+        found, _, advice = str(e).partition("; ")
+        if "dataset.json" in advice:
+            advice = ("type --mask-ids train for ids 0..K-1, raw for values as in the data set's own "
+                      "masks, or color for the classes' colours")
+        raise BadInput(f"{found}; {advice}") from None
+
+
 def read_masks(files: dict[str, Path], table: Labels, data: SegDataset, rank: int,
                world: int) -> Iterator[tuple[str, np.ndarray, np.ndarray]]:
     """(name, true ids, ids of the mask) of this rank's images, (H, W) uint8 both.
@@ -79,7 +91,7 @@ def read_masks(files: dict[str, Path], table: Labels, data: SegDataset, rank: in
     for i in progress(range(rank, len(data), world), "masks"):
         name = data.names[i]
         y = data.read(i)[1]
-        ids = table.load(files[name])
+        ids = load_answer(files[name], table)
         if ids.shape == y.shape:
             # Not counted: transparent pixels have no class in masks.
             ids = np.where(y == IGNORE, 0, ids).astype(np.uint8)

@@ -163,6 +163,14 @@ def kinds_in(meta: dict) -> set[tuple[int, int]]:
     return set(map(tuple, meta.get("kinds") or ()))
 
 
+def kinds_agree(a: set[tuple[int, int]], b: set[tuple[int, int]], bands: list[int] | None) -> bool:
+    """Do two sets of kinds have one in common? bands: those that are read, None for the first three."""
+    if bands:
+        # Named bands are taken from images of any number of bands: the bits must agree.
+        a, b = ({bits for _, bits in kinds} for kinds in (a, b))
+    return not a.isdisjoint(b)
+
+
 def check_kind(path: str | Path, meta: dict, run: str = "the run") -> None:
     """BadInput where no image of a run's data set was of this image's kind: it would be guessed at.
 
@@ -170,12 +178,7 @@ def check_kind(path: str | Path, meta: dict, run: str = "the run") -> None:
     """
     known = kinds_in(meta)
     found = kinds_of(open_raster(path))
-    fits = not known.isdisjoint(found)
-    if meta["reading"]["bands"]:
-        # Named bands are taken from images of any number of bands: the bits must agree.
-        trained_bits = {bits for _, bits in known}
-        fits = any(bits in trained_bits for _, bits in found)
-    if known and not fits:
+    if known and not kinds_agree(found, known, meta["reading"]["bands"]):
         raise BadInput(f"{path}: {kinds_text(found)}; expected {kinds_text(known)}, as in the data "
                        f"set of {run}: {CONVERT}")
 

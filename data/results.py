@@ -55,8 +55,8 @@ def check_outputs(written: Written, images: dict[Path, str], ends: dict[Path, li
     for name, n in Counter(images.values()).items():
         if n > 1:
             a, b, *_ = [file for file in images if images[file] == name]
-            raise BadInput(f"{a} and {b}: both would become {name}.png; predict them into two "
-                           "folders")
+            raise BadInput(f"{a} and {b}: the results of both would be called {name}; predict them "
+                           "into two folders")
     names = ["summary.json"]
     for file, name in images.items():
         names += [f"{name}{end}" for end in ends[file]]

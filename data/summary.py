@@ -40,6 +40,11 @@ def read_run(folder: Path) -> tuple[str, str, dict, dict]:
     return json.dumps(same, sort_keys=True), scored, result, protocol
 
 
+def is_copy(result: dict, other: dict) -> bool:
+    """The same run twice, or a run and one that repeats it."""
+    return all(result.get(key) == other.get(key) for key in ("seed", "iou", "confusion"))
+
+
 def mean_and_sd(results: list[dict], key: str) -> str:
     """"0.3000 +/- 0.1414"; nothing where a run has no such number."""
     values = [r.get(key) for r in results]
@@ -53,6 +58,8 @@ def summary(folders: list[str]) -> str:
     """Markdown table of finished runs, and a line for each run or row that is unlike the others."""
     groups, left_out = {}, []
     for folder in map(Path, folders):
+        if not folder.exists():
+            left_out.append(f"{folder}: no such folder")
         if not (folder / "protocol.json").exists():  # such as runs/data
             continue
         if not (folder / "results.json").exists():
@@ -64,7 +71,13 @@ def summary(folders: list[str]) -> str:
             why = e if isinstance(e, BadInput) else repr(e)
             left_out.append(f"{folder}: its results cannot be read ({why})")
         else:
-            groups.setdefault(same, []).append((folder.name, scored, result, protocol))
+            group = groups.setdefault(same, [])
+            # Two runs of one seed are no two seeds.
+            twins = [name for name, _, other, _ in group if is_copy(result, other)]
+            if twins:
+                left_out.append(f"{folder}: the results of {twins[0]} once more, not counted")
+            else:
+                group.append((folder.name, scored, result, protocol))
     if not groups:
         raise BadInput(f"{folders[0]}: no results.json in these folders; name finished runs, such "
                        "as runs/*")

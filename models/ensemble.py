@@ -18,7 +18,7 @@ from torch import Tensor, nn
 
 from data.common import BadInput, nfc
 from data.datasets import NORMS
-from data.raster import kinds_in, kinds_text
+from data.raster import kinds_agree, kinds_in, kinds_text
 
 from .checkpoint import load_weights, weights_file
 from .infer import slide
@@ -201,7 +201,7 @@ def check_same_classes(run: str | Path, meta: dict, first_run: str | Path, first
                        f"{as_words(first['reading'])}; name a run with the same --bands and "
                        "--input-range")
     kinds, known = kinds_in(meta), kinds_in(first)
-    if kinds and known and kinds.isdisjoint(known):
+    if kinds and known and not kinds_agree(kinds, known, meta["reading"]["bands"]):
         raise BadInput(f"{run}: trained on images of {kinds_text(kinds)}, {first_run} on "
                        f"{kinds_text(known)}; name a run that was trained on the same kind")
 
@@ -212,9 +212,25 @@ def as_words(reading: dict) -> str:
 
 
 def backbone_for(meta: dict, first: dict, weights: str | None) -> str | None:
-    """--weights, where another run stands on the same backbone file as the first."""
+    """--weights, where a run was saved without its backbone and stands on that of the first run."""
     same = meta["weights"].get("sha256") == first["weights"].get("sha256")
-    return weights if same else None
+    return weights if same and meta["saved"] == "head" else None
+
+
+def check_runs(runs: list[str | Path], weights: str | None) -> None:
+    """BadInput where one run is there twice, or none asks for the backbone --weights."""
+    first = {}  # {sha256: run}
+    heads = []
+    for run in runs:
+        _, meta = load_weights(run, header_only=True)
+        heads.append(meta["saved"] == "head")
+        twin = first.setdefault(sha256(weights_file(run)), run)
+        if twin is not run:
+            raise BadInput(f"{run}: the very weights of {twin}, which would count twice; leave it "
+                           "out")
+    if weights and not any(heads):
+        raise BadInput(f"{runs[0]}: holds its backbone, so --weights {weights} would not be used; "
+                       "leave it out")
 
 
 def load_other(run: str | Path, first_run: str | Path, first: dict,
@@ -267,7 +283,8 @@ def load_runs(run: str | Path, weights: str | None = None, partners: list | None
     weights: backbone of runs saved without it. Without partners and tta it is nets.load_run's
     network itself.
     """
-    net, meta = load_run(run, weights)
+    _, meta = load_weights(run, header_only=True)
+    net, meta = load_run(run, backbone_for(meta, meta, weights))
     if soup:
         average_weights(net, run, meta, soup, weights)
     if not partners and tta is None:

@@ -3,7 +3,7 @@
     content, compared = to_onnx(net, meta, resolution=30)     cm per pixel of the training images
 
 Input (1, 3, S, S) float, bytes divided by 255; output (1, K, S, S) probabilities; S is the crop of
-training. Normalisation and softmax are in the graph, since GeoDeep knows neither. What the two
+training. Normalisation, temperature and softmax are in the graph, since GeoDeep knows neither. What the two
 programs must know stands in the metadata. Needs the package onnx; onnxruntime, where it is
 installed, compares the file with the network.
 
@@ -42,15 +42,16 @@ IMAGES = 4  # that the two are compared on
 class Program(nn.Module):
     """x (1, 3, S, S), bytes divided by 255 -> probabilities (1, K, S, S)."""
 
-    def __init__(self, net: nn.Module, norm: str):
+    def __init__(self, net: nn.Module, norm: str, temperature: float):
         super().__init__()
         self.net = net
+        self.temperature = temperature
         mean, std = NORMS[norm]
         self.register_buffer("mean", torch.tensor(mean).view(3, 1, 1))
         self.register_buffer("std", torch.tensor(std).view(3, 1, 1))
 
     def forward(self, x: Tensor) -> Tensor:
-        return self.net((x - self.mean) / self.std).softmax(1)
+        return (self.net((x - self.mean) / self.std) / self.temperature).softmax(1)
 
 
 def fix_positions(net: nn.Module, side: int) -> None:
@@ -132,7 +133,8 @@ def needed(name: str):
         raise BadInput(f"--export needs the package {name}; type pip install {name}") from None
 
 
-def to_onnx(net: nn.Module, meta: dict, resolution: float) -> tuple[bytes, dict | None]:
+def to_onnx(net: nn.Module, meta: dict, resolution: float,
+            temperature: float = 1.0) -> tuple[bytes, dict | None]:
     """Network in eval mode on the CPU, its meta -> bytes of the ONNX file, compare()'s numbers.
 
     None without onnxruntime. A file that answers otherwise than the network is a BadInput.
@@ -143,7 +145,7 @@ def to_onnx(net: nn.Module, meta: dict, resolution: float) -> tuple[bytes, dict 
         raise BadInput(f"--export: {size / 2**30:.1f} GiB of weights, and an ONNX file holds 2; "
                        "export a run with a smaller backbone")
     side = meta["crop"]
-    program = Program(copy.deepcopy(net), meta["norm"]).eval()
+    program = Program(copy.deepcopy(net), meta["norm"], temperature).eval()
     with torch.no_grad():
         fix_positions(program, side)
 
@@ -162,7 +164,7 @@ def to_onnx(net: nn.Module, meta: dict, resolution: float) -> tuple[bytes, dict 
         runtime = importlib.import_module("onnxruntime")
     except ImportError:
         return content, None
-    compared = compare(runtime, content, net, meta)
+    compared = compare(runtime, content, net, meta, temperature)
     if compared["same"] < SAME:
         raise BadInput(f"--export: onnxruntime finds the network's class in {compared['same']:.1%} "
                        "of the pixels; report it with the versions of torch, onnx and onnxruntime")
@@ -170,7 +172,7 @@ def to_onnx(net: nn.Module, meta: dict, resolution: float) -> tuple[bytes, dict 
 
 
 @torch.inference_mode()
-def compare(runtime, content: bytes, net: nn.Module, meta: dict) -> dict:
+def compare(runtime, content: bytes, net: nn.Module, meta: dict, temperature: float) -> dict:
     """File and network on random images: largest difference, share of equal classes."""
     session = runtime.InferenceSession(content, providers=["CPUExecutionProvider"])
     rng = np.random.default_rng(0)
@@ -182,7 +184,8 @@ def compare(runtime, content: bytes, net: nn.Module, meta: dict) -> dict:
         image = blocks.repeat(8, 0).repeat(8, 1)[:side, :side]
         x = image.transpose(2, 0, 1)[None].astype(np.float32) / 255
         (found,) = session.run(None, {"input": x})
-        wanted = net(normalise(image, meta["norm"])[None]).softmax(1).numpy()
+        logits = net(normalise(image, meta["norm"])[None])
+        wanted = (logits / temperature).softmax(1).numpy()
         largest = max(largest, float(np.abs(found - wanted).max()))
         same += float((found.argmax(1) == wanted.argmax(1)).mean()) / IMAGES
     return dict(difference=largest, same=same)

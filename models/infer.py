@@ -254,6 +254,8 @@ def slide_rows(net: nn.Module, read: Callable, size: tuple[int, int], norm: str,
     # Not slide_down(), which has the image in memory and divides every pixel by its weight: here
     # rows are read when they are needed, and classes need no division.
     H, W = size
+    if first >= H:
+        return
     device = next(net.parameters()).device
     if H * W <= (ONE_PIECE if whole is None else whole):
         image, valid = read(0, H)

@@ -22,7 +22,7 @@ import shlex
 import signal
 import socket
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from datetime import timedelta
 from pathlib import Path
 
@@ -35,7 +35,7 @@ from torch.nn.parallel import DistributedDataParallel
 from data.check import flags
 from data.common import (
     MAX_PIXELS, PIXELS_VARIABLE, BadInput, as_text, escaped, nfc, number, print_anything,
-    read_json, try_lock)
+    read_json, temporary_of, try_lock)
 from data.datasets import are_bands
 from data.files import SYSTEM_FILES
 from data.ranges import is_range, parse_range
@@ -117,6 +117,21 @@ class Parser(flags.Parser):
             if value == "":
                 self.error(f"--{name.replace('_', '-')} is empty; is the shell variable set?")
         return found, rest
+
+    def typed(self, args: argparse.Namespace) -> dict[str, str]:
+        """{name: flag} of what stands in a command line and is not the default."""
+        found = {}
+        for action in self._actions:
+            value = getattr(args, action.dest, None)
+            if value not in (None, [], action.default):
+                found[action.dest] = (action.option_strings or [action.metavar or action.dest])[0]
+        return found
+
+    def only(self, args: argparse.Namespace, what: str, allowed: Iterable[str]) -> None:
+        """An error where a command line has more than these: it would be passed over."""
+        strange = [flag for name, flag in self.typed(args).items() if name not in allowed]
+        if strange:
+            self.error(f"{what}; leave {' and '.join(strange)} out")
 
 
 def between(low: float, high: float, kind: type = float) -> Callable[[str], float]:
@@ -654,8 +669,7 @@ LATER = {"last.pt", "best.safetensors", "results.json"}
 
 def is_temporary(name: str) -> bool:
     """Has data/common.py's replace() left this file of a run, because it was killed?"""
-    stem, _, number = name.removesuffix(".tmp").rpartition(".")
-    return name.endswith(".tmp") and stem in FIRST | LATER and number.isdecimal()
+    return temporary_of(name) in FIRST | LATER
 
 
 def is_free(folder: Path) -> bool:

@@ -451,6 +451,23 @@ def test_a_process_that_is_killed_between_two_steps_leaves_files_that_can_be_rep
     assert contents(tmp_path) == {"a.txt": "last"}
 
 
+def test_what_a_killed_process_half_wrote_goes_when_the_file_is_written(tmp_path):
+    for name in ("a.txt.4711.tmp", "b.txt.4711.tmp", "notes.tmp", "sub/a.txt.1.tmp", "mine.1.tmp"):
+        write(tmp_path / name, "half")
+    out = Written(tmp_path)
+    out.check(["a.txt", "sub/a.txt"])
+    assert (tmp_path / "a.txt.4711.tmp").exists()  # its writer may live; who writes the file has it to himself
+    out.write("a.txt", "whole")
+    out.write("sub/a.txt", "whole")
+    assert {file.name for file in tmp_path.rglob("*.tmp")} == {"b.txt.4711.tmp", "notes.tmp", "mine.1.tmp"}
+
+
+def test_a_file_in_the_place_of_the_folder_is_named(tmp_path):
+    write(tmp_path / "out", "mine")
+    with pytest.raises(BadInput, match="out: a file, where a folder for results is expected; name another --out"):
+        Written(tmp_path / "out").check(["a.txt"])
+
+
 def test_a_folder_in_the_place_of_a_file_is_named(tmp_path):
     (tmp_path / "a.txt").mkdir()
     with pytest.raises(BadInput, match="a.txt: a folder, .*--out"):

@@ -5,7 +5,7 @@ import numpy as np
 import pytest
 import torch
 
-from data.common import BadInput, write
+from data.common import BadInput, file_sha256, write
 from data.compare import compare, intervals, pack_matrices, read_scored, scene_table
 
 NAMES = ["road", "tree", "pool"]
@@ -108,6 +108,26 @@ def test_a_run_folder_leads_to_its_results_and_what_is_missing_is_said(tmp_path)
     for split in ("val", "test"):
         with pytest.raises(BadInput, match="matrices.npz: does not belong to the eval.json beside it"):
             read_scored(run, split)
+
+
+def test_results_of_weights_that_are_gone_are_not_compared(tmp_path):
+    run = tmp_path / "run"
+    write(run / "protocol.json", dict(reported="test"))
+    write(run / "best.safetensors", b"first")
+    sha = file_sha256(run / "best.safetensors")
+    plain, averaged = run / "eval-test", run / "eval-test-d4"
+    result(plain, matrices([50, 60]), weights=sha, tta="none")
+    result(averaged, matrices([50, 60]), weights="of all views", tta="d4")
+    assert read_scored(run).images == read_scored(averaged).images
+    write(run / "best.safetensors", b"trained on")
+    for named in (run, plain):
+        with pytest.raises(BadInput, match=f"earlier weights than {run}/best.safetensors; type python eval.py {run}"):
+            read_scored(named)
+    write(run / "results.json", dict(accuracy=0.9))
+    with pytest.raises(BadInput, match="a run of train_cls.py; --compare is for segmentation"):
+        read_scored(run)
+    with pytest.raises(BadInput, match="gone: no such folder"):
+        read_scored(tmp_path / "gone")
 
 
 def test_an_array_that_would_run_code_is_refused(tmp_path):

@@ -217,6 +217,13 @@ def test_runs_of_other_classes_readings_or_tasks_are_refused_by_name(runs, tmp_p
     colours, grey = (changed(runs / "a", tmp_path / f"k{n}", kinds=[[n, 8]]) for n in (3, 1))
     with pytest.raises(BadInput, match=f"{grey}: trained on images of 1 band of 8 bits, {colours} on 3 bands of 8"):
         load_runs(colours, partners=[grey])
+    # Named bands are there in images of four bands, too; of other bits they are others.
+    named = dict(reading=dict(bands=[3, 2, 1], input_range=None))
+    three, four, deep = (changed(runs / "a", tmp_path / f"n{n}-{bits}", kinds=[[n, bits]], **named)
+                         for n, bits in ((3, 8), (4, 8), (3, 16)))
+    load_runs(three, partners=[four])
+    with pytest.raises(BadInput, match="3 bands of 16 bits"):
+        load_runs(three, partners=[deep])
     table = changed(runs / "a", tmp_path / "d", task="classification")
     with pytest.raises(BadWeights, match=f"{table}: of another kind"):
         load_runs(runs / "a", partners=[table])

@@ -415,6 +415,16 @@ def test_every_labelled_pixel_needs_an_answer(run, forks, tmp_path):
     assert name in said and "expected (64, 64) with a class everywhere" in said
 
 
+@pytest.mark.parametrize("paint, found", [
+    (lambda ids: np.stack([ids, ids, 255 - ids], 2), "a colour mask, but the label table lists ids"),
+    (lambda ids: ids + 100, "unknown ids 1")])
+def test_masks_of_others_are_not_blamed_on_the_label_table(run, forks, tmp_path, paint, found):
+    for name, image, mask in scenes():
+        Image.fromarray(paint(np.array(Image.open(mask)))).save(tmp_path / f"{image.stem}.png")
+    said = forks.run("eval", run, "--masks", tmp_path, "--mask-ids", "train", "--out", tmp_path / "e", *QUICK, ok=2)
+    assert found in said and "dataset.json" not in said and "color for the classes' colours" in said
+
+
 # ---- difficulty
 
 def test_difficulty_counts_the_classes_of_an_image_with_a_low_iou(run, forks, tmp_path):
@@ -468,6 +478,11 @@ def test_the_summary_has_a_row_per_experiment(run, forks, tmp_path):
     *_, last = forks.run("eval", "--summary", run, tmp_path / "seed-2").splitlines()
     assert last == "not comparable: trained and seed-2 differ in split, images of the split"
     assert "no results.json" in forks.run("eval", "--summary", tiny_set(), ok=2)
+    copy = shutil.copytree(run, tmp_path / "copy")
+    *_, row, twice, gone = forks.run("eval", "--summary", run, copy, tmp_path / "gone").splitlines()
+    assert row.startswith(f"| trained | demo | test | {n} of 8 | 0 | {miou:.4f} |")
+    assert twice == f"{copy}: the results of trained once more, not counted"
+    assert gone == f"{tmp_path}/gone: no such folder"
 
 
 @pytest.mark.parametrize("argv, said", [
@@ -518,7 +533,7 @@ def test_runs_and_views_are_averaged(forks, tmp_path):
 @pytest.mark.parametrize("flags, said", [
     (["run", "--tta", "d4", "--calibrate"], "--calibrate is of one run as it is"),
     (["run", "--with", "b", "--features", "F"], "--features are of one network"),
-    (["--masks", "M", "--mask-ids", "raw", "--root", "D", "--soup", "b"], "--tta, --with and --soup ask the model")])
+    (["--masks", "M", "--mask-ids", "raw", "--root", "D", "--soup", "b"], "--soup asks the model, --masks does not")])
 def test_flags_of_averages_that_do_not_fit(flags, said, capsys):
     with pytest.raises(SystemExit):
         parse_args(flags)

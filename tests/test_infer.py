@@ -182,6 +182,9 @@ def test_rows_from_any_row_on_are_the_same_bits(overlap):
     for first in (0, 1, 64, 130, 299):
         got = ids_by_rows(net, image, overlap=overlap, first=first)
         np.testing.assert_array_equal(got, want[first:])
+    for whole in (None, 0):  # all rows are there: nothing is computed
+        how = dict(crop=64, overlap=overlap, batch=3, amp=False, whole=whole)
+        assert not list(slide_rows(net, None, image.shape[:2], "sat", **how, first=300))
 
 
 @pytest.mark.parametrize("overlap", [0, 0.25, 0.5])

@@ -10,7 +10,7 @@ from PIL import Image
 from runs import (  # noqa: F401, forks is a fixture
     OLD_SPECS, TINY, forks, ids_of, matrix, old_run, read, server, tiny_set, trained)
 
-from data.common import write
+from data.common import file_sha256, write
 from data.datasets import normalise
 from data.io import Labels
 from data.tiff import write_tiff
@@ -116,8 +116,8 @@ def test_images_of_another_kind_than_in_training_are_left_out(run, forks, tmp_pa
         assert len(told) == (file.stem in left_out) == (not list((tmp_path / "p").glob(f"{file.stem}_overlay*")))
         if told:
             assert f": {left_out[file.stem]}; expected 3 bands of 8 bits, as in" in told[0]
-            assert "gdal_translate" in told[0]
-    assert "masks of 4 images" in text
+    # How a file becomes one of that kind stands there once, not behind each of them.
+    assert "masks of 4 images" in text and text.count("gdal_translate IN OUT.tif takes bands") == 1
 
 
 def test_what_a_run_may_see_is_what_its_training_images_were(forks, tmp_path):
@@ -231,7 +231,7 @@ def test_files_of_the_user_stay(run, forks, tmp_path):
 def test_two_images_of_one_name_are_refused(run, forks, tmp_path):
     a, b = grey(tmp_path / "x/a.png", 8, 8), grey(tmp_path / "y/a.png", 8, 8)
     text = forks.run("predict", run, a, b, "--out", tmp_path / "p", ok=2)
-    assert f"{a} and {b}: both would become a.png" in text and not (tmp_path / "p").exists()
+    assert f"{a} and {b}: the results of both would be called a; predict" in text and not (tmp_path / "p").exists()
     # Below one folder they keep their places.
     forks.run("predict", run, tmp_path, "--out", tmp_path / "p")
     assert ids(tmp_path / "p/x/a.png").shape == ids(tmp_path / "p/y/a.png").shape == (8, 8)
@@ -328,17 +328,69 @@ def test_export_writes_the_network_and_compares_it(others, forks, tmp_path):
     x = np.asarray(Image.open(scenes()[0]), np.float32).transpose(2, 0, 1)[None] / 255
     (p,) = session.run(None, {"input": x})
     assert (p[0].argmax(0) != ids_of(b, scenes()[0])).sum() <= 2 and p.shape == (1, 8, 64, 64)
+    # A calibrated run's temperature is in the file.
+    sha = file_sha256(folder / "b/best.safetensors")
+    write(folder / "b/calibration.json", dict(temperature=4.0, weights=sha))
+    text = forks.run("predict", folder / "b", "--export", tmp_path / "soft.onnx", *resolution)
+    assert "calibrated by 4.000" in text
+    (soft,) = onnxruntime.InferenceSession(tmp_path / "soft.onnx").run(None, {"input": x})
+    np.testing.assert_allclose(np.log(soft / soft[:, :1]), np.log(p / p[:, :1]) / 4, atol=2e-3)
     path.write_bytes(b"mine")
     text = forks.run("predict", folder / "b", "--export", path, *resolution, ok=2)
     assert "--overwrite" in text and path.read_bytes() == b"mine"
     assert "ends in .onnx" in forks.run("predict", folder / "b", "--export", tmp_path / "m", *resolution, ok=2)
 
 
+def test_the_summary_keeps_masks_of_other_calls_while_they_are_there(run, forks, tmp_path):
+    a, b, _ = scenes()
+    out = ["--out", tmp_path / "p"]
+    images = lambda: list(read(tmp_path / "p/summary.json")["images"])  # noqa: E731
+    forks.run("predict", run, a, *out)
+    forks.run("predict", run, b, "--confidence", *out)
+    assert images() == [a.stem, b.stem]
+    grey(tmp_path / "broken.png", 8, 8).write_bytes(b"no image")
+    forks.run("predict", run, tmp_path / "broken.png", *out, ok=2)
+    assert images() == [a.stem, b.stem]
+    grey(tmp_path / f"p/{a.stem}.png", 64, 64)  # by hand
+    forks.run("predict", run, b, *out)
+    assert images() == [b.stem]
+    forks.run("predict", run, tmp_path / "broken.png", "--out", tmp_path / "q", ok=2)
+    assert not (tmp_path / "q/summary.json").exists()
+
+
+def test_what_a_run_has_no_use_for_is_refused_before_work(run, forks, tmp_path):
+    said = forks.run("predict", run, scenes()[0], "--top", 5, "--montage", 2, ok=2)
+    assert "classifies every pixel, which --top and --montage has no part in" in said
+    said = forks.run("predict", run, scenes()[0], "--weights", "dino.pth", ok=2)
+    assert f"{run}: holds its backbone, so --weights dino.pth would not be used" in said
+    twin = shutil.copytree(run, tmp_path / "twin")
+    for flag in ("--with", "--soup"):
+        for script, words in (("predict", [scenes()[0]]), ("eval", [])):
+            said = forks.run(script, run, *words, flag, twin, ok=2)
+            assert f"{twin}: the very weights of {run}, which would count twice" in said
+    (twin / "best.safetensors").unlink()
+    said = forks.run("predict", twin, scenes()[0], ok=2)
+    assert f"before the first validation, go on with --resume {twin}" in said
+
+
+def test_a_path_that_the_shell_has_torn_is_put_together(run, forks, tmp_path):
+    folder = tmp_path / "my maps"
+    grey(folder / "a.png", 8, 8)
+    torn = str(folder).split()
+    said = forks.run("predict", run, *torn, "--out", tmp_path / "p", ok=2)
+    assert f"{torn[0]}: no such file or folder" in said and f"goes into quotes: '{folder}'" in said
+    shutil.copytree(run, folder / "run 1")
+    torn = str(folder / "run 1").split()
+    said = forks.run("predict", *torn, scenes()[0], "--out", tmp_path / "p", ok=2)
+    assert f"goes into quotes: '{folder}/run 1'" in said
+
+
 @pytest.mark.parametrize("flags, said", [
     ([], "no images: name them"),
-    (["x.png", "--export", "a.onnx"], "leave images, --with and --tta out"),
-    (["--export", "a.onnx", "--tta", "d4"], "leave images, --with and --tta out"),
-    (["x.png", "--compile", "--tta", "d4"], "leave --export, --with and --tta out"),
+    (["x.png", "--export", "a.onnx"], "predicts nothing; leave images out"),
+    (["--export", "a.onnx", "--tta", "d4", "--out", "p"], "predicts nothing; leave --out and --tta out"),
+    (["--export", "a.onnx", "--confidence", "--compile"], "leave --confidence and --compile out"),
+    (["x.png", "--compile", "--tta", "d4"], "leave --with and --tta out"),
     (["x.png", "--resolution", "3"], "--resolution goes with --export")])
 def test_flags_that_do_not_go_together(flags, said, capsys):
     with pytest.raises(SystemExit):

@@ -23,7 +23,7 @@ import numpy as np
 from PIL import Image
 
 from ..common import (IGNORE, BadInput, as_text, file_sha256, fits, nfc, progress, read_json,
-                      replace, write)
+                      replace, temporary_of, write)
 from ..datasets import SegDataset
 from ..files import is_image, match, star_key
 from ..io import Labels
@@ -265,8 +265,7 @@ def carry_out(manifest: dict, out: Path) -> bool:
     # What a killed process was writing.
     for pattern in ("**/*.tmp", "*.tmp"):
         for file, _ in match(out, pattern):
-            # replace() writes NAME.PID.tmp and then renames it.
-            if re.search(r"\.\d+\.tmp$", file.name):
+            if temporary_of(file.name):
                 file.unlink()
     write(out / MANIFEST, manifest | {"complete": True})
     return True
