@@ -42,7 +42,7 @@ from data.ranges import is_range, parse_range
 
 from .checkpoint import load_state
 from .vit import AMX
-from .weights import BadWeights
+from .weights import BadWeights, check_there
 
 # Flags that training scripts once had, and what there is instead.
 REMOVED = {
@@ -111,11 +111,17 @@ class Parser(flags.Parser):
                 self.error(f"{flag} is gone: {REMOVED[flag]}; leave it out")
 
     def parse_known_args(self, args=None, namespace=None):
-        """As argparse's, behind which values that are none are errors."""
+        """As argparse's, behind which values that are none are errors, and weights that are not there."""
         found, rest = super().parse_known_args(args, namespace)
         for name, value in vars(found).items():
             if value == "":
                 self.error(f"--{name.replace('_', '-')} is empty; is the shell variable set?")
+        weights = getattr(found, "weights", None)
+        if weights not in (None, "none"):
+            try:
+                check_there(weights)
+            except BadWeights as e:
+                self.error(str(e))
         return found, rest
 
     def typed(self, args: argparse.Namespace) -> dict[str, str]:

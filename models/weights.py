@@ -164,12 +164,17 @@ def is_url(path: str) -> bool:
     return path.lower().startswith(("http://", "https://"))
 
 
+def check_there(path: str) -> None:
+    """BadWeights unless it is a URL, a file or a folder: before any work."""
+    if not is_url(path) and not Path(path).is_file() and not Path(path).is_dir():
+        raise BadWeights(f"{path}: no such file or folder; pass --weights a .pth, .safetensors, "
+                         "folder or URL")
+
+
 def locate(path: str) -> Path:
     """A file or folder on disk; a URL is downloaded once and kept in torch's hub cache."""
+    check_there(path)
     if not is_url(path):
-        if not Path(path).is_file() and not Path(path).is_dir():
-            raise BadWeights(f"{path}: no such file or folder; pass --weights a .pth, "
-                             ".safetensors, folder or URL")
         return Path(path)
     # Other addresses may end with the same name, so each has a folder of its own.
     address = path.encode(errors="surrogateescape")

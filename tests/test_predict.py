@@ -361,8 +361,8 @@ def test_the_summary_keeps_masks_of_other_calls_while_they_are_there(run, forks,
 def test_what_a_run_has_no_use_for_is_refused_before_work(run, forks, tmp_path):
     said = forks.run("predict", run, scenes()[0], "--top", 5, "--montage", 2, ok=2)
     assert "classifies every pixel, which --top and --montage has no part in" in said
-    said = forks.run("predict", run, scenes()[0], "--weights", "dino.pth", ok=2)
-    assert f"{run}: holds its backbone, so --weights dino.pth would not be used" in said
+    said = forks.run("predict", run, scenes()[0], "--weights", run, ok=2)
+    assert f"{run}: holds its backbone, so --weights {run} would not be used" in said
     twin = shutil.copytree(run, tmp_path / "twin")
     for flag in ("--with", "--soup"):
         for script, words in (("predict", [scenes()[0]]), ("eval", [])):

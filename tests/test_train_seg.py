@@ -331,10 +331,10 @@ def test_five_in_a_row_end_the_run_and_name_the_images(forks, tmp_path):
     (["--crop", "nan"], "expected a whole number from 16"),
     (["--save", "head"], "--save head needs a frozen backbone from --weights"),
     (["--unfreeze", "few"], "--unfreeze: few: expected a number of blocks, or all"),
-    (["--weights", "none.pth"], "none.pth: no such file"),
     (["--scale", "2", "1"], "expected the lower number first"),
     (["--split-file", "none.json"], "none.json"),
     (["--val-frac", "0.5"], "a data set that has a val"),
+    (["--weights", "none.pth"], "none.pth: no such file or folder"),
     (["--out", ""], "--out is empty")])
 def test_what_is_typed_wrong_is_one_line_and_nothing_is_written(forks, tmp_path, flags, said):
     text = forks.run("train_seg", "--root", tiny_set(), *FOLDER, "--out", tmp_path / "x", *flags,
@@ -342,6 +342,8 @@ def test_what_is_typed_wrong_is_one_line_and_nothing_is_written(forks, tmp_path,
     last = text.splitlines()[-1]
     assert last.startswith("error: ") and said in last and "Traceback" not in text
     assert not (tmp_path / "x").exists()
+    if "--weights" in flags:  # before the masks are counted
+        assert text.count("\n") == 1
 
 
 def test_too_few_or_many_bands_stop_before_anything_is_written(forks, tmp_path):
