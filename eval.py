@@ -48,7 +48,7 @@ from models.score import Counts, Worst, further, table
 
 # Flags that masks of any program do not follow.
 ASK_THE_MODEL = ("calibrate", "probabilities", "features", "tta", "partners", "soup", "overlap",
-                 "weights", "amp", "batch_size")
+                 "weights", "amp")
 HARD_IOU = 0.5  # a class of an image with less is hard, for --difficulty
 
 

@@ -55,7 +55,7 @@ JPEG_SIDE = 60_000
 LOOK_SIDE = 2048
 
 # What --export asks of a run, and the flags that only one kind of runs can follow.
-FOR_EXPORT = ("run", "export", "soup", "weights", "resolution", "overwrite", "max_pixels")
+FOR_EXPORT = ("run", "export", "soup", "weights", "resolution", "overwrite")
 FOR_MASKS = ("label_out", "out_format", "confidence", "probabilities", "tta", "partners", "soup",
              "export", "overlap", "compile")
 FOR_TABLES = ("top", "montage")

@@ -44,6 +44,8 @@ from .checkpoint import load_state
 from .vit import AMX
 from .weights import BadWeights, check_there
 
+# Flags that change no result: they may stand where nothing needs them.
+OF_THE_MACHINE = ("batch_size", "workers", "cache", "device", "max_pixels")
 # Flags that training scripts once had, and what there is instead.
 REMOVED = {
     "--taps": "the head reads four evenly spaced blocks",
@@ -135,6 +137,7 @@ class Parser(flags.Parser):
 
     def only(self, args: argparse.Namespace, what: str, allowed: Iterable[str]) -> None:
         """An error where a command line has more than these: it would be passed over."""
+        allowed = {*allowed, *OF_THE_MACHINE}
         strange = [flag for name, flag in self.typed(args).items() if name not in allowed]
         if strange:
             self.error(f"{what}; leave {' and '.join(strange)} out")
