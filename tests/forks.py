@@ -8,9 +8,11 @@ from pathlib import Path
 
 ROOT = Path(__file__).parents[1]
 SERVER = """
-import importlib, json, os, pathlib, sys
+import importlib, json, os, pathlib, runpy, sys
 root = pathlib.Path(os.environ["PYTHONPATH"])
 scripts = {file.stem: importlib.import_module(file.stem) for file in root.glob("*.py")}  # and no torch op
+for name in ("data.check", "data.curate"):
+    importlib.import_module(name)
 for line in sys.stdin:
     name, argv, env, log = json.loads(line)
     pid = os.fork()
@@ -21,7 +23,11 @@ for line in sys.stdin:
         sys.argv, sys.stdin = [name + ".py", *argv], open(os.devnull)
         code = 1
         try:
-            exec(compile(open(scripts[name].__file__).read(), scripts[name].__file__, "exec"), {"__name__": "__main__"})
+            if name in scripts:
+                file = scripts[name].__file__
+                exec(compile(open(file).read(), file, "exec"), {"__name__": "__main__"})
+            else:  # python -m name
+                runpy.run_module(name, run_name="__main__")
             code = 0
         except SystemExit as e:
             code = e.code if isinstance(e.code, int) else e.code is not None

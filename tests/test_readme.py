@@ -89,6 +89,8 @@ def run(command, place, forks):
     words += shlex.split(SHORT.get(script, "")) if "--summary" not in words else []
     if words[:2] == ["python", script]:
         return forks.run(script.removesuffix(".py"), *words[2:])
+    if words[:2] == ["python", "-m"]:
+        return forks.run(words[2], *words[3:])
     launch = {"python": [sys.executable], "torchrun": [sys.executable, "-m", "torch.distributed.run"]}[words[0]]
     env = {**os.environ, "OMP_NUM_THREADS": "1"}
     done = subprocess.run([*launch, *words[1:]], cwd=place, capture_output=True, text=True, env=env)
