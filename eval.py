@@ -15,7 +15,8 @@ Where python -m data.curate apply has changed masks of the split, the scores on 
 before stand beside those on the new ones.
 
 Writes eval.json, scenes.csv (a row per image), matrices.npz (for --compare), confusion.png,
-reliability.png and worst.png into RUN/eval-SPLIT, of --masks into RUN/eval-SPLIT-masks.
+reliability.png and worst.png into RUN/eval-SPLIT, of --masks into RUN/eval-SPLIT-masks, without a
+run into MASKS/eval-SPLIT.
 Where results of another protocol lie there it stops, unless --overwrite is typed.
 """
 import os
@@ -49,6 +50,7 @@ from models.score import Counts, Worst, further, table
 # Flags that masks of any program do not follow.
 ASK_THE_MODEL = ("calibrate", "probabilities", "features", "tta", "partners", "soup", "overlap",
                  "weights", "amp")
+CHANCE = 0.05  # a kappa below it is that of masks which have nothing to do with the labels
 HARD_IOU = 0.5  # a class of an image with less is hard, for --difficulty
 
 
@@ -230,8 +232,8 @@ def check_calibration(args, d, meta, digest, folder):
 
 # ---- answers: name, labels (H, W) uint8, and ids (H, W) uint8, or a model's logits by rows
 
-def answers_of_masks(args, d, data, rank, world, device):
-    files = find_masks(args.masks, data.names)
+def answers_of_masks(args, d, files, data, rank, world, device):
+    # files: find_masks()
     values = mask_table(args.mask_ids, d.labels)
     for name, y, ids in read_masks(files, values, data, rank, world):
         yield name, torch.from_numpy(y.copy()).to(device), torch.from_numpy(ids).to(device)
@@ -334,17 +336,30 @@ def protocol_of(args, d, meta, weights, temperature, window, several):
         **({"tta": "none", "with": "none", "soup": "none"} | ensemble.about(**several)))
 
 
+def earlier_index(folder, about, overwrite):
+    # What --probabilities or --features of another call has left in a folder, to be kept beside
+    # what comes. Of other weights or images it is a BadInput.
+    file = Path(folder) / "index.json"
+    before = read_json(file) if file.exists() else about
+    differing = [key for key in ("weights", "split", "root", "temperature")
+                 if before.get(key) != about[key]]
+    if differing and not overwrite:
+        raise BadInput(f"{file}: of another {' and '.join(differing)}; name another folder, or type "
+                       "--overwrite to replace what is there")
+    return {} if differing else before
+
+
 def write_indexes(args, names, about, features):
     # index.json says what lies in the folders of --probabilities and --features; both may be one.
-    indexes = {}
-    if args.probabilities:
-        indexes[args.probabilities] = about | dict(images={n: f"{n}.tif" for n in names})
     if args.features:
         save = partial(save_array, array=features)
         Written(args.features, args.overwrite).replace("features.npy", save)
-        rows = dict(features="features.npy", names=names)
-        indexes[args.features] = indexes.get(args.features, about) | rows
-    for folder, content in indexes.items():
+    for folder, rows in (
+            (args.probabilities, dict(images={n: f"{n}.tif" for n in names})),
+            (args.features, dict(features="features.npy", names=names))):
+        if not folder:
+            continue
+        content = earlier_index(folder, about, args.overwrite) | about | rows
         Written(folder, args.overwrite).write("index.json", content)
         print(f"wrote {folder}/index.json and the files that it names")
 
@@ -380,7 +395,7 @@ def main(args):
     K, names = len(d.names), d.splits[args.split]
     digest = d.about()["splits"][args.split]
     say(f"{len(names)} {args.split} images of {d.root}")
-    if args.run:
+    if args.run and not args.masks:
         for one in (args.run, *(args.partners or ()), *(args.soup or ())):
             for split in own_splits(one, digest):
                 if split == "train" or not args.calibrate:  # which is what val is for
@@ -392,6 +407,8 @@ def main(args):
         if temperature is None and not averaged and (folder / "calibration.json").exists():
             say(f"note: {folder}/calibration.json is of other weights, and is not used")
     data = d.part(args.split, meta["norm"])
+    if args.masks:
+        files_of_masks = find_masks(args.masks, names)
 
     # ---- what may be written, before any work
     files, default = outputs(args, several)
@@ -401,11 +418,17 @@ def main(args):
         check_calibration(args, d, meta, digest, folder)
         calibration = Written(folder, args.overwrite)
         calibration.check(["calibration.json"])
+    # Of what other programs read, such as data.curate.
+    about = dict(run=str(folder), weights=weights, root=str(d.root), source=d.kind,
+                 variant=d.description.get("variant"), reading=d.reading, split=args.split,
+                 classes=d.names, temperature=temperature)
     if args.probabilities:
         maps = Written(args.probabilities, args.overwrite)
         maps.check(["index.json", *(f"{name}.tif" for name in names)])
     if args.features:
         Written(args.features, args.overwrite).check(["index.json", "features.npy"])
+    for place in filter(None, {args.probabilities, args.features}):
+        earlier_index(place, about, args.overwrite)
     run.wait()  # what another rank writes from here on is no old file
 
     # ---- network
@@ -423,7 +446,7 @@ def main(args):
 
     # ---- count
     if args.masks:
-        found = answers_of_masks(args, d, data, rank, world, device)
+        found = answers_of_masks(args, d, files_of_masks, data, rank, world, device)
     else:
         means = MeanFeatures(net) if args.features else None
         found = predictions(net, data, window, args.workers, args.split)
@@ -484,6 +507,8 @@ def main(args):
         print(table(report))
         print(metrics.headline(report, meta["report"]))
         print(further(report))
+        if args.masks and report["kappa"] is not None and report["kappa"] < CHANCE:
+            print("note: no better than chance; are the masks of this --split and --mask-ids?")
         if reviewed:
             report["before_review"] = old = counts_before.report(d.names, groups, meta["report"])
             print(f"on the labels before data.curate apply, which has changed {len(reviewed)} of "
@@ -508,11 +533,6 @@ def main(args):
             if fit["ece_after"] > fit["ece_before"]:
                 print("note: the calibration error has not become smaller: the probabilities were "
                       f"about right; without {folder}/calibration.json they stay as they are")
-
-        # ---- for other programs, such as data.curate
-        about = dict(run=str(folder), weights=weights, root=str(d.root), source=d.kind,
-                     variant=d.description.get("variant"), reading=d.reading, split=args.split,
-                     classes=d.names, temperature=temperature)
         write_indexes(args, names, about, features)
     run.end()
 

@@ -189,12 +189,20 @@ def open_predictor(args, labels, values, device):
     return Predictor(net, meta, window, temperature, labels, args.label_out == "raw", values, info)
 
 
+def no_temperature(args):
+    # The note where probabilities stay as they are.
+    advice = f"python eval.py {args.run} --split val --calibrate fits them"
+    if args.tta or args.partners or args.soup:
+        advice = "a calibration.json is of one run as it is"
+    return f"note: no temperature of these weights: probabilities as the network says; {advice}"
+
+
 def endings(file, args, by_color):
     # What is written of an image, behind NAME. Of one that cannot be read nothing is known yet.
     as_tif = args.out_format == "tif"
     if args.out_format == "auto":
         try:
-            as_tif = open_raster(file).georef is not None
+            as_tif = open_raster(file).placed
         except BadInput:
             return []
     found = [".png", "_color.png", "_overlay.jpg"]
@@ -222,6 +230,8 @@ def predict_rows(p, scene, writers, say):
         start = time.time()
         # A call that was killed may have written more rows of one file than of another.
         first = min(writer.done(left, width) for writer in writers.values())
+        if first:
+            say(f"goes on at row {first}, which an earlier call has come to")
         for writer in writers.values():
             writer.start(left, width, first)
         # Windows reach beyond the columns that they are computed for.
@@ -271,7 +281,8 @@ def predict_scene(p, written, finished, name, scene, ends, mark, say):
         raise
     counts = write_files(p, written, name, scene, writers, ends)
     digests = {f"{name}{end}": written.digests[f"{name}{end}"] for end in ends}
-    finished.add(name, mark, digests, areas(counts, scene.georef) | dict(values=p.values))
+    finished.add(name, mark, digests, areas(counts, scene.georef)
+                 | dict(values=p.values, weights=p.info["WEIGHTS_SHA256"]))
     for writer in writers.values():
         writer.discard()
 
@@ -316,10 +327,7 @@ def predict_masks(args, images, rank, world, device):
     if device.type == "cuda":
         say(run.precision(p.window["amp"], device))
     if (args.confidence or args.probabilities) and p.temperature is None:
-        advice = f"python eval.py {args.run} --split val --calibrate fits them"
-        if args.tta or args.partners or args.soup:
-            advice = "a calibration.json is of one run as it is"
-        say(f"note: no temperature of these weights: probabilities as the network says; {advice}")
+        say(no_temperature(args))
     if args.compile:
         net, note = compiled(p.net, p.window["crop"], p.window["amp"])
         p = p._replace(net=net)
@@ -349,8 +357,8 @@ def predict_masks(args, images, rank, world, device):
                     continue
                 check_kind(file, p.meta)
                 scene = Strips(file, **p.meta["reading"])
-                if scene.note:
-                    print(f"note: {scene.note}", file=sys.stderr)
+                for note in scene.notes:
+                    print(f"note: {escaped(note)}", file=sys.stderr)
                 for layer in finished.others(name, ends[file]):
                     print(f"note: {out / layer}: of an earlier call with other settings, and stays "
                           "as it is", file=sys.stderr)
@@ -360,17 +368,18 @@ def predict_masks(args, images, rank, world, device):
             continue
         rest = minutes((time.time() - began) / (i + 1) * (len(mine) - i - 1))
         size = f"{scene.shape[0]} x {scene.shape[1]}"
-        say(f"{i + 1} of {len(mine)}  {escaped(name)}  {size}  ETA {rest}", flush=True)
+        part = f", of {len(images)} in all processes" if world > 1 else ""
+        say(f"{i + 1} of {len(mine)}{part}  {escaped(name)}  {size}  ETA {rest}", flush=True)
 
     # ---- all images
     numbers = run.over_ranks(torch.tensor([len(mine) - len(left_out), old], device=device))
     if rank == 0:
-        write_summary(written, images, marks, labels.names, values)
+        write_summary(written, images, marks, p, say)
         say(last_line(*numbers.tolist(), ends, out))
     return left_out
 
 
-def write_summary(written, images, marks, names, values):
+def write_summary(written, images, marks, p, say):
     # Of every mask in the folder, by whichever rank or earlier call: also of images that were not
     # named this time, as long as their masks have the same classes and nobody has changed them.
     finished = Finished(written.folder)
@@ -380,11 +389,16 @@ def write_summary(written, images, marks, names, values):
         if name in mine:
             there = row["mark"] == mine[name]
         else:
-            there = row["facts"].get("values") == values and finished.find(name, row["mark"])
+            there = row["facts"].get("values") == p.values and finished.find(name, row["mark"])
         if there:
             facts[name] = row["facts"]
     if facts:
-        written.write("summary.json", area_summary(facts, names))
+        written.write("summary.json", area_summary(facts, p.labels.names))
+    earlier = facts.keys() - mine.keys()
+    others = [name for name in earlier if facts[name]["weights"] != p.info["WEIGHTS_SHA256"]]
+    if earlier:
+        say(f"note: summary.json counts {len(earlier)} more masks of earlier calls, {len(others)} of "
+            "them of other weights")
 
 
 def last_line(count, old, ends, out):
@@ -396,7 +410,8 @@ def last_line(count, old, ends, out):
     note = f" ({old} of them by an earlier call)" if old else ""
     if not count:
         return f"no mask was written to {out}/"
-    return f"wrote the masks of {count} images{note} to {out}/: {files}, summary.json"
+    what = "mask of 1 image" if count == 1 else f"masks of {count} images"
+    return f"wrote the {what}{note} to {out}/: {files}, summary.json"
 
 
 # ---- whole images: a table
@@ -507,6 +522,8 @@ def export_run(args):
     if any(meta["reading"].values()):
         print(f"note: trained on images read with {ensemble.as_words(meta['reading'])}; a map must "
               "show the same bands in the same range")
+    if temperature is None:
+        print(no_temperature(args))
     if compared is None:
         print("note: not compared with the network; pip install onnxruntime, and type it again")
     else:

@@ -16,6 +16,7 @@ from collections.abc import Iterable, Iterator
 from pathlib import Path, PurePosixPath
 
 from .common import SHORT, BadInput, as_bytes, escaped, in_time, nfc
+from .tiff import world_files
 
 SUFFIXES = (".png", ".jpg", ".jpeg", ".tif", ".tiff", ".bmp", ".webp")  # what counts as a picture
 # Images of GIS programs that are not read here, and that GDAL turns into TIFFs.
@@ -112,7 +113,7 @@ def folders(folder: Path) -> list[Path]:
 def images_in(folder: str | Path) -> tuple[list[Path], list[Path]]:
     """The images below a folder, and its other files.
 
-    What lies beside an image under its name, a.tif.msk or a.tif.aux.xml, is neither.
+    What lies beside an image under its name, a.tif.msk, a.tif.aux.xml or a.tfw, is neither.
     """
     images, others = [], []
     for file in walk(folder):
@@ -120,7 +121,8 @@ def images_in(folder: str | Path) -> tuple[list[Path], list[Path]]:
             images.append(file)
         elif not any(map(is_image, longer_names(file))):
             others.append(file)
-    return images, others
+    places = {place for image in images for place in world_files(image)}
+    return images, [file for file in others if file not in places]
 
 
 def with_companions(images: Iterable[str | Path]) -> list[str | Path]:
@@ -145,6 +147,8 @@ def not_used(files: list[Path]) -> str:
     counts = ", ".join(f"{n} {kind}" for kind, n in kinds.most_common(5))
     first = escaped(str(files[0]))
     line = f"{len(files)} files are no images by their suffix: {counts}; first {first}"
+    if len(files) == 1:
+        line = f"1 file is no image by its suffix: {first}"
     foreign = [file for file in files if file.suffix.lower() in OF_GDAL]
     if not foreign:
         return line

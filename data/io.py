@@ -11,7 +11,7 @@ import numpy as np
 from PIL import Image
 
 from .common import IGNORE, BadInput, check_pixels, escaped
-from .raster import open_raster, valid_pixels
+from .raster import AS_MASK, open_raster, valid_pixels
 from .tiff import Window, both
 
 UNKNOWN = 254  # marks mask values that no class and no ignore entry names; never leaves this file
@@ -71,7 +71,10 @@ def stored_colours(path: str | Path, bands: list[int] | None, window: Window | N
         a, valid, n = paint(raster, index[..., 0], bands, valid)
     if raster.bits in (1, 2, 4) and not raster.indexed:
         a = a * np.uint8(255 // (2 ** raster.bits - 1))  # all values that there can be
-    return three_bands(a, bands, f"{path}: {n} bands ({raster.photometric})"), valid
+    found = f"{path}: {n} bands ({raster.photometric})"
+    if n == 4 and a.shape[2] == 4 and (raster.alpha or raster.indexed):
+        found += f", and alpha is more than 0 and 255; a mask with soft edges: {AS_MASK}"
+    return three_bands(a, bands, found), valid
 
 
 def chosen_bands(raster, bands: list[int] | None, window: Window | None,

@@ -13,7 +13,8 @@ import numpy as np
 from .common import IGNORE, BadInput, nfc, progress
 from .datasets import SegDataset
 from .files import check_folder, image_name, walk
-from .io import Labels, color_text
+from .io import Labels, color_text, is_id
+from .raster import open_raster
 
 LOSSLESS = (".png", ".tif", ".tiff", ".bmp")  # a JPEG does not keep ids
 BLACK = "#000000"  # no class, in masks of colours
@@ -38,8 +39,8 @@ def find_masks(folder: str | Path, names: list[str]) -> dict[str, Path]:
         if not missing:
             break
     if missing:
-        raise BadInput(f"{folder}/{missing[0]}.png: no such mask, nor {wanted[missing[0]]}.png "
-                       "(or .tif); expected one for every image of the split")
+        raise BadInput(f"{folder}: no {wanted[missing[0]]}.png (or .tif) there, and no "
+                       f"{missing[0]}.png; expected a mask for every image of the split")
     if len(set(wanted.values())) < len(wanted):
         raise BadInput(f"{folder}: images of one name in several folders, and only one mask for "
                        f"them; name the masks like {names[0]}.png")
@@ -71,6 +72,11 @@ def mask_table(values: str, labels: Labels) -> Labels:
 
 def load_answer(file: Path, table: Labels) -> np.ndarray:
     """A mask to be scored -> (H, W) uint8 ids. It is not the data set's: no label table is at fault."""
+    nodata = open_raster(file).nodata
+    if not table.by_color and type(nodata) in (int, float) and is_id(nodata):
+        # What the file itself calls nodata is no class, unless the table has it.
+        if nodata not in (*table.raw, *table.ignore):
+            table = Labels(table.classes, [*table.ignore, int(nodata)], table.threshold)
     try:
         return table.load(file)
     except BadInput as e:
@@ -92,10 +98,14 @@ def read_masks(files: dict[str, Path], table: Labels, data: SegDataset, rank: in
         name = data.names[i]
         y = data.read(i)[1]
         ids = load_answer(files[name], table)
-        if ids.shape == y.shape:
-            # Not counted: transparent pixels have no class in masks.
-            ids = np.where(y == IGNORE, 0, ids).astype(np.uint8)
-        if ids.shape != y.shape or (ids >= k).any():
-            raise BadInput(f"{files[name]}: {ids.shape} (H, W), ids up to {ids.max()}; "
-                           f"expected {y.shape} with a class everywhere")
+        if ids.shape != y.shape:
+            raise BadInput(f"{files[name]}: {ids.shape[0]} x {ids.shape[1]} pixels (H x W); "
+                           f"expected {y.shape[0]} x {y.shape[1]}, as the image's own mask has")
+        # Not counted: transparent pixels have no class in masks.
+        ids = np.where(y == IGNORE, 0, ids).astype(np.uint8)
+        missing = np.count_nonzero(ids >= k)
+        if missing:
+            raise BadInput(f"{files[name]}: no class (255, transparent or nodata) on {missing} "
+                           "labelled pixels; give them one, or ignore these pixels in the data "
+                           "set's own masks")
         yield name, y, ids

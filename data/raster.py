@@ -58,6 +58,10 @@ def open_raster(path: str | Path) -> "Tiff | Picture":
     return tiff
 
 
+# How an alpha band with soft edges becomes the mask of a TIFF, where whatever is not 0 is data.
+AS_MASK = ("gdal_translate -b 1 -b 2 -b 3 -mask 4 --config GDAL_TIFF_INTERNAL_MASK YES IN OUT.tif")
+
+
 class Picture:
     """A PNG, JPEG, WebP, BMP, ... with the attributes of a Tiff.
 
@@ -134,6 +138,11 @@ class Picture:
     def mask(self, window: Window | None = None) -> np.ndarray | None:
         """(h, w) bool by the file NAME.msk beside it, None without."""
         return mask_beside(self.path, self.shape[:2], window)
+
+    @property
+    def placed(self) -> bool:
+        """As of a Tiff."""
+        return self.georef is not None
 
     @property
     def georef(self) -> Georef | None:

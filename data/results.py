@@ -73,8 +73,8 @@ def check_outputs(written: Written, images: dict[Path, str], ends: dict[Path, li
                        "--out, or the images without earlier results")
     listing = out / "classes.json"
     if listing.exists() and not written.overwrite and not holds(listing, values):
-        raise BadInput(f"{listing}: of other classes or --label-out than this run's; name "
-                       "another --out, or type --overwrite")
+        raise BadInput(f"{listing}: of other classes or --label-out than this run's, or not of "
+                       "predict.py; name another --out, or type --overwrite to replace it")
     written.check(names)
 
 

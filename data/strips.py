@@ -13,7 +13,7 @@ from pathlib import Path
 import numpy as np
 
 from .io import is_mask_band, read_valid
-from .raster import open_raster, part_of
+from .raster import AS_MASK, open_raster, part_of
 from .tiff import Tiff, Window
 
 MANY_ROWS = 256  # at least so many are read at once
@@ -23,7 +23,7 @@ HEAVY = 2**28  # bytes of one strip, unpacked: above, a note says how to convert
 class Strips:
     """Rows of an image, of all columns or of some. shape: (H, W). georef: where it lies, or None.
 
-    note: None, or a line for the user: that reading takes much memory, and what to type.
+    notes: lines for the user: that reading takes much memory, that alpha is no mask, what to type.
     reading: bands and input_range of read_valid(). A file that cannot be read is a BadInput; a TIFF
     that ends too early is one at once, not when the missing rows are asked for.
     """
@@ -36,20 +36,27 @@ class Strips:
         self.georef = raster.georef
         self.is_tiff = isinstance(raster, Tiff)
         self.raster = raster
-        self.note = None
+        self.notes = []
         self.whole = None  # of a picture all pixels, and which of them are data
         if self.is_tiff:
             self.georef = self.georef or raster.position  # tie points alone give no transform
             raster.check_whole()
             self.step = rows_at_once(raster)
-            self.note = about_strips(raster)
-            self.alpha_is_mask = None
-            bands = reading.get("bands") or []
-            if raster.alpha and raster.alpha not in bands:
-                # By the whole band: a window of an infrared band may hold nothing but 0 and 255.
-                self.alpha_is_mask = all(map(is_mask_band, alpha_strips(raster, self.step)))
+            self.notes = about_strips(raster)
         else:
             self.whole = read_valid(path, **reading)
+        self.alpha_is_mask = None
+        bands = reading.get("bands") or []
+        if raster.alpha and raster.alpha not in bands and (self.is_tiff or bands):
+            # By the whole band: a window of an infrared band may hold nothing but 0 and 255.
+            if self.is_tiff:
+                strips = alpha_strips(raster, self.step)
+            else:
+                strips = [raster.read(bands=[raster.alpha])]
+            self.alpha_is_mask = all(map(is_mask_band, strips))
+            if not self.alpha_is_mask:
+                self.notes.append(f"{path}: alpha is more than 0 and 255, so it hides no pixel; a "
+                                  f"mask with soft edges: {AS_MASK}")
         self.columns(0, self.shape[1])
 
     def columns(self, left: int, width: int) -> None:
@@ -130,15 +137,15 @@ def rows_at_once(raster: Tiff) -> int:
     return -(-MANY_ROWS // rows) * rows
 
 
-def about_strips(raster: Tiff) -> str | None:
-    """The note of a file whose strips fill the memory: they are unpacked from their start."""
+def about_strips(raster: Tiff) -> list[str]:
+    """A note on a file whose strips fill the memory: they are unpacked from their start."""
     rows, width = raster.block
     size = rows * width * raster.shape[2] * raster.dtype.itemsize
     if raster.page.tiled or raster.compression == "none" or size < HEAVY:
-        return None
+        return []
     advice = raster.page.gdal_translate("-co TILED=YES -co BIGTIFF=IF_SAFER ")
-    return (f"{raster.path}: strips of {rows} rows, which are unpacked as a whole: about "
-            f"{4 * size / 1e9:.1f} GB of memory; tiles take little: {advice}")
+    return [f"{raster.path}: strips of {rows} rows, which are unpacked as a whole: about "
+            f"{4 * size / 1e9:.1f} GB of memory; tiles take little: {advice}"]
 
 
 def everywhere(valid: np.ndarray | None, image: np.ndarray) -> np.ndarray:

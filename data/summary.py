@@ -59,7 +59,7 @@ def summary(folders: list[str]) -> str:
     groups, left_out = {}, []
     for folder in map(Path, folders):
         if not folder.exists():
-            left_out.append(f"{folder}: no such folder")
+            raise BadInput(f"{folder}: no such folder; name runs, such as runs/*")
         if not (folder / "protocol.json").exists():  # such as runs/data
             continue
         if not (folder / "results.json").exists():

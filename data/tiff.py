@@ -711,6 +711,11 @@ class Tiff:
         return [*bands]
 
     @property
+    def placed(self) -> bool:
+        """Does the file say where the image lies, if only by ground control points?"""
+        return bool(self.position.keys) or self.georef is not None
+
+    @property
     def georef(self) -> "Georef | None":
         """Where the image lies, by its tags; by a world file beside it where they do not say."""
         transform = self.position.transform or read_world_file(self.path)
@@ -973,7 +978,7 @@ def from_centre(a: float, b: float, c: float, d: float, e: float, f: float) -> t
 def read_world_file(path: str | Path) -> tuple[float, ...] | None:
     """The transform, as in Georef, of the world file beside an image of any format, or None.
 
-    For a.tif these are a.tfw, a.tifw and a.wld, in small or capital letters.
+    In small or capital letters: world_files().
     """
     for beside in world_files(path):
         if beside.is_file():
@@ -982,7 +987,7 @@ def read_world_file(path: str | Path) -> tuple[float, ...] | None:
 
 
 def world_files(path: str | Path) -> list[Path]:
-    """Names that a world file of an image may have."""
+    """Names that a world file of an image may have: of a.tif a.tfw, a.tifw and a.wld."""
     path = Path(path)
     suffix = path.suffix[1:] or "x"
     names = []

@@ -145,9 +145,10 @@ def check_header(path: Path, meta: dict) -> None:
 def load_weights(path: str | Path, header_only: bool = False) -> tuple[dict[str, torch.Tensor], dict]:
     """best.safetensors, or the run folder that holds it -> tensors, meta; `header_only` reads no tensor."""
     path = weights_file(path)
-    if not path.is_file() and (path.parent / "last.pt").exists():
-        raise BadWeights(f"{path}: no such file yet; its run was stopped before the first "
-                         f"validation, go on with --resume {shlex.quote(str(path.parent))}")
+    stopped = (path.parent / "last.pt").exists() and not (path.parent / "results.json").exists()
+    if not path.is_file() and stopped:
+        raise BadWeights(f"{path}: no such file yet; its training was stopped before the first "
+                         f"validation, type its script with --resume {shlex.quote(str(path.parent))}")
     if not path.is_file():
         raise BadWeights(f"{path}: no such file; train first, or name a run folder or its "
                          "best.safetensors")

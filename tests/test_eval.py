@@ -4,6 +4,7 @@ import functools
 import hashlib
 import json
 import shutil
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -298,6 +299,20 @@ def test_images_of_another_kind_than_in_training_are_not_scored(run, forks, tmp_
     assert not (tmp_path / "e").exists()
 
 
+def test_probabilities_and_features_share_a_folder_of_one_model(run, forks, tmp_path):
+    both = tmp_path / "both"
+    forks.run("eval", run, "--probabilities", both, "--out", tmp_path / "e", *QUICK)
+    forks.run("eval", run, "--features", both, "--out", tmp_path / "e", *QUICK)
+    index = read(both / "index.json")
+    assert len(index["images"]) == len(index["names"]) == 3 and index["features"] == "features.npy"
+    val = [run, "--split", "val", "--features", both, "--out", tmp_path / "v", *QUICK]
+    assert "index.json: of another split; name another folder" in forks.run("eval", *val, ok=2)
+    assert read(both / "index.json") == index
+    forks.run("eval", *val, "--overwrite")
+    index = read(both / "index.json")
+    assert index["split"] == "val" and "images" not in index  # they were of test
+
+
 # ---- data that has moved or changed
 
 def test_data_may_stand_elsewhere_and_list_its_classes_in_another_order(run, forks, tmp_path):
@@ -329,7 +344,18 @@ def test_masks_are_scored_like_the_model_that_made_them(run, forks, tmp_path):
     assert matrix(tmp_path / "e/eval.json") == matrix(run)
     *_, (_, image, _) = scenes()
     (tmp_path / "p" / image.name).unlink()
-    assert f"{image.name}: no such mask" in forks.run("eval", run, *masks, ok=2)
+    assert f"no {image.stem}.png (or .tif) there" in forks.run("eval", run, *masks, ok=2)
+
+
+def test_masks_that_have_nothing_to_do_with_the_labels_are_suspected(run, forks, tmp_path):
+    rng = np.random.default_rng(0)
+    for _, image, _ in scenes():
+        noise = rng.integers(0, 8, (64, 64)).astype(np.uint8)
+        Image.fromarray(noise).save(tmp_path / f"{image.stem}.png")
+    masks = ["--masks", tmp_path, "--mask-ids", "train", "--out", tmp_path / "e", *QUICK]
+    assert "no better than chance; are the masks of this --split" in forks.run("eval", run, *masks)
+    gone = ["--masks", tmp_path / "gone", "--mask-ids", "train", "--out", tmp_path / "e", *QUICK]
+    assert "gone: no such folder" in forks.run("eval", run, *gone, ok=2)
 
 
 def test_masks_lie_equally_deep_below_the_folder_or_are_refused(tmp_path):
@@ -346,7 +372,7 @@ def test_masks_lie_equally_deep_below_the_folder_or_are_refused(tmp_path):
         find_masks(tmp_path / "p", names)
     (tmp_path / "3/b/e\u0301.png").unlink()
     write(tmp_path / "3/é.png", b"")  # would fit if this name alone were shortened
-    with pytest.raises(BadInput, match="b/é.png: no such mask|1.png: no such mask"):
+    with pytest.raises(BadInput, match="3: no 1.png .or .tif. there, and no a/x/1.png"):
         find_masks(tmp_path / "3", names)
     with pytest.raises(BadInput, match="none: no such folder"):
         find_masks(tmp_path / "none", names)
@@ -412,7 +438,17 @@ def test_every_labelled_pixel_needs_an_answer(run, forks, tmp_path):
     Image.fromarray(ids).save(tmp_path / name)
     masks = ["--masks", tmp_path, "--mask-ids", "train", "--out", tmp_path / "e", *QUICK]
     said = forks.run("eval", run, *masks, ok=2)
-    assert name in said and "expected (64, 64) with a class everywhere" in said
+    assert f"{name}: no class (255, transparent or nodata) on 1 labelled pixels" in said
+    Image.fromarray(ids[:60]).save(tmp_path / name)
+    said = forks.run("eval", run, *masks, ok=2)
+    assert f"{name}: 60 x 64 pixels (H x W); expected 64 x 64" in said
+    # What the file calls nodata is no class either, whatever its number.
+    values = np.where(ids == 255, np.float32(-9999), ids)
+    (tmp_path / name).unlink()
+    with rasterio.open(tmp_path / f"{Path(name).stem}.tif", "w", driver="GTiff", width=64, height=64, count=1,
+                       dtype="float32", nodata=-9999) as f:
+        f.write(values, 1)
+    assert "nodata) on 1 labelled pixels" in forks.run("eval", run, *masks, ok=2)
 
 
 @pytest.mark.parametrize("paint, found", [
@@ -479,10 +515,10 @@ def test_the_summary_has_a_row_per_experiment(run, forks, tmp_path):
     assert last == "not comparable: trained and seed-2 differ in split, images of the split"
     assert "no results.json" in forks.run("eval", "--summary", tiny_set(), ok=2)
     copy = shutil.copytree(run, tmp_path / "copy")
-    *_, row, twice, gone = forks.run("eval", "--summary", run, copy, tmp_path / "gone").splitlines()
+    *_, row, twice = forks.run("eval", "--summary", run, copy).splitlines()
     assert row.startswith(f"| trained | demo | test | {n} of 8 | 0 | {miou:.4f} |")
     assert twice == f"{copy}: the results of trained once more, not counted"
-    assert gone == f"{tmp_path}/gone: no such folder"
+    assert "gone: no such folder" in forks.run("eval", "--summary", run, tmp_path / "gone", ok=2)
 
 
 @pytest.mark.parametrize("argv, said", [

@@ -104,7 +104,7 @@ def test_a_scene_becomes_a_geotiff_with_colours_style_overlay_and_areas(run, tmp
     write(run / "calibration.json", dict(temperature=2.0, weights=file_sha256(run / "best.safetensors")))
     text = call(run, tmp_path / "in", "--out", tmp_path / "p", "--confidence", "--probabilities")
     (run / "calibration.json").unlink()
-    assert "wrote the masks of 1 images" in text and "calibration" not in text
+    assert "wrote the mask of 1 image" in text and "calibration" not in text
     void = (IMAGE == 0).all(-1)
     logits = blended()
     ids, p = logits.argmax(0).numpy(), 255 * (logits / 2).softmax(0).numpy()
@@ -305,6 +305,22 @@ def test_what_cannot_be_read_is_named_and_the_rest_is_finished(run, tmp_path):
     assert "wrote the masks of 2 images" in text
     assert sorted(f.name for f in (tmp_path / "p").glob("*.tif*")) == ["a.tif", "d.tif"]
     assert set(read(tmp_path / "p/summary.json")["images"]) == {"a", "d"}
+
+
+def test_ground_control_points_make_a_geotiff_too(run, tmp_path):
+    points = [rasterio.control.GroundControlPoint(r, c, 10 + c / 1e3, 50 - r / 1e3) for r in (0, 63) for c in (0, 63)]
+    with rasterio.open(tmp_path / "a.tif", "w", driver="GTiff", count=3, height=64, width=64, dtype="uint8",
+                       gcps=points, crs="EPSG:4326") as f:
+        f.write(IMAGE[:64, :64].transpose(2, 0, 1))
+    (tmp_path / "b.png").write_bytes(b"")
+    Image.fromarray(IMAGE[:64, :64]).save(tmp_path / "b.png")
+    (tmp_path / "b.pgw").write_text("1\n0\n0\n-1\n5\n6\n")
+    text = call(run, tmp_path, "--out", tmp_path / "p")
+    with rasterio.open(tmp_path / "p/a.tif") as f:
+        found, crs = f.gcps
+        assert [(p.row, p.col, p.x, p.y) for p in found] == [(p.row, p.col, p.x, p.y) for p in points]
+        assert crs.to_epsg() == 4326
+    assert (tmp_path / "p/b.tif").exists() and "no image by its suffix" not in text  # the world file is used
 
 
 def test_layers_of_an_earlier_call_with_other_settings_are_named(run, tmp_path):

@@ -53,7 +53,7 @@ def test_folders_may_hold_splits_and_files_that_are_no_images(tmp_path):
     base, scenes, splits, notes, empty = find_scenes(tmp_path)
     assert {split: len(names) for split, names in splits.items()} == dict(train=6, val=6, test=6)
     assert len(scenes) == 18 and base == tmp_path
-    assert notes == [f"1 files are no images by their suffix: 1 .txt; first {tmp_path}/train/field/notes.txt",
+    assert notes == [f"1 file is no image by its suffix: {tmp_path}/train/field/notes.txt",
                      f"1 images lie in no class folder, first {tmp_path}/train/loose.png"]
     assert empty == ["nothing"]
 
@@ -318,7 +318,7 @@ def test_an_empty_class_folder_is_named(tmp_path):
     assert "class folder 'field' holds no image" in refusal(root)
     assert Scenes(root, ["water", "forest"], cache="off").names == ["water", "forest"]
     (root / "field/a.jp2").touch()
-    assert "'field' holds no image; 1 files are no images by their suffix: 1 .jp2; first " in refusal(root)
+    assert "'field' holds no image; 1 file is no image by its suffix: " in refusal(root)
     d = Scenes(root, cache="off", skip_bad=True)
     assert d.names == ["forest", "water"] and any("left out: field" in note for note in d.notes)
 

@@ -102,15 +102,37 @@ def test_a_file_that_was_cut_short_is_refused_before_a_row_is_read(tmp_path):
         Strips(path)
 
 
+def test_alpha_with_soft_edges_hides_nothing_and_that_is_said(tmp_path):
+    pixels = np.full((20, 30, 4), 200, np.uint8)
+    pixels[..., 3] = 255
+    pixels[:5, :, 3] = 0
+    for name, veil in (("hard", 0), ("soft", 128)):
+        pixels[5, :, 3] = veil
+        Image.fromarray(pixels).save(tmp_path / f"{name}.png")
+        with rasterio.open(tmp_path / f"{name}.tif", "w", driver="GTiff", height=20, width=30, count=4, dtype="uint8",
+                           photometric="RGB", alpha="YES") as f:
+            f.write(pixels.transpose(2, 0, 1))
+        for path in (tmp_path / f"{name}.png", tmp_path / f"{name}.tif"):
+            # Of named bands; without names it is a guess whether the fourth is one.
+            opened = Strips(path, bands=[1, 2, 3])
+            _, valid = opened.read(0, 20)
+            if name == "hard":
+                assert not opened.notes and valid[:6].sum() == 0 and valid[6:].all()
+                continue
+            assert valid is None and "alpha is more than 0 and 255, so it hides no pixel" in opened.notes[0]
+            with pytest.raises(BadInput, match="alpha is more than 0 and 255; a mask with soft edges: gdal_translate"):
+                Strips(path).read(0, 20)
+
+
 def test_only_packed_strips_that_fill_the_memory_get_a_note(tmp_path, monkeypatch):
     files = dict(one=dict(compress="deflate", blockysize=H), few=dict(compress="deflate", blockysize=8),
                  plain=dict(blockysize=H), tiles=dict(tiled=True, blockxsize=512, blockysize=512, compress="deflate"))
     paths = {name: scene(tmp_path / f"{name}.tif", **how) for name, how in files.items()}
-    assert not any(Strips(path).note for path in paths.values())
+    assert not any(Strips(path).notes for path in paths.values())
     monkeypatch.setattr(strips, "HEAVY", 3 * H * W)
-    notes = {name: Strips(path).note for name, path in paths.items()}
+    notes = {name: Strips(path).notes for name, path in paths.items()}
     path = paths["one"]
-    assert notes.pop("one") == (
+    assert notes.pop("one") == [
         f"{path}: strips of 700 rows, which are unpacked as a whole: about 0.0 GB of memory; tiles take little: "
-        f"gdal_translate -co TILED=YES -co BIGTIFF=IF_SAFER -co COMPRESS=DEFLATE {path} NEW.tif")
+        f"gdal_translate -co TILED=YES -co BIGTIFF=IF_SAFER -co COMPRESS=DEFLATE {path} NEW.tif"]
     assert not any(notes.values())
