@@ -37,8 +37,8 @@ from data.files import SUFFIXES, image_name, images_in, is_image, not_used, torn
 from data.io import Labels, read_image
 from data.raster import CONVERT, check_kind, open_raster
 from data.results import (
-    Finished, area_summary, areas, check_outputs, class_values, mark_of, mask_image, open_writers,
-    qml, read_back)
+    Finished, area_summary, areas, check_outputs, class_values, found_masks, mark_of, mask_image,
+    open_writers, qml, read_back)
 from data.scenes import prepare, square
 from data.strips import Strips
 from data.tiff import TiffWriter, remove_part
@@ -166,7 +166,7 @@ class Predictor(NamedTuple):
     temperature: float | None  # of a calibrated run, for probabilities
     labels: Labels
     raw: bool  # masks hold the values of the training masks, not 0..K-1
-    values: list[dict]  # what each of them means: class_values()
+    about: dict  # of a mask, for summary.json: what its values mean, and the weights
     info: dict  # for the TIFFs' metadata
 
 
@@ -186,7 +186,8 @@ def open_predictor(args, labels, values, device):
                 CLASSES=", ".join(f"{v['value']} {v['name']}" for v in values))
     for flag, value in ensemble.about(**runs).items():
         info[flag.upper()] = value
-    return Predictor(net, meta, window, temperature, labels, args.label_out == "raw", values, info)
+    about = dict(values=values, weights=weights)
+    return Predictor(net, meta, window, temperature, labels, args.label_out == "raw", about, info)
 
 
 def no_temperature(args):
@@ -281,8 +282,7 @@ def predict_scene(p, written, finished, name, scene, ends, mark, say):
         raise
     counts = write_files(p, written, name, scene, writers, ends)
     digests = {f"{name}{end}": written.digests[f"{name}{end}"] for end in ends}
-    finished.add(name, mark, digests, areas(counts, scene.georef)
-                 | dict(values=p.values, weights=p.info["WEIGHTS_SHA256"]))
+    finished.add(name, mark, digests, areas(counts, scene.georef) | p.about)
     for writer in writers.values():
         writer.discard()
 
@@ -374,31 +374,15 @@ def predict_masks(args, images, rank, world, device):
     # ---- all images
     numbers = run.over_ranks(torch.tensor([len(mine) - len(left_out), old], device=device))
     if rank == 0:
-        write_summary(written, images, marks, p, say)
+        asked = {name: marks[file] for file, name in images.items()}
+        facts, more, others = found_masks(out, asked, p.about)
+        if facts:
+            written.write("summary.json", area_summary(facts, labels.names))
+        if more:
+            say(f"note: summary.json counts {more} more masks of earlier calls, {others} of them of "
+                "other weights")
         say(last_line(*numbers.tolist(), ends, out))
     return left_out
-
-
-def write_summary(written, images, marks, p, say):
-    # Of every mask in the folder, by whichever rank or earlier call: also of images that were not
-    # named this time, as long as their masks have the same classes and nobody has changed them.
-    finished = Finished(written.folder)
-    mine = {name: marks[file] for file, name in images.items()}
-    facts = {}
-    for name, row in finished.rows.items():
-        if name in mine:
-            there = row["mark"] == mine[name]
-        else:
-            there = row["facts"].get("values") == p.values and finished.find(name, row["mark"])
-        if there:
-            facts[name] = row["facts"]
-    if facts:
-        written.write("summary.json", area_summary(facts, p.labels.names))
-    earlier = facts.keys() - mine.keys()
-    others = [name for name in earlier if facts[name]["weights"] != p.info["WEIGHTS_SHA256"]]
-    if earlier:
-        say(f"note: summary.json counts {len(earlier)} more masks of earlier calls, {len(others)} of "
-            "them of other weights")
 
 
 def last_line(count, old, ends, out):

@@ -224,6 +224,27 @@ class Finished:
         self.rows[image] = row
 
 
+def found_masks(folder: Path, asked: dict[str, str], about: dict) -> tuple[dict, int, int]:
+    """-> facts of the masks in a folder, how many are of earlier calls, and of those of other weights.
+
+    asked: {image: mark} of this call. Others count as long as their values mean the same as in
+    `about` (values, weights) and nobody has changed them.
+    """
+    finished = Finished(folder)
+    facts = {}
+    for name, row in finished.rows.items():
+        if name in asked:
+            there = row["mark"] == asked[name]
+        else:
+            same = row["facts"].get("values") == about["values"]
+            there = same and finished.find(name, row["mark"])
+        if there:
+            facts[name] = row["facts"]
+    earlier = facts.keys() - asked.keys()
+    others = [name for name in earlier if facts[name]["weights"] != about["weights"]]
+    return facts, len(earlier), len(others)
+
+
 def mark_of(settings: dict, file: Path) -> str:
     """Changes with the settings, the image, and the files beside it: its mask, its place."""
     state = []
