@@ -39,7 +39,7 @@ from data.masks import find_masks, mask_table, read_masks
 from data.raster import open_raster
 from data.source import Source
 from data.summary import summary
-from data.tiff import write_tiff
+from data.tiff import TiffWriter
 from models import calibrate, ensemble, run
 from models.checkpoint import load_weights, weights_file
 from models.features import MeanFeatures
@@ -147,7 +147,7 @@ def open_data(args, meta, folder):
                split_file, cache=args.cache, need=())
     d.reading = meta["reading"]  # in numbers, whatever dataset.json says by now
     here = {nfc(c["name"]): c for c in d.labels.classes}
-    names = [nfc(c["name"]) for c in meta["classes"]]
+    names = ensemble.class_names(meta)
     if set(here) != set(names):
         raise BadInput(f"{d.root}: the classes {', '.join(here)}; the model knows "
                        f"{', '.join(names)}")
@@ -164,7 +164,7 @@ def open_data(args, meta, folder):
 
 def open_without_run(args):
     # -> the data set, and what a run would say of it
-    d = Source("folder", args.root, None, args.split_file, cache=args.cache, need=())
+    d = Source("folder", args.root, args.variant, args.split_file, cache=args.cache, need=())
     # Of the images only what is data matters here. Percentiles are not measured, since no train
     # split is needed; any range does.
     if d.percentiles:
@@ -179,7 +179,7 @@ def check_split(d, args, hint):
     # hint: where the splits of the run are, if others are asked
     if args.split in d.description.get("unlabelled", ()) and args.split not in d.splits:
         raise BadInput(f"{d.root}: no masks for {args.split}; predict it: python predict.py "
-                       f"{args.run} IMAGES, with --label-out train or raw as the grader wants")
+                       f"{args.run or 'RUN'} IMAGES, with --label-out train or raw as the grader wants")
     if not d.splits.get(args.split):
         raise BadInput(f"{d.root}: no split {args.split!r}; type --split with one of: "
                        f"{', '.join(d.splits)}{hint}")
@@ -249,11 +249,17 @@ def label_before(reviewed, name, y):
 
 # ---- files for other programs
 
-def write_map(path, p, classes, pair):
+def write_map(maps, name, p, classes, pair):
+    # maps: of Written. p: (H, W, K) uint8
     image, _, *box = pair
     # A tile lies elsewhere than its image.
     georef = None if box else open_raster(image).georef
-    write_tiff(path, p, bands=classes, georef=georef)
+    (maps.folder / name).parent.mkdir(parents=True, exist_ok=True)
+    out = TiffWriter(maps.folder / name, p.shape, bands=classes, georef=georef)
+    out.start(0, p.shape[1])
+    out.append(p)
+    maps.replace(name, out.save)
+    out.discard()
 
 
 def fit_calibration(z, y):
@@ -320,13 +326,13 @@ def outputs(args, several):
     return files, default
 
 
-def protocol_of(args, d, meta, weights, temperature, window, several):
+def protocol_of(args, d, meta, digest, weights, temperature, window, several):
     # -> all that a score depends on; data/compare.py asks it whether two can be compared
     return dict(
         run=args.run and str(args.run), weights=weights, masks=args.masks,
         mask_ids=args.mask_ids,
         dataset=d.name, root=str(d.root), variant=d.description.get("variant"),
-        split=args.split, files=d.about()["splits"][args.split], images=len(d.splits[args.split]),
+        split=args.split, files=digest, images=len(d.splits[args.split]),
         scene=d.description.get("scene"),
         classes=d.names, ignore=d.labels.ignore, ignore_boundary=args.ignore_boundary,
         boundary_iou=f"width {boundary.DILATION} of the diagonal",
@@ -354,14 +360,16 @@ def write_indexes(args, names, about, features):
     if args.features:
         save = partial(save_array, array=features)
         Written(args.features, args.overwrite).replace("features.npy", save)
-    for folder, rows in (
-            (args.probabilities, dict(images={n: f"{n}.tif" for n in names})),
-            (args.features, dict(features="features.npy", names=names))):
-        if not folder:
-            continue
-        content = earlier_index(folder, about, args.overwrite) | about | rows
-        Written(folder, args.overwrite).write("index.json", content)
-        print(f"wrote {folder}/index.json and the files that it names")
+        write_index(args, args.features, about, dict(features="features.npy", names=names))
+    if args.probabilities:
+        images = {name: f"{name}.tif" for name in names}
+        write_index(args, args.probabilities, about, dict(images=images))
+
+
+def write_index(args, folder, about, rows):
+    content = earlier_index(folder, about, args.overwrite) | about | rows
+    Written(folder, args.overwrite).write("index.json", content)
+    print(f"wrote {folder}/index.json and the files that it names")
 
 
 def main(args):
@@ -385,7 +393,8 @@ def main(args):
         if meta.get("task") == "classification":
             raise BadInput(f"{args.run}: a run of train_cls.py, which has written its own "
                            f"results.json; type python predict.py {args.run} IMAGES for others")
-        ensemble.check_runs([args.run, *(args.partners or ()), *(args.soup or ())], args.weights)
+        runs = ensemble.all_runs(args.run, args.partners, args.soup)
+        ensemble.check_runs(runs, args.weights)
         folder = weights_file(args.run).parent
         args.split = args.split or meta["reported"]
         d = open_data(args, meta, folder)
@@ -396,7 +405,7 @@ def main(args):
     digest = d.about()["splits"][args.split]
     say(f"{len(names)} {args.split} images of {d.root}")
     if args.run and not args.masks:
-        for one in (args.run, *(args.partners or ()), *(args.soup or ())):
+        for one in runs:
             for split in own_splits(one, digest):
                 if split == "train" or not args.calibrate:  # which is what val is for
                     say(f"WARNING: the model's own {split} images ({one})")
@@ -440,16 +449,16 @@ def main(args):
     window = dict(crop=meta["crop"], overlap=overlap, batch=args.batch_size, amp=amp)
     if device.type == "cuda" and not args.masks:
         say(run.precision(amp, device))
-    protocol = protocol_of(args, d, meta, weights, temperature, window, several)
+    protocol = protocol_of(args, d, meta, digest, weights, temperature, window, several)
     if not args.overwrite:
         check_earlier(out.folder, protocol, in_run=not args.out)
 
     # ---- count
     if args.masks:
-        found = answers_of_masks(args, d, files_of_masks, data, rank, world, device)
+        answers = answers_of_masks(args, d, files_of_masks, data, rank, world, device)
     else:
         means = MeanFeatures(net) if args.features else None
-        found = predictions(net, data, window, args.workers, args.split)
+        answers = predictions(net, data, window, args.workers, args.split)
     counts = Counts(len(names), K, device, args.ignore_boundary, temperature)
     reviewed = before_review(d, args.split)  # None: these labels were never changed
     if reviewed:
@@ -458,7 +467,7 @@ def main(args):
     sample = calibrate.PixelSample()
     vectors = []  # features of this rank's images
     number = {name: i for i, name in enumerate(names)}
-    for name, y, answer in found:
+    for name, y, answer in answers:
         i = number[name]
         counted = counts.labels(y)
         if args.masks:
@@ -482,8 +491,7 @@ def main(args):
         if args.features:
             vectors.append(means.take().float())
         if args.probabilities:
-            maps.replace(f"{name}.tif", partial(write_map, p=np.concatenate(p), classes=d.names,
-                                                pair=d.pairs[name]))
+            write_map(maps, f"{name}.tif", np.concatenate(p), d.names, d.pairs[name])
     counts.over_ranks()
     worst.over_ranks()
     if reviewed:

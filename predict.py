@@ -128,7 +128,7 @@ def find_images(inputs):
                 images, no_images = images_in(path)
                 others += no_images
                 here |= {file: file.relative_to(path) for file in images}
-            elif is_image(path) or str(path) == word:
+            elif is_image(path) or path == Path(word):
                 # A file that was named is an image, whatever its ending; one that fits a pattern
                 # only if it ends like one.
                 here[path] = Path(path.name)
@@ -319,9 +319,9 @@ def predict_masks(args, images, rank, world, device):
     out, raw = Path(args.out), args.label_out == "raw"
     labels = Labels.of(load_weights(args.run, header_only=True)[1])
     values = class_values(labels, raw)
-    ends = {file: endings(file, args, labels.by_color) for file in images}
+    ends_of = {file: endings(file, args, labels.by_color) for file in images}
     written = Written(out, args.overwrite)
-    check_outputs(written, images, ends, values)
+    check_outputs(written, images, ends_of, values)
 
     p = open_predictor(args, labels, values, device)
     if device.type == "cuda":
@@ -336,12 +336,14 @@ def predict_masks(args, images, rank, world, device):
     finished = Finished(out)
     if rank == 0 and (args.overwrite or not (out / "classes.json").exists()):
         written.write("classes.json", values)
-    settings = dict(p.info, window=p.window, reading=p.meta["reading"], norm=p.meta["norm"],
+    # By the batch size values differ in their last digits at most: one may lower it and go on.
+    window = {name: value for name, value in p.window.items() if name != "batch"}
+    settings = dict(p.info, window=window, reading=p.meta["reading"], norm=p.meta["norm"],
                     values=values, temperature=p.temperature, device=device.type)
     # A compiled network rounds otherwise, so no image may be begun with one and ended without.
     if isinstance(p.net, Compiled):
         settings["compiled"] = True
-    marks = {file: mark_of(settings | dict(files=ends[file]), file) for file in images}
+    marks = {file: mark_of(settings | dict(files=ends_of[file]), file) for file in images}
 
     # ---- one image after the other
     mine = list(images.items())[rank::world]
@@ -351,18 +353,18 @@ def predict_masks(args, images, rank, world, device):
             with written.claim(name):
                 if finished.find(name, marks[file]):
                     old += 1
-                    for end in ends[file]:
-                        # Of a call that was killed just before it did that.
+                    for end in ends_of[file]:
+                        # A call that was killed behind finished.add() has left its tiles.
                         remove_part(out / f"{name}{end}")
                     continue
                 check_kind(file, p.meta)
                 scene = Strips(file, **p.meta["reading"])
                 for note in scene.notes:
                     print(f"note: {escaped(note)}", file=sys.stderr)
-                for layer in finished.others(name, ends[file]):
+                for layer in finished.others(name, ends_of[file]):
                     print(f"note: {out / layer}: of an earlier call with other settings, and stays "
                           "as it is", file=sys.stderr)
-                predict_scene(p, written, finished, name, scene, ends[file], marks[file], say)
+                predict_scene(p, written, finished, name, scene, ends_of[file], marks[file], say)
         except BadInput as e:
             left_out.append(leave_out(e))
             continue
@@ -381,14 +383,14 @@ def predict_masks(args, images, rank, world, device):
         if more:
             say(f"note: summary.json counts {more} more masks of earlier calls, {others} of them of "
                 "other weights")
-        say(last_line(*numbers.tolist(), ends, out))
+        say(last_line(*numbers.tolist(), ends_of, out))
     return left_out
 
 
-def last_line(count, old, ends, out):
+def last_line(count, old, ends_of, out):
     # The last line: how many masks there are, and which files.
     kinds = {}  # a dict, not a set: it keeps their order
-    for found in ends.values():
+    for found in ends_of.values():
         kinds |= dict.fromkeys(found)
     files = ", ".join(f"NAME{end}" for end in kinds)
     note = f" ({old} of them by an earlier call)" if old else ""
@@ -437,11 +439,11 @@ def predict_table(args, images, rank, world, device):
         p, order = logits.float().softmax(1).cpu().sort(dim=1, descending=True)
         for file, ps, cs in zip(loaded, p.tolist(), order.tolist()):
             rows.append((file, ps, [names[c] for c in cs]))
-    if world > 1:
-        rows = run.from_all_ranks(rows)
-        rows.sort(key=lambda row: row[0])
+    rows = run.from_all_ranks(rows)
     if rank > 0:
         return left_out
+    place = {str(file): i for i, file in enumerate(images)}
+    rows.sort(key=lambda row: place[row[0]])
 
     written.write("predictions.csv", table_text(rows, min(args.top, len(names))))
     speed = len(rows) / (time.time() - began)
@@ -528,7 +530,7 @@ def check_run(args):
         what = "classifies whole images" if args.is_classifier else "classifies every pixel"
         raise BadInput(f"{args.run}: {what}, which {' and '.join(flags)} has no part in; leave it "
                        "out")
-    ensemble.check_runs([args.run, *(args.partners or ()), *(args.soup or ())], args.weights)
+    ensemble.check_runs(ensemble.all_runs(args.run, args.partners, args.soup), args.weights)
 
 
 def main(args):

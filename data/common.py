@@ -149,21 +149,22 @@ class Written:
         names = list(names)
         for folder in {(self.folder / name).parent for name in names}:
             for file in folder.glob("*.tmp"):
-                self.left.setdefault(folder / (temporary_of(file.name) or ""), []).append(file)
-        own = self.read_list()
-        foreign = []
+                target = temporary_of(file.name)
+                if target:
+                    self.left.setdefault(folder / target, []).append(file)
+        there = {}  # {name: sha256, or None of what is no file}
         for name in names:
             file = self.folder / name
             if file.is_dir():
                 raise BadInput(f"{file}: a folder, where a file will be written; name another --out")
-            free = self.overwrite or not os.path.lexists(file)
-            if not free and file.is_file():
-                free = (name, file_sha256(file)) in own
-            if free:
-                self.checked.add(name)
-            else:
-                foreign.append(file)
-        if foreign:
+            if not self.overwrite and os.path.lexists(file):
+                there[name] = file_sha256(file) if file.is_file() else None
+        # Read last: another process may have written while the files were hashed.
+        own = self.read_list()
+        foreign = [self.folder / name for name, digest in there.items() if (name, digest) not in own]
+        if not foreign:
+            self.checked.update(names)
+        else:
             raise BadInput(f"{first_few(foreign)}: would be overwritten, though not written by this "
                            "program, or changed since; type --overwrite to replace what is there, "
                            "or name another --out")
@@ -219,10 +220,15 @@ def add_row(path: Path, row: dict) -> None:
         f.write(b"\n" + json.dumps(row).encode())
 
 
-def read_rows(path: Path, **fields: type) -> list[dict]:
-    """What add_row() has written, if anything; rows that lack one of `fields` are passed over."""
+def read_rows(path: Path, start: int = 0, **fields: type) -> list[dict]:
+    """What add_row() has written from byte `start` on; rows that lack one of `fields` are passed over."""
+    if not path.exists():
+        return []
+    with open(path, "rb") as f:
+        f.seek(start)
+        lines = f.read().splitlines()
     rows = []
-    for line in path.read_bytes().splitlines() if path.exists() else ():
+    for line in lines:
         with contextlib.suppress(ValueError):
             row = json.loads(line)
             if fits(row, dict) and all(fits(row.get(key), kind) for key, kind in fields.items()):

@@ -7,6 +7,7 @@
 """
 import io
 import zipfile
+import zlib
 from pathlib import Path
 from typing import NamedTuple
 
@@ -91,6 +92,10 @@ def read_scored(path: str | Path, split: str | None = None) -> Scored:
         split = split or read_json(folder / "protocol.json").get("reported")
         folder = folder / f"eval-{split}"
     report = read_json(folder / "eval.json") if (folder / "eval.json").exists() else {}
+    scored = report.get("protocol", {}).get("split")
+    if split and scored and scored != split:
+        raise BadInput(f"{folder}: scores of {scored}, not of --split {split}; name a run, or leave "
+                       "--split out")
     file = folder / "matrices.npz"
     if not file.exists() or "protocol" not in report:
         wanted = f" --split {split}" if split else ""
@@ -102,7 +107,8 @@ def read_scored(path: str | Path, split: str | None = None) -> Scored:
             images, scenes = arrays["images"].tolist(), arrays["scenes"].tolist()
             matrices = torch.from_numpy(arrays["matrices"])
         fits = matrices.sum(0).tolist() == report["confusion"] and len(images) == len(matrices)
-    except (OSError, ValueError, LookupError, TypeError, RuntimeError, zipfile.BadZipFile):
+    except (OSError, EOFError, ValueError, LookupError, TypeError, RuntimeError, zlib.error,
+            zipfile.BadZipFile):
         fits = False
     if not fits:
         raise BadInput(f"{file}: does not belong to the eval.json beside it; score the split again "

@@ -71,7 +71,7 @@ def mask_table(values: str, labels: Labels) -> Labels:
 
 
 def load_answer(file: Path, table: Labels) -> np.ndarray:
-    """A mask to be scored -> (H, W) uint8 ids. It is not the data set's: no label table is at fault."""
+    """A mask to be scored -> (H, W) uint8 ids; messages name --mask-ids, not the data set's own table."""
     nodata = open_raster(file).nodata
     if not table.by_color and type(nodata) in (int, float) and is_id(nodata):
         # What the file itself calls nodata is no class, unless the table has it.
@@ -101,8 +101,8 @@ def read_masks(files: dict[str, Path], table: Labels, data: SegDataset, rank: in
         if ids.shape != y.shape:
             raise BadInput(f"{files[name]}: {ids.shape[0]} x {ids.shape[1]} pixels (H x W); "
                            f"expected {y.shape[0]} x {y.shape[1]}, as the image's own mask has")
-        # Not counted: transparent pixels have no class in masks.
-        ids = np.where(y == IGNORE, 0, ids).astype(np.uint8)
+        # Not counted, and without a class where the image is transparent.
+        ids[(y == IGNORE) & (ids >= k)] = 0
         missing = np.count_nonzero(ids >= k)
         if missing:
             raise BadInput(f"{files[name]}: no class (255, transparent or nodata) on {missing} "

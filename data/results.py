@@ -1,6 +1,6 @@
 """The files that predict.py leaves: masks and maps of any size, what is finished, areas, a style.
 
-    check_outputs(written, images, ends, values)      before any work: what may not be overwritten
+    check_outputs(written, images, ends_of, values)   before any work: what may not be overwritten
     writers = open_writers(scene, "predictions/a", ends, labels, raw=False, info={}, mark=mark)
     finished = Finished("predictions")
     finished.add("a", mark, {"a.tif": sha256, ...}, dict(pixels=[...]))
@@ -44,11 +44,11 @@ def class_values(labels: Labels, raw: bool) -> list[dict]:
     return values
 
 
-def check_outputs(written: Written, images: dict[Path, str], ends: dict[Path, list[str]],
+def check_outputs(written: Written, images: dict[Path, str], ends_of: dict[Path, list[str]],
                   values: list[dict]) -> None:
     """BadInput where a result would overwrite anything but results of the same classes.
 
-    images: {file: NAME}. ends: {file: what is written of it, such as "_color.png"}. values: the
+    images: {file: NAME}. ends_of: {file: what is written of it, such as "_color.png"}. values: the
     content of classes.json.
     """
     out = written.folder
@@ -59,7 +59,7 @@ def check_outputs(written: Written, images: dict[Path, str], ends: dict[Path, li
                            "into two folders")
     names = ["summary.json"]
     for file, name in images.items():
-        names += [f"{name}{end}" for end in ends[file]]
+        names += [f"{name}{end}" for end in ends_of[file]]
     outputs = [(out / name).resolve() for name in names]
     inputs = {file.resolve() for file in images}
     overwritten = inputs & set(outputs)
@@ -195,11 +195,24 @@ class Finished:
         self.folder = Path(folder)
         self.list = self.folder / ".finished.jsonl"
         self.rows = {}
-        for row in read_rows(self.list, image=str, mark=str, files=dict[str, str], facts=dict):
+        self.read = 0  # bytes of the list
+        self.update()
+
+    def update(self) -> bool:
+        """Reads what other processes have added since; False: nothing."""
+        start = self.read
+        if self.list.exists():
+            self.read = os.path.getsize(self.list)
+        if self.read == start:
+            return False
+        fields = dict(image=str, mark=str, files=dict[str, str], facts=dict)
+        for row in read_rows(self.list, start, **fields):
             self.rows[row["image"]] = row
+        return True
 
     def find(self, image: str, mark: str) -> dict | None:
         """The facts of an image, if its files of this mark are there and unchanged."""
+        self.update()
         row = self.rows.get(image)
         if row is None or row["mark"] != mark:
             return None
@@ -219,9 +232,8 @@ class Finished:
 
     def add(self, image: str, mark: str, files: dict[str, str], facts: dict) -> None:
         """All files of an image are written: {name: sha256}."""
-        row = dict(image=image, mark=mark, files=files, facts=facts)
-        add_row(self.list, row)
-        self.rows[image] = row
+        add_row(self.list, dict(image=image, mark=mark, files=files, facts=facts))
+        self.update()
 
 
 def found_masks(folder: Path, asked: dict[str, str], about: dict) -> tuple[dict, int, int]:
@@ -231,15 +243,22 @@ def found_masks(folder: Path, asked: dict[str, str], about: dict) -> tuple[dict,
     `about` (values, weights) and nobody has changed them.
     """
     finished = Finished(folder)
-    facts = {}
-    for name, row in finished.rows.items():
-        if name in asked:
-            there = row["mark"] == asked[name]
-        else:
-            same = row["facts"].get("values") == about["values"]
-            there = same and finished.find(name, row["mark"])
-        if there:
-            facts[name] = row["facts"]
+    facts, seen = {}, set()
+    new = finished.rows
+    while new:  # another process may finish images while the files of others are hashed
+        for name, row in list(new.items()):
+            if name in asked:
+                # This call, or a rank of it, has looked at its files or written them.
+                counts = row["mark"] == asked[name]
+            else:
+                same = row["facts"].get("values") == about["values"]
+                counts = same and finished.find(name, row["mark"]) is not None
+            if counts:
+                facts[name] = row["facts"]
+        seen |= new.keys()
+        finished.update()
+        new = {name: row for name, row in finished.rows.items() if name not in seen}
+    facts = dict(sorted(facts.items()))
     earlier = facts.keys() - asked.keys()
     others = [name for name in earlier if facts[name]["weights"] != about["weights"]]
     return facts, len(earlier), len(others)

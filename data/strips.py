@@ -5,7 +5,7 @@
     scene.columns(0, 10240)            # from now on only these columns
     small = scene.thinned(8)           # every 8th pixel of every 8th row
 
-Each strip or tile of a TIFF is unpacked once as long as rows are asked for in rising order.
+read() unpacks each strip or tile of a TIFF once, as long as rows are asked for in rising order.
 """
 from collections.abc import Iterator
 from pathlib import Path
@@ -47,6 +47,7 @@ class Strips:
             self.whole = read_valid(path, **reading)
         self.alpha_is_mask = None
         bands = reading.get("bands") or []
+        # Of a picture without named bands read_valid() has looked at alpha.
         if raster.alpha and raster.alpha not in bands and (self.is_tiff or bands):
             # By the whole band: a window of an infrared band may hold nothing but 0 and 255.
             if self.is_tiff:
@@ -72,7 +73,7 @@ class Strips:
             window = top, self.left, height, self.width
             return part_of(image, window), None if valid is None else part_of(valid, window)
         start, end, image, valid = self.kept
-        if not start <= top <= end:
+        if not start <= top <= end:  # a jump: nothing that is kept is of use
             start = end = top
             image, valid = image[:0], None
         if top + height > end:

@@ -14,13 +14,13 @@ import numpy as np
 from .common import BadInput, read_json
 
 # Flags by which runs may differ and still be one experiment.
-PLACE = "seed", "out", "resume", "workers", "cache", "root"
+PLACE = "seed", "out", "resume", "workers", "cache", "root", "device"
 HEAD = ("run", "data", "split", "classes", "seeds", "mIoU", "mean F1", "OA", "majority mIoU",
         "also reported")
 
 
 def read_run(folder: Path) -> tuple[str, str, dict, dict]:
-    """What tells the experiment from others, what is scored, results, protocol."""
+    """-> what tells the experiment from others, what it was scored on, results.json, protocol.json."""
     result = read_json(folder / "results.json")
     protocol = read_json(folder / "protocol.json")
     if "accuracy" in result:  # of train_cls.py: the same words for the same numbers
@@ -79,8 +79,8 @@ def summary(folders: list[str]) -> str:
             else:
                 group.append((folder.name, scored, result, protocol))
     if not groups:
-        raise BadInput(f"{folders[0]}: no results.json in these folders; name finished runs, such "
-                       "as runs/*")
+        raise BadInput("; ".join([f"{folders[0]}: no results.json in these folders that can be read; "
+                                  "name finished runs, such as runs/*", *left_out]))
     lines = ["| " + " | ".join(HEAD) + " |", "|" + "---|" * len(HEAD)]
     for group in groups.values():
         names, _, results, protocols = zip(*group)

@@ -34,7 +34,7 @@ def read_temperature(run: Path, sha256: str) -> float | None:
     temperature = found.get("temperature")
     if type(temperature) not in (int, float) or not 0 < temperature < float("inf"):
         raise BadInput(f"{file}: the temperature {temperature!r}; expected a number above 0: take "
-                       f"the file away, or type eval.py {run} --split val --calibrate")
+                       f"the file away, or type python eval.py {run} --split val --calibrate")
     return float(temperature)
 
 

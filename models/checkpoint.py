@@ -145,11 +145,12 @@ def check_header(path: Path, meta: dict) -> None:
 def load_weights(path: str | Path, header_only: bool = False) -> tuple[dict[str, torch.Tensor], dict]:
     """best.safetensors, or the run folder that holds it -> tensors, meta; `header_only` reads no tensor."""
     path = weights_file(path)
-    stopped = (path.parent / "last.pt").exists() and not (path.parent / "results.json").exists()
-    if not path.is_file() and stopped:
-        raise BadWeights(f"{path}: no such file yet; its training was stopped before the first "
-                         f"validation, type its script with --resume {shlex.quote(str(path.parent))}")
     if not path.is_file():
+        run = path.parent
+        stopped = (run / "last.pt").exists() and not (run / "results.json").exists()
+        if path.name == "best.safetensors" and stopped:
+            raise BadWeights(f"{path}: no such file yet; its training was stopped before the first "
+                             f"validation, type its script with --resume {shlex.quote(str(run))}")
         raise BadWeights(f"{path}: no such file; train first, or name a run folder or its "
                          "best.safetensors")
     tensors = {} if header_only else read(path)

@@ -23,7 +23,7 @@ from data.raster import kinds_agree, kinds_in, kinds_text
 from .checkpoint import load_weights, weights_file
 from .infer import slide
 from .nets import load_run, name_of
-from .weights import sha256
+from .weights import locate, sha256
 
 # B batch, K classes, h w pixels of a window.
 
@@ -211,33 +211,38 @@ def as_words(reading: dict) -> str:
     return ", ".join(f"{name} {value}" for name, value in sorted(reading.items()))
 
 
-def backbone_for(meta: dict, first: dict, weights: str | None) -> str | None:
-    """--weights, where a run was saved without its backbone and stands on that of the first run."""
-    same = meta["weights"].get("sha256") == first["weights"].get("sha256")
-    return weights if same and meta["saved"] == "head" else None
+def all_runs(run: str | Path, partners: list | None, soup: list | None) -> list[str | Path]:
+    """The run, and all that is averaged with it."""
+    return [run, *(partners or ()), *(soup or ())]
+
+
+def wants(run: str | Path, weights: str | None) -> bool:
+    """Was the run saved without its backbone, and is that this file?"""
+    _, meta = load_weights(run, header_only=True)
+    if not weights or meta["saved"] != "head":
+        return False
+    return sha256(locate(weights)) == meta["weights"].get("sha256")
 
 
 def check_runs(runs: list[str | Path], weights: str | None) -> None:
     """BadInput where one run is there twice, or none asks for the backbone --weights."""
     first = {}  # {sha256: run}
-    heads = []
     for run in runs:
-        _, meta = load_weights(run, header_only=True)
-        heads.append(meta["saved"] == "head")
-        twin = first.setdefault(sha256(weights_file(run)), run)
-        if twin is not run:
-            raise BadInput(f"{run}: the very weights of {twin}, which would count twice; leave it "
-                           "out")
-    if weights and not any(heads):
-        raise BadInput(f"{runs[0]}: holds its backbone, so --weights {weights} would not be used; "
-                       "leave it out")
+        digest = sha256(weights_file(run))
+        if digest in first:
+            raise BadInput(f"{run}: the very weights of {first[digest]}, which would count twice; "
+                           "leave it out")
+        first[digest] = run
+    if weights and not any(wants(run, weights) for run in runs):
+        raise BadInput(f"{weights}: not the backbone of {', '.join(map(str, runs))}, so --weights "
+                       "would not be used; leave it out, or name the file that the head was "
+                       "trained on")
 
 
 def load_other(run: str | Path, first_run: str | Path, first: dict,
                weights: str | None) -> tuple[nn.Module, dict]:
     """A further run of the first one's classes -> network in eval mode, meta."""
-    _, meta = load_weights(run, header_only=True)
-    net, meta = load_run(run, backbone_for(meta, first, weights))
+    net, meta = load_run(run, weights if wants(run, weights) else None)
     check_same_classes(run, meta, first_run, first)
     return net, meta
 
@@ -283,8 +288,7 @@ def load_runs(run: str | Path, weights: str | None = None, partners: list | None
     weights: backbone of runs saved without it. Without partners and tta it is nets.load_run's
     network itself.
     """
-    _, meta = load_weights(run, header_only=True)
-    net, meta = load_run(run, backbone_for(meta, meta, weights))
+    net, meta = load_run(run, weights if wants(run, weights) else None)
     if soup:
         average_weights(net, run, meta, soup, weights)
     if not partners and tta is None:

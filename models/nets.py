@@ -2,7 +2,7 @@
 
     net, spec, info = make("vit", classes=6, weights="dinov3_vitl16_pretrain_sat493m-eadcf0ff.pth")
     net, meta = load_run("runs/demo")                  in eval mode, with what best.safetensors says of it
-    AdamW(param_groups(net, lr=1e-3, backbone_lr=2e-5, layer_decay=0.8, weight_decay=0.05))
+    AdamW(param_groups(net, lr=1e-3, backbone_lr=1e-4, layer_decay=0.8, weight_decay=0.05))
 
 A spec is the "model" entry of best.safetensors: plain JSON, all that build() needs.
 """

@@ -44,8 +44,8 @@ from .checkpoint import load_state
 from .vit import AMX
 from .weights import BadWeights, check_there
 
-# Flags that change no result: they may stand where nothing needs them.
-OF_THE_MACHINE = ("batch_size", "workers", "cache", "device", "max_pixels")
+# Flags that change no result beyond its rounding: they may stand where nothing needs them.
+OF_THE_MACHINE = ("batch_size", "workers", "cache", "device")
 # Flags that training scripts once had, and what there is instead.
 REMOVED = {
     "--taps": "the head reads four evenly spaced blocks",
@@ -113,11 +113,12 @@ class Parser(flags.Parser):
                 self.error(f"{flag} is gone: {REMOVED[flag]}; leave it out")
 
     def parse_known_args(self, args=None, namespace=None):
-        """As argparse's, behind which values that are none are errors, and weights that are not there."""
+        """As argparse's; empty values and --weights that are not there are errors."""
         found, rest = super().parse_known_args(args, namespace)
-        for name, value in vars(found).items():
-            if value == "":
-                self.error(f"--{name.replace('_', '-')} is empty; is the shell variable set?")
+        for action in self._actions:
+            value = getattr(found, action.dest, None)
+            if value == "" or isinstance(value, list) and "" in value:
+                self.error(f"{name_of(action)} is empty; is the shell variable set?")
         weights = getattr(found, "weights", None)
         if weights not in (None, "none"):
             try:
@@ -132,7 +133,7 @@ class Parser(flags.Parser):
         for action in self._actions:
             value = getattr(args, action.dest, None)
             if value not in (None, [], action.default):
-                found[action.dest] = (action.option_strings or [action.metavar or action.dest])[0]
+                found[action.dest] = name_of(action)
         return found
 
     def only(self, args: argparse.Namespace, what: str, allowed: Iterable[str]) -> None:
@@ -141,6 +142,11 @@ class Parser(flags.Parser):
         strange = [flag for name, flag in self.typed(args).items() if name not in allowed]
         if strange:
             self.error(f"{what}; leave {' and '.join(strange)} out")
+
+
+def name_of(action: argparse.Action) -> str:
+    """How a user calls what he types: --with, or images."""
+    return (action.option_strings or [action.metavar or action.dest])[0]
 
 
 def between(low: float, high: float, kind: type = float) -> Callable[[str], float]:

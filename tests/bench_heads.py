@@ -2,7 +2,7 @@
 
     python tests/bench_heads.py                     also what the backbone itself needs, forward only
     python tests/bench_heads.py --weights RUN       test mIoU of each head on the demo: on that ViT frozen, on a random
-                                                    one frozen, and from scratch; mean +/- sd over --seeds
+                                                    one frozen, from scratch, tuned; mean +/- sd over --seeds
 The stand-in for DINO: python train_cls.py --root EuroSAT --mode finetune --arch nano16 --epochs 2
 """
 import argparse
@@ -26,13 +26,15 @@ def gflop(work):
     return counter.get_total_flops() / 1e9
 
 
-# How the three kinds of backbone are trained. The random frozen one has the recipe of frozen ones, too.
+# How the backbones are trained. The random frozen one has the recipe of frozen ones, too.
 FROZEN = "--weight-decay 0.01 --dropout 0.1".split()
+BACKBONES = {"frozen": ["--weights", "RUN"], "random, frozen": ["--unfreeze", "0", *FROZEN], "from scratch": [],
+             "tuned": ["--weights", "RUN", "--unfreeze", "all"]}
 
 
-def trainings(weights, out, root, seeds, heads, flags):
+def trainings(weights, out, root, seeds, heads, names, flags):
     """Prints a row for each head: test mIoU on each backbone, of equally many steps, and CPU seconds of a run."""
-    kinds = {"frozen": ["--weights", weights], "random, frozen": ["--unfreeze", 0, *FROZEN], "from scratch": []}
+    kinds = {name: [str(weights) if word == "RUN" else word for word in BACKBONES[name]] for name in names}
     print("| head | " + " | ".join(f"{kind} | CPU s" for kind in kinds) + " |\n" + "|---" * (2 * len(kinds) + 1) + "|")
     where = ["--root", root] if root else []
     for head in heads:
@@ -80,12 +82,13 @@ def main():
     p.add_argument("--root", help="data to train on (the demo)")
     p.add_argument("--seeds", type=int, nargs="+", default=[0, 1, 2])
     p.add_argument("--heads", nargs="+", choices=HEADS, default=list(HEADS))
+    p.add_argument("--backbones", nargs="+", choices=BACKBONES, default=list(BACKBONES))
     p.add_argument("--flags", nargs=argparse.REMAINDER, help="of train_seg.py for all, last",
                    default="--steps 300 --crop 128 --scale 0.75 1.5 --batch-size 8 --eval-every 300".split())
     args = p.parse_args()
     if args.weights:
         weights = Path(args.weights).resolve()
-        trainings(weights, args.out.absolute(), args.root, args.seeds, args.heads, args.flags)
+        trainings(weights, args.out.absolute(), args.root, args.seeds, args.heads, args.backbones, args.flags)
     else:
         costs()
 

@@ -75,7 +75,8 @@ def network(arch, head, recipe):
     nets.unfreeze(net, "0" if recipe == "frozen" else "all")
     net.dropout.p = how["dropout"]
     net = net.to(DEVICE).train()
-    groups = nets.param_groups(net, how["lr"], how["backbone_lr"], how["layer_decay"], how["weight_decay"])
+    groups = nets.param_groups(net, how["lr"], how["backbone_lr"], how["layer_decay"], how["weight_decay"],
+                               trained=recipe != "scratch")
     return net, optimizer(how["optimizer"], groups, how["lr"])
 
 

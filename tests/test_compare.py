@@ -101,13 +101,16 @@ def test_a_run_folder_leads_to_its_results_and_what_is_missing_is_said(tmp_path)
     assert read_scored(run).report["protocol"]["split"] == "test"
     assert read_scored(run, "val").report["protocol"]["split"] == "val"
     assert read_scored(run / "eval-val/eval.json").report["protocol"]["split"] == "val"
+    with pytest.raises(BadInput, match="eval-val: scores of val, not of --split test"):
+        read_scored(run / "eval-val", "test")
     with pytest.raises(BadInput, match=f"type python eval.py {run} --split train first"):
         read_scored(run, "train")
     write(run / "eval-val/matrices.npz", pack_matrices(["a"], ["a"], matrices([1])))
-    write(run / "eval-test/matrices.npz", b"PK no zip")
-    for split in ("val", "test"):
-        with pytest.raises(BadInput, match="matrices.npz: does not belong to the eval.json beside it"):
-            read_scored(run, split)
+    for content in (b"PK no zip", b""):
+        write(run / "eval-test/matrices.npz", content)
+        for split in ("val", "test"):
+            with pytest.raises(BadInput, match="matrices.npz: does not belong to the eval.json beside it"):
+                read_scored(run, split)
 
 
 def test_results_of_weights_that_are_gone_are_not_compared(tmp_path):

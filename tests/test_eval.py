@@ -17,7 +17,7 @@ from scipy.ndimage import binary_dilation
 
 from data.common import BadInput, write
 from data.datasets import normalise
-from data.io import read_image
+from data.io import Labels, read_image
 from eval import find_masks, parse_args
 from models.nets import load_run
 from models.vit import PRESETS
@@ -459,6 +459,21 @@ def test_masks_of_others_are_not_blamed_on_the_label_table(run, forks, tmp_path,
         Image.fromarray(paint(np.array(Image.open(mask)))).save(tmp_path / f"{image.stem}.png")
     said = forks.run("eval", run, "--masks", tmp_path, "--mask-ids", "train", "--out", tmp_path / "e", *QUICK, ok=2)
     assert found in said and "dataset.json" not in said and "color for the classes' colours" in said
+
+
+def test_a_mask_keeps_its_classes_where_labels_are_ignored(tmp_path):
+    """Labels of before a review may count there."""
+    y = np.array([[255, 255, 1]], np.uint8)
+    Image.fromarray(np.array([[1, 255, 1]], np.uint8)).save(tmp_path / "a.png")
+    table = Labels([dict(name="x", id=0), dict(name="y", id=1)], [255])
+
+    class Data(list):
+        names, labels = ["a"], table
+
+        def read(self, i):
+            return None, y
+    (_, _, ids), = read_masks({"a": tmp_path / "a.png"}, table, Data([0]), 0, 1)
+    assert ids.tolist() == [[1, 0, 1]]
 
 
 # ---- difficulty

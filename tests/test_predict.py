@@ -362,7 +362,7 @@ def test_what_a_run_has_no_use_for_is_refused_before_work(run, forks, tmp_path):
     said = forks.run("predict", run, scenes()[0], "--top", 5, "--montage", 2, ok=2)
     assert "classifies every pixel, which --top and --montage has no part in" in said
     said = forks.run("predict", run, scenes()[0], "--weights", run, ok=2)
-    assert f"{run}: holds its backbone, so --weights {run} would not be used" in said
+    assert f"{run}: not the backbone of {run}, so --weights would not be used" in said
     twin = shutil.copytree(run, tmp_path / "twin")
     for flag in ("--with", "--soup"):
         for script, words in (("predict", [scenes()[0]]), ("eval", [])):
@@ -372,6 +372,14 @@ def test_what_a_run_has_no_use_for_is_refused_before_work(run, forks, tmp_path):
     (twin / "results.json").unlink()
     said = forks.run("predict", twin, scenes()[0], ok=2)
     assert f"before the first validation, type its script with --resume {twin}" in said
+
+
+def test_named_files_are_images_and_empty_words_are_none(forks, tmp_path):
+    shutil.copy(grey(tmp_path / "z.png", 8, 8), tmp_path / "a.dat")
+    text = forks.run("predict", trained(), tmp_path / "z.png", f"{tmp_path}/./a.dat", "--out", tmp_path / "p")
+    assert "masks of 2 images" in text
+    assert "images is empty; is the shell variable set?" in forks.run("predict", trained(), "", ok=2)
+    assert "--with is empty" in forks.run("predict", trained(), tmp_path / "z.png", "--with", "", ok=2)
 
 
 def test_a_path_that_the_shell_has_torn_is_put_together(run, forks, tmp_path):

@@ -46,7 +46,8 @@ def test_from_scratch_all_learns_at_one_rate_and_quick_is_short():
     assert fill("scratch", NOTHING | dict(lr=0.1), LOVEDA, 8)["backbone_lr"] == 0.1
     quick = fill("frozen", NOTHING, LOVEDA, 16, quick=True)
     assert (quick["warmup"], quick["lr"]) == (50, 3e-3) and quick.items() >= recipes.QUICK.items()
-    assert fill("tuned", NOTHING, LOVEDA, None)["backbone_lr"] == 1e-4  # a CNN's
+    cnn = fill("tuned", NOTHING, LOVEDA, None)
+    assert (cnn["optimizer"], cnn["lr"], cnn["backbone_lr"]) == ("adamw", 1e-3, 1e-4)
 
 
 def test_the_situation():

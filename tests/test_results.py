@@ -8,7 +8,7 @@ import numpy as np
 import pytest
 import rasterio
 
-from data.results import Finished, area_summary, areas, mark_of, qml, read_back
+from data.results import Finished, area_summary, areas, found_masks, mark_of, qml, read_back
 from data.tiff import Tiff, TiffWriter
 
 
@@ -20,6 +20,7 @@ def test_an_image_is_finished_while_its_files_are_the_same(tmp_path):
     digests = {name: hashlib.sha256(name.encode()).hexdigest() for name in ("a.tif", "a.qml", "b.tif")}
     done.add("a", "x", {name: digests[name] for name in ("a.tif", "a.qml")}, dict(pixels=[1]))
     Finished(tmp_path).add("b", "x", {"b.tif": digests["b.tif"]}, dict(pixels=[2]))
+    assert done.find("b", "x") == dict(pixels=[2])  # which another process has finished meanwhile
     with open(tmp_path / ".finished.jsonl", "a") as f:
         f.write('\n{"image": "b", "ma')  # killed here
     again = Finished(tmp_path)
@@ -29,6 +30,20 @@ def test_an_image_is_finished_while_its_files_are_the_same(tmp_path):
     assert again.find("a", "x") is None
     (tmp_path / "b.tif").unlink()
     assert again.find("b", "x") is None
+
+
+def test_masks_of_other_calls_count_while_they_mean_the_same_and_are_the_same(tmp_path):
+    finished = Finished(tmp_path)
+    digests = {}
+    for name, values, weights in (("c", [1], "w"), ("a", [1], "w"), ("b", [1], "v"), ("d", [2], "w"), ("e", [1], "w")):
+        (tmp_path / f"{name}.tif").write_text(name)
+        digests[name] = hashlib.sha256(name.encode()).hexdigest()
+        facts = dict(pixels=[1], values=values, weights=weights)
+        finished.add(name, "x", {f"{name}.tif": digests[name]}, facts)
+    (tmp_path / "e.tif").write_text("by hand")
+    facts, more, others = found_masks(tmp_path, {"c": "x"}, dict(values=[1], weights="w"))
+    assert list(facts) == ["a", "b", "c"] and (more, others) == (2, 1)
+    assert list(found_masks(tmp_path, {"c": "other"}, dict(values=[1], weights="w"))[0]) == ["a", "b"]
 
 
 def test_the_mark_changes_with_all_that_a_result_depends_on(tmp_path):
