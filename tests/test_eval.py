@@ -18,7 +18,8 @@ from scipy.ndimage import binary_dilation
 from data.common import BadInput, write
 from data.datasets import normalise
 from data.io import Labels, read_image
-from eval import find_masks, parse_args
+from data.masks import find_masks, read_masks
+from eval import parse_args
 from models.nets import load_run
 from models.vit import PRESETS
 
