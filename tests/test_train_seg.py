@@ -207,7 +207,7 @@ def test_every_network_trains_resumes_evaluates_and_predicts(model, batch, forks
     forks.run("eval", out, "--out", tmp_path / "e", "--workers", 0)
     assert matrix(tmp_path / "e/eval.json") == matrix(out)
     image = tiny_set() / "test/images/scene_000.png"
-    assert "masks of 1 images" in forks.run("predict", out, image, "--out", tmp_path / "p")
+    assert "mask of 1 image" in forks.run("predict", out, image, "--out", tmp_path / "p")
     if model == "unetformer":  # dropout, batch statistics and the auxiliary head resume bit for bit
         forks.run("train_seg", *flags, "--out", tmp_path / "whole")
         same_run(tmp_path / "whole", out)
