@@ -145,7 +145,17 @@ def parse_args(argv=None):
     if args.features == "mean" and not (probing and scratch):
         p.error(f"--features mean with --mode {args.mode}, --weights {args.weights}: nothing to "
                 "train or load in means; type --mode knn or linear, and no --weights")
+    # Flags that only some modes follow.
+    run.only_with(p, args, "weights", "none", "arch")
+    run.only_with(p, args, "mode", ("knn", "linear", "finetune"), "arch", "features")
+    run.only_with(p, args, "mode", "cnn", "cnn", "stem")
+    run.only_with(p, args, "mode", "knn", "k", "temperature")
+    run.only_with(p, args, "mode", "linear", "lrs")
+    run.only_with(p, args, "mode", ("linear", "finetune", "cnn"), "epochs")
     run.only_with(p, args, "mode", "finetune", "unfreeze")
+    run.only_with(p, args, "mode", ("finetune", "cnn"), "optimizer", "lr", "backbone_lr",
+                  "layer_decay", "weight_decay", "warmup", "schedule", "label_smoothing", "ema",
+                  "mixup", "cutmix", "crop", "eval_every")
     if args.save == "head" and (scratch or not probing):
         p.error("--save head needs a frozen backbone; type --weights FILE with --mode linear or "
                 "knn, or leave --save out")

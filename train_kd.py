@@ -156,7 +156,9 @@ def parse_args(argv=None):
     run.check_rising(p, args, "scale")
     run.only_with(p, args, "model", "vit", "arch", "head", "unfreeze",
                   "layer_decay", "dropout")
+    run.only_with(p, args, "weights", "none", "arch")
     run.fill_unfreeze(p, args)
+    run.check_loss(p, args)
     if args.alpha == 0:
         # "above 0" is no value of --alpha: it completes the message.
         run.only_with(p, args, "alpha", "above 0", "teacher", "map", "within", "temperature")
@@ -271,6 +273,9 @@ def main(args):
     percents = zip([*d.names, "ignored"], counts.sum(0) / counts.sum())
     percents = "  ".join(f"{name} {percent:.2%}" for name, percent in percents)
     say(f"        in {len(counts)} training masks: {percents}")
+    absent = [name for name, n in zip(d.names, counts.sum(0)) if n == 0]
+    if absent:
+        say(f"        WARNING: no pixel of {', '.join(absent)} in them")
     rare = rare_classes(counts[:, :K]) if args.focus else []
     if rare:
         names = ", ".join(d.names[c] for c in rare)

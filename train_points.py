@@ -145,7 +145,9 @@ def parse_args(argv=None):
     run.check_rising(p, args, "scale")
     run.only_with(p, args, "model", "vit", "arch", "head", "unfreeze",
                   "layer_decay", "dropout", "cache_features")
+    run.only_with(p, args, "weights", "none", "arch")
     run.fill_unfreeze(p, args)
+    run.check_loss(p, args)
     if args.grow and not recipes.ema_of(args.weights, args.unfreeze, args.ema):
         p.error("--grow without --ema: the averaged weights are the teacher; type --ema 0.99")
     if args.points_per_class and args.points not in points.PATTERNS:

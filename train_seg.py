@@ -148,7 +148,9 @@ def parse_args(argv=None):
                 "have; leave them or it out")
     run.only_with(p, args, "model", "vit", "arch", "head", "unfreeze",
                   "layer_decay", "dropout", "save", "cache_features")
+    run.only_with(p, args, "weights", "none", "arch")
     run.fill_unfreeze(p, args)
+    run.check_loss(p, args)
     return args
 
 
@@ -192,6 +194,9 @@ def main(args):
     percents = zip([*d.names, "ignored"], counts.sum(0) / counts.sum())
     percents = "  ".join(f"{name} {percent:.2%}" for name, percent in percents)
     say(f"        in {len(counts)} training masks: {percents}")
+    absent = [name for name, n in zip(d.names, counts.sum(0)) if n == 0]
+    if absent:
+        say(f"        WARNING: no pixel of {', '.join(absent)} in them")
     rare = rare_classes(counts[:, :K]) if args.focus else []
     if rare:
         names = ", ".join(d.names[c] for c in rare)

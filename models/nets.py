@@ -38,7 +38,7 @@ SPEC = {"name", "cnn", "stem", "fold", "classes", "options", "backbone", "head",
 # the others are those of CNNs.
 TRUNKS = ("backbone.", "encoder.", "stem.", "stages.", "conv1.", "bn1.", "layer")
 SCRATCH = dict(norm="imagenet", path=None, sha256=None,
-               line="FROM RANDOM WEIGHTS: everything is learned from these images (--weights loads "
+               line="FROM RANDOM WEIGHTS: what is learned is from these images (--weights loads "
                     "trained ones)")
 
 
@@ -237,6 +237,10 @@ def unfreeze(net: nn.Module, blocks: str) -> bool:
     """--unfreeze: "all", or how many of a ViT's last blocks train -> is its backbone frozen? CNNs always train."""
     count = None if blocks == "all" else int(blocks)
     if isinstance(net, (Segmenter, Classifier)):
+        depth = net.backbone.depth
+        if count is not None and count > depth:
+            raise BadInput(f"--unfreeze {count}: the backbone has {depth} blocks; type --unfreeze all, "
+                           "or fewer")
         return net.unfreeze(count) == 0
     return False
 

@@ -41,6 +41,7 @@ from data.files import SYSTEM_FILES
 from data.ranges import is_range, parse_range
 
 from .checkpoint import load_state
+from .losses import parse_loss, uses
 from .vit import AMX
 from .weights import BadWeights, check_there
 
@@ -214,17 +215,29 @@ def check_rising(parser: argparse.ArgumentParser, args: argparse.Namespace, *nam
                          "number first")
 
 
-def only_with(parser: argparse.ArgumentParser, args: argparse.Namespace, owner: str, value: str,
-              *flags: str) -> None:
-    """Ends the program where one of the flags was typed although --owner is not value."""
+def only_with(parser: argparse.ArgumentParser, args: argparse.Namespace, owner: str,
+              values: str | tuple[str, ...], *flags: str) -> None:
+    """Ends the program where one of the flags was typed although --owner is none of the values."""
     chosen = getattr(args, owner)
+    values = (values,) if isinstance(values, str) else values
     # With --resume the defaults are those of the run, where the flags may have been typed.
-    if chosen == value or args.resume:
+    if chosen in values or args.resume:
         return
     for flag in flags:
         if getattr(args, flag) != parser.get_default(flag):
-            parser.error(f"--{flag.replace('_', '-')} goes with --{owner} {value}, not {chosen}; "
-                         "leave it out")
+            parser.error(f"--{flag.replace('_', '-')} goes with --{owner} {' or '.join(values)}, not "
+                         f"{chosen}; leave it out")
+
+
+def check_loss(parser: argparse.ArgumentParser, args: argparse.Namespace) -> None:
+    """Ends the program where a flag was typed that no term of --loss takes."""
+    terms = parse_loss(args.loss)
+    typed = {"class_weights": getattr(args, "class_weights", None) not in (None, "none"),
+             "smoothing": getattr(args, "label_smoothing", 0) > 0}
+    flags = {"class_weights": "--class-weights", "smoothing": "--label-smoothing"}
+    for option, flag in flags.items():
+        if typed[option] and not uses(terms, option) and not args.resume:
+            parser.error(f"{flag} goes with ce or focal in --loss, not {args.loss}; leave it out")
 
 
 def fill_unfreeze(parser: argparse.ArgumentParser, args: argparse.Namespace) -> None:
@@ -236,6 +249,10 @@ def fill_unfreeze(parser: argparse.ArgumentParser, args: argparse.Namespace) -> 
     if args.unfreeze is None:
         args.unfreeze = "all" if scratch or args.model != "vit" else "0"
     if not scratch and args.unfreeze == "0":
+        for flag in () if args.resume else ("backbone_lr", "layer_decay"):
+            if getattr(args, flag) is not None:
+                parser.error(f"--{flag.replace('_', '-')} is of a backbone that learns; type "
+                             "--unfreeze all, or leave it out")
         return
     asked = []
     if getattr(args, "save", "all") == "head":
@@ -356,6 +373,7 @@ def one_line_errors(lower: str = "--batch-size"):
         print(f"error: {escaped(line.rstrip())}", file=sys.stderr)
         sys.exit(2)
     except KeyboardInterrupt:
+        print("interrupted", file=sys.stderr)
         sys.exit(130)
 
 
@@ -644,8 +662,13 @@ class Stop:
                 setattr(sys, name, Patient(stream))
 
     def note(self, number, frame):
+        """The handler of the signals."""
         self.signal = number
         Patient.left = True
+        if os.environ.get("RANK", "0") == "0":
+            # Not print(), which may be at work just now.
+            with contextlib.suppress(OSError):
+                os.write(2, b"the step ends and is saved; once more ends at once, without\n")
         self.release()
 
     def told(self, device: torch.device) -> bool:
@@ -817,7 +840,11 @@ def lock(out: Path, going_on: bool) -> bool:
     """
     if not going_on and not is_free(out):
         return False
-    out.mkdir(parents=True, exist_ok=True)
+    try:
+        out.mkdir(parents=True, exist_ok=True)
+    except OSError as e:
+        raise BadInput(f"{out}: cannot be made ({e.strerror}); name an --out below a folder that you "
+                       "may write to") from None
     file = open(out / ".lock", "a")
     locked = try_lock(file)
     usable = locked is not False  # None: the system has no locks

@@ -725,6 +725,10 @@ def load_vit(path: str) -> tuple[dict, dict, dict]:
     """
     # From the file's names to ours; these steps do not know the file, so its name is added here.
     file, raw, digest, hashed = open_weights(path)
+    run = run_meta(file) if file.suffix == ".safetensors" and file.is_file() else None
+    if run and run.get("saved") == "head":
+        raise BadWeights(f"{file}: of a run with --save head, without its backbone; type --weights with "
+                         f"the file of that, {str(run.get('weights', {}).get('path'))[:200]}")
     try:
         sd, taken = select(raw, VIT_PARTS, VIT)
         layout, family, table = layout_of(sd, raw)

@@ -121,7 +121,7 @@ def trained(out, flags):
     return json.loads(cpu.read_text()), scores, json.loads((out / "results.json").read_text())["miou"]
 
 
-def by_views(folder, weights, head, steps, seeds, views, root, more):
+def by_views(folder, weights, head, steps, cached_steps, seeds, views, root, more):
     """Prints a row for each number of views: scores, CPU time and bytes, and what fresh crops reach."""
     where = ["--root", root] if root else []
     print(f"train_seg.py on {root or 'the demo'}, {weights} frozen, {head}, {steps} steps, {' '.join(more)}\n"
@@ -129,16 +129,17 @@ def by_views(folder, weights, head, steps, seeds, views, root, more):
     for seed in seeds:
         goal = None
         for n in ["fresh", *views]:
-            flags = [*where, "--weights", weights, "--head", head, "--batch-size", 8, "--steps", steps, "--seed", seed,
-                     "--eval-every", steps // 8, "--log-every", steps, *more]
+            own = steps if n == "fresh" else cached_steps
+            flags = [*where, "--weights", weights, "--head", head, "--batch-size", 8, "--steps", own, "--seed", seed,
+                     "--eval-every", steps // 8, "--log-every", own]
             kept = folder / f"features-{seed}-{n}"
             if n != "fresh":
                 flags += ["--views", n, "--cache-features", kept]
-            took, scores, test = trained(folder / f"run-{seed}-{n}", flags)
+            took, scores, test = trained(folder / f"run-{seed}-{n}", [*flags, *more])
             goal = goal or scores[steps]
             reached = [step for step, miou in scores.items() if miou >= goal]
             size = sum(file.stat().st_size for file in kept.rglob("*.raw")) / 1e6
-            print(f"{seed:4}  {n!s:>5}  {test:10.4f}  {scores[steps]:8.4f}  {took:5.0f}  {size:10.0f}  "
+            print(f"{seed:4}  {n!s:>5}  {test:10.4f}  {scores[own]:8.4f}  {took:5.0f}  {size:10.0f}  "
                   f"{reached[0] if reached else 'not'}", flush=True)
 
 
@@ -150,6 +151,7 @@ def main():
     p.add_argument("--weights", help="a file or run whose ViT is frozen: accuracy by views in place of speed")
     p.add_argument("--head", default="linear", choices=sorted(HEADS))
     p.add_argument("--steps", type=int, default=400)
+    p.add_argument("--cached-steps", type=int, help="of runs on kept features (--steps): they cost little")
     p.add_argument("--seeds", type=int, nargs="+", default=[0])
     p.add_argument("--views", type=int, nargs="+", default=[1, 2, 4, 8])
     p.add_argument("--root", help="data to train on (the demo)")
@@ -160,8 +162,8 @@ def main():
     with tempfile.TemporaryDirectory() as folder:
         if args.weights:
             folder = (args.out or Path(folder)).absolute()
-            by_views(folder, Path(args.weights).resolve(), args.head, args.steps, args.seeds, args.views, args.root,
-                     args.flags)
+            by_views(folder, Path(args.weights).resolve(), args.head, args.steps, args.cached_steps or args.steps,
+                     args.seeds, args.views, args.root, args.flags)
             return
         for arch in args.arch:
             speed(Path(folder), arch, SIZES[arch], args.rounds, args.images)

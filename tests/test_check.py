@@ -222,7 +222,7 @@ def wrong_glob(root):
     (small_mask_with_unknown, 2, "error: {root}/masks/1.png: unknown ids 9 on 48 of 48 pixels"),
     (colour_mask, 2, "error: {root}/masks/1.png: a colour mask, but the label table lists ids"),
     (deep_image, 2, "error: {root}/images/1.png: uint16 pixels (0..18909); expected 8 bit"),
-    (alpha_image, 2, "error: {root}/images/1.png: 4 bands (RGBA), and alpha is more than 0 and 255; a mask with soft edges: gdal_translate"),
+    (alpha_image, 2, "error: {root}/images/1.png: 4 bands (RGBA), and alpha is more than 0 and 255; a mask with soft"),
     (transparent_images, 0, f"ignored of all pixels    {'25.00%':>14} {'0.00%':>14}"),  # as in training
     (grey_image, 0, "note: 1 images of mode L are read as RGB, first images/1"),
     (damaged_exif, 0, "6 images, 0 complaints"),

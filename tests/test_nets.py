@@ -363,7 +363,7 @@ def trains(net):
     ("0", (), True),
     ("1", ("blocks.3.", "norm."), False),
     ("2", ("blocks.2.", "blocks.3.", "norm."), False),
-    ("99", ("blocks.", "norm."), False),
+    ("4", ("blocks.", "norm."), False),
     ("all", ("",), False)])
 def test_unfreeze_trains_the_head_and_the_last_blocks(blocks, parts, frozen):
     net = vit()
@@ -374,6 +374,8 @@ def test_unfreeze_trains_the_head_and_the_last_blocks(blocks, parts, frozen):
     net = nets.build(dict(name="vit", features="cls", classes=3, backbone=TINY))
     assert nets.unfreeze(net, blocks) == frozen
     assert trains(net) == names | {"head.weight", "head.bias"}
+    with pytest.raises(BadInput, match="--unfreeze 5: the backbone has 4 blocks; type --unfreeze all"):
+        nets.unfreeze(net, "5")
 
 
 def test_blocks_behind_the_last_tap_never_train():

@@ -358,7 +358,7 @@ def test_scripts_print_any_writing_from_their_first_line_on(monkeypatch):
 def test_ctrl_c_is_quiet_and_faults_of_the_code_are_not(capsys):
     with pytest.raises(SystemExit) as e, run.one_line_errors():
         raise KeyboardInterrupt
-    assert e.value.code == 130 and capsys.readouterr() == ("", "")
+    assert e.value.code == 130 and capsys.readouterr() == ("", "interrupted\n")
     with pytest.raises(ZeroDivisionError), run.one_line_errors():
         1 / 0
     with pytest.raises(RuntimeError, match="shapes"), run.one_line_errors():

@@ -82,7 +82,8 @@ def test_ranks_train_and_report_alike(root, forks, tmp_path):
             if ranks == 2 and mode != TUNE:
                 continue
             out = tmp_path / f"{mode[1]}{ranks}"
-            flags = [*mode, *STEPS, "--batch-size", 6 // ranks, "--epochs", 1]
+            steps = STEPS if mode == TUNE else []
+            flags = [*mode, *steps, "--batch-size", 6 // ranks, "--epochs", 1]
             forks.run("train_cls", "--root", root, "--out", out, *flags, ranks=ranks)
             tables.setdefault(mode[1], []).append(results(out)["table"])
         losses[ranks] = list(logged(tmp_path / f"finetune{ranks}", "loss").values())

@@ -211,7 +211,7 @@ def replicate_images(args) -> None:
                                   images=names))
     data = data_flags(args.root, args.dataset, args.variant)
     print(f"{len(names)} training images to repeat; now type: {script_command('train_kd.py')} "
-          f"{data} --replicate {quote(str(out.folder / 'replicated.txt'))}")
+          f"{data} --alpha 0 --replicate {quote(str(out.folder / 'replicated.txt'))}")
 
 
 def cut_tiles(args) -> None:
