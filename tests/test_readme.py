@@ -86,7 +86,8 @@ def run(command, place, forks):
             words[i] = re.sub("-[0-9a-f]{8}", f"-{hashlib.sha256(file.read_bytes()).hexdigest()[:8]}", file.name)
             if not (place / words[i]).exists():
                 (place / words[i]).symlink_to(file)
-    words += shlex.split(SHORT.get(script, "")) if "--summary" not in words else []
+    if not {"--summary", "--compare", "knn"} & set(words):  # which train nothing and read no images
+        words += shlex.split(SHORT.get(script, ""))
     if words[:2] == ["python", script]:
         return forks.run(script.removesuffix(".py"), *words[2:])
     if words[:2] == ["python", "-m"]:
