@@ -409,7 +409,6 @@ def main(args):
             for split in own_splits(one, digest):
                 if split == "train" or not args.calibrate:  # which is what val is for
                     say(f"WARNING: the model's own {split} images ({one})")
-    if args.run and not args.masks:
         weights = ensemble.identity(args.run, **several)
         temperature = calibrate.read_temperature(folder, weights)
         averaged = any(several.values())

@@ -520,22 +520,25 @@ def export_run(args):
 
 def check_run(args):
     # BadInput where this kind of run cannot do what is asked.
-    if not weights_file(args.run).is_file() and torn([args.run, *args.inputs]):
-        raise BadInput(f"{args.run}: no such file or folder{torn([args.run, *args.inputs])}")
+    # -> does it classify whole images?
+    quotes = torn([args.run, *args.inputs])
+    if quotes and not weights_file(args.run).is_file():
+        raise BadInput(f"{args.run}: no such file or folder{quotes}")
     _, meta = load_weights(args.run, header_only=True)
-    args.is_classifier = meta.get("task") == "classification"
-    strange = FOR_MASKS if args.is_classifier else FOR_TABLES
+    is_classifier = meta.get("task") == "classification"
+    strange = FOR_MASKS if is_classifier else FOR_TABLES
     flags = [flag for name, flag in args.typed.items() if name in strange]
     if flags:
-        what = "classifies whole images" if args.is_classifier else "classifies every pixel"
+        what = "classifies whole images" if is_classifier else "classifies every pixel"
         raise BadInput(f"{args.run}: {what}, which {' and '.join(flags)} has no part in; leave it "
                        "out")
     ensemble.check_runs(ensemble.all_runs(args.run, args.partners, args.soup), args.weights)
+    return is_classifier
 
 
 def main(args):
     rank, world, device = run.start(wanted=args.device, hours=24)
-    check_run(args)
+    is_classifier = check_run(args)
     if args.export:
         if rank == 0:
             export_run(args)
@@ -544,7 +547,7 @@ def main(args):
     images, others = find_images(args.inputs)
     if others and rank == 0:
         print(f"note: {not_used(others)}")
-    predict = predict_table if args.is_classifier else predict_masks
+    predict = predict_table if is_classifier else predict_masks
     left_out = run.from_all_ranks(predict(args, images, rank, world, device))
     run.end()
     if left_out:

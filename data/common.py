@@ -162,12 +162,11 @@ class Written:
         # Read last: another process may have written while the files were hashed.
         own = self.read_list()
         foreign = [self.folder / name for name, digest in there.items() if (name, digest) not in own]
-        if not foreign:
-            self.checked.update(names)
-        else:
+        if foreign:
             raise BadInput(f"{first_few(foreign)}: would be overwritten, though not written by this "
                            "program, or changed since; type --overwrite to replace what is there, "
                            "or name another --out")
+        self.checked.update(names)
 
     @contextlib.contextmanager
     def claim(self, name: str) -> Iterator[None]:

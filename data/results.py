@@ -198,17 +198,16 @@ class Finished:
         self.read = 0  # bytes of the list
         self.update()
 
-    def update(self) -> bool:
-        """Reads what other processes have added since; False: nothing."""
+    def update(self) -> None:
+        """Reads what other processes have added since."""
         start = self.read
         if self.list.exists():
             self.read = os.path.getsize(self.list)
         if self.read == start:
-            return False
+            return
         fields = dict(image=str, mark=str, files=dict[str, str], facts=dict)
         for row in read_rows(self.list, start, **fields):
             self.rows[row["image"]] = row
-        return True
 
     def find(self, image: str, mark: str) -> dict | None:
         """The facts of an image, if its files of this mark are there and unchanged."""
@@ -244,9 +243,10 @@ def found_masks(folder: Path, asked: dict[str, str], about: dict) -> tuple[dict,
     """
     finished = Finished(folder)
     facts, seen = {}, set()
-    new = finished.rows
+    new = set(finished.rows)
     while new:  # another process may finish images while the files of others are hashed
-        for name, row in list(new.items()):
+        for name in new:
+            row = finished.rows[name]
             if name in asked:
                 # This call, or a rank of it, has looked at its files or written them.
                 counts = row["mark"] == asked[name]
@@ -255,9 +255,9 @@ def found_masks(folder: Path, asked: dict[str, str], about: dict) -> tuple[dict,
                 counts = same and finished.find(name, row["mark"]) is not None
             if counts:
                 facts[name] = row["facts"]
-        seen |= new.keys()
+        seen |= new
         finished.update()
-        new = {name: row for name, row in finished.rows.items() if name not in seen}
+        new = finished.rows.keys() - seen
     facts = dict(sorted(facts.items()))
     earlier = facts.keys() - asked.keys()
     others = [name for name in earlier if facts[name]["weights"] != about["weights"]]

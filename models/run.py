@@ -41,7 +41,7 @@ from data.files import SYSTEM_FILES
 from data.ranges import is_range, parse_range
 
 from .checkpoint import load_state
-from .losses import parse_loss, uses
+from .losses import OPTIONS, parse_loss, uses
 from .vit import AMX
 from .weights import BadWeights, check_there
 
@@ -215,7 +215,7 @@ def check_rising(parser: argparse.ArgumentParser, args: argparse.Namespace, *nam
                          "number first")
 
 
-def only_with(parser: argparse.ArgumentParser, args: argparse.Namespace, owner: str,
+def only_with(parser: Parser, args: argparse.Namespace, owner: str,
               values: str | tuple[str, ...], *flags: str) -> None:
     """Ends the program where one of the flags was typed although --owner is none of the values."""
     chosen = getattr(args, owner)
@@ -223,10 +223,11 @@ def only_with(parser: argparse.ArgumentParser, args: argparse.Namespace, owner: 
     # With --resume the defaults are those of the run, where the flags may have been typed.
     if chosen in values or args.resume:
         return
+    typed = parser.typed(args)
     for flag in flags:
-        if getattr(args, flag) != parser.get_default(flag):
-            parser.error(f"--{flag.replace('_', '-')} goes with --{owner} {' or '.join(values)}, not "
-                         f"{chosen}; leave it out")
+        if flag in typed:
+            parser.error(f"{typed[flag]} goes with --{owner} {' or '.join(values)}, not {chosen}; "
+                         "leave it out")
 
 
 def check_loss(parser: argparse.ArgumentParser, args: argparse.Namespace) -> None:
@@ -237,7 +238,9 @@ def check_loss(parser: argparse.ArgumentParser, args: argparse.Namespace) -> Non
     flags = {"class_weights": "--class-weights", "smoothing": "--label-smoothing"}
     for option, flag in flags.items():
         if typed[option] and not uses(terms, option) and not args.resume:
-            parser.error(f"{flag} goes with ce or focal in --loss, not {args.loss}; leave it out")
+            takers = [name for name, options in OPTIONS.items() if option in options]
+            parser.error(f"{flag} goes with {' or '.join(takers)} in --loss, not {args.loss}; leave it "
+                         "out")
 
 
 def fill_unfreeze(parser: argparse.ArgumentParser, args: argparse.Namespace) -> None:

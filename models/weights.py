@@ -10,6 +10,7 @@ this project, as published or anywhere inside a training checkpoint; all end wit
 Every refusal is a BadWeights with one line. Files are read as tensors only: nothing in them is ever
 executed, and what they claim is compared with their size. It copies with data/common.py alone.
 """
+import functools
 import hashlib
 import os
 import re
@@ -432,7 +433,14 @@ def sha256(path: Path) -> str:
     if not path.is_file():
         found = [p for p in path.iterdir() if p.is_file()]
         files = sorted(p for p in found if p.suffix in (".safetensors", ".bin"))
-    return file_sha256(*files)
+    stamps = [(file, os.stat(file)) for file in files]
+    return sha256_of(tuple((file, stat.st_size, stat.st_mtime_ns) for file, stat in stamps))
+
+
+@functools.lru_cache
+def sha256_of(stamps: tuple) -> str:
+    """Of files (path, size, time) that are asked for several times and take seconds to read."""
+    return file_sha256(*(file for file, *_ in stamps))
 
 
 def checked_sha256(file: Path, name: str) -> tuple[str, bool]:
