@@ -185,7 +185,8 @@ KNOWN_BY_FLAGS = [
     *[(script, "--weights w --arch nano8", "--arch goes with --weights none")
       for script in ("train_seg", "train_points", "train_kd")],
     ("train_seg", "--loss dice --class-weights sqrt", "--class-weights goes with ce or focal in --loss, not dice"),
-    ("train_kd", "--alpha 0 --loss lovasz --label-smoothing 0.1", "--label-smoothing goes with ce in --loss, not lovasz"),
+    ("train_kd", "--alpha 0 --loss lovasz --label-smoothing 0.1",
+     "--label-smoothing goes with ce in --loss, not lovasz"),
     ("train_seg", "--loss focal --label-smoothing 0.1", "--label-smoothing goes with ce in --loss, not focal"),
     ("train_seg", "--weights w --layer-decay 0.5", "--layer-decay is of a backbone that learns"),
     ("train_points", "--weights w --backbone-lr 0.1", "--backbone-lr is of a backbone that learns"),
