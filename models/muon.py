@@ -9,6 +9,7 @@ from random weights, be it a head alone. torch.optim.Muon takes no convolutions.
 """
 import torch
 from torch import Tensor
+from torch.optim.adamw import adamw
 
 OPTIMIZERS = "adamw", "muon"  # what --optimizer may name
 BETAS = 0.9, 0.999  # of AdamW
@@ -31,17 +32,18 @@ def is_matrix(p: Tensor) -> bool:
 
 
 def orthogonal(x: Tensor, iterations: int = 5) -> Tensor:
-    """(A, B) -> (A, B) with all singular values near 1 (.7 to 1.2), by Newton-Schulz iterations."""
-    tall = x.shape[0] > x.shape[1]
+    """(n, A, B) -> the same with all singular values near 1 (.7 to 1.2), by Newton-Schulz iterations."""
+    tall = x.shape[1] > x.shape[2]
     if tall:  # the smaller product costs less
-        x = x.T
-    x = x / (x.norm() + 1e-7)
+        x = x.mT
+    x = x / (x.norm(dim=(1, 2), keepdim=True) + 1e-7)
     # A polynomial of fifth degree whose slope at 0 is as large as possible.
     a, b, c = 3.4445, -4.7750, 2.0315
     for _ in range(iterations):
-        square = x @ x.T
-        x = torch.addmm(x, b * square + c * square @ square, x, beta=a)
-    return x.T if tall else x
+        square = x @ x.mT
+        square = torch.baddbmm(square, square, square, beta=b, alpha=c)
+        x = torch.baddbmm(x, square, x, beta=a)
+    return x.mT if tall else x
 
 
 class Muon(torch.optim.Optimizer):
@@ -62,35 +64,44 @@ class Muon(torch.optim.Optimizer):
     def step(self) -> None:
         """One step down the gradients of the parameters that have one."""
         for group in self.param_groups:
+            others, by_size = [], {}
             for p in group["params"]:
                 if p.grad is None:
                     continue
-                p.mul_(1 - group["lr"] * group["weight_decay"])
-                change = self.muon(p) if p in self.matrices else self.adam(p)
-                p.sub_(change, alpha=group["lr"])
+                if p in self.matrices:
+                    by_size.setdefault((len(p), p.numel()), []).append(p)
+                else:
+                    others.append(p)
+            self.adam(others, group)
+            for same in by_size.values():
+                self.muon(same, group)
 
-    def muon(self, p: Tensor) -> Tensor:
-        """The next change of a matrix, of root mean square RMS."""
-        state = self.state[p]
-        if not state:
-            state["exp_avg"] = torch.zeros_like(p)
-        state["exp_avg"].lerp_(p.grad, 1 - MOMENTUM)
+    def muon(self, params: list[Tensor], group: dict) -> None:
+        """Moves matrices of one size, all at once: a GPU would wait for the next product of a small one."""
+        for p in params:
+            if not self.state[p]:
+                self.state[p]["exp_avg"] = torch.zeros_like(p)
+        gradients = torch.stack([p.grad.flatten(1) for p in params])
+        averages = [self.state[p]["exp_avg"] for p in params]
+        for p, average in zip(params, averages):
+            average.lerp_(p.grad, 1 - MOMENTUM)
+        averages = torch.stack([average.flatten(1) for average in averages])
         # Nesterov's momentum: the average as it would be after one more such gradient.
-        x = p.grad.lerp(state["exp_avg"], MOMENTUM).flatten(1)
+        changes = orthogonal(gradients.lerp_(averages, MOMENTUM))
         # An orthogonal (A, B) has a root mean square of 1 / sqrt(max(A, B)).
-        return RMS * max(x.shape) ** 0.5 * orthogonal(x).view_as(p)
+        rate = group["lr"] * RMS * max(changes.shape[1:]) ** 0.5
+        for p, change in zip(params, changes):
+            p.mul_(1 - group["lr"] * group["weight_decay"]).sub_(change.view_as(p), alpha=rate)
 
-    def adam(self, p: Tensor) -> Tensor:
-        """The next change by AdamW; its state has the names and types of torch.optim.AdamW's."""
-        state = self.state[p]
-        if not state:
-            state["step"] = torch.zeros((), device=p.device)
-            state["exp_avg"] = torch.zeros_like(p)
-            state["exp_avg_sq"] = torch.zeros_like(p)
-        state["step"] += 1
-        state["exp_avg"].lerp_(p.grad, 1 - BETAS[0])
-        state["exp_avg_sq"].lerp_(p.grad.square(), 1 - BETAS[1])
-        # Both averages began with 0: what that still takes away is put back.
-        mean = state["exp_avg"] / (1 - BETAS[0] ** state["step"])
-        square = state["exp_avg_sq"] / (1 - BETAS[1] ** state["step"])
-        return mean / (square.sqrt() + 1e-8)
+    def adam(self, params: list[Tensor], group: dict) -> None:
+        """Moves what is no such matrix; its state has the names and types of torch.optim.AdamW's."""
+        for p in params:
+            if not self.state[p]:
+                self.state[p].update(step=torch.zeros((), device=p.device),
+                                     exp_avg=torch.zeros_like(p), exp_avg_sq=torch.zeros_like(p))
+        states = [self.state[p] for p in params]
+        averages, squares, steps = ([state[name] for state in states]
+                                    for name in ("exp_avg", "exp_avg_sq", "step"))
+        adamw(params, [p.grad for p in params], averages, squares, [], steps, fused=True,
+              amsgrad=False, maximize=False, beta1=BETAS[0], beta2=BETAS[1], eps=1e-8, lr=group["lr"],
+              weight_decay=group["weight_decay"])

@@ -1,10 +1,10 @@
 """Time of a training step: what its parts take, and images/s beside a plain loop on timm's ViT.
 
-    python tests/bench_train.py --profile            train_seg.py's default on the CPU, by part and by operator
-    python tests/bench_train.py --arch dinov3_vitl16 --crop 512 --batch-size 16 --frozen     on a GPU if there is one
+    python tests/bench_train.py --profile            train_seg.py's default, by part and by operator
+    python tests/bench_train.py --arch dinov3_vitl16 --crop 512 --batch-size 16 --frozen
     python tests/bench_train.py --arch dinov3_vits16 --crop 224 --batch-size 2 --tuned --cpu
 
-In turns, on a busy machine the CPU's own time; the plain loop has the same linear head, AdamW and cross-entropy.
+On a GPU if there is one. In turns, on a CPU its own time; the plain loop has the same linear head, AdamW and cross-entropy.
 """
 import argparse
 import copy
@@ -90,27 +90,32 @@ def parts(rounds, profile):
     train = data.part("train", "imagenet", partial(train_seg.transform, args=args, rare=rare), 0)
     net, opt = network(args.arch, args.head, "scratch")
     terms = parse_loss(args.loss)
+    amp = DEVICE.type == "cuda" and run.fast_bf16(DEVICE)  # as train_seg.py
 
     def work(draw):
         clock = Clock(DEVICE)
         samples = [train[i % len(train), i] for i in range(draw * args.batch_size, (draw + 1) * args.batch_size)]
         x, y, _ = torch.utils.data.default_collate(samples)
+        x, y = x.to(DEVICE), y.to(DEVICE)
         clock("data")
-        step(net, opt, terms, False, x, y, clock)
+        step(net, opt, terms, amp, x, y, clock)
         return list(clock.seconds.values())
 
-    work(0)  # warm up
+    for _ in range(3):  # warm up
+        work(0)
     times = torch.tensor([work(1 + i) for i in range(rounds)])
     median = times.median(0).values
-    print(f"{args.arch} + {args.head}, batch {args.batch_size}, crop {args.crop}, {args.optimizer}: a step takes "
+    print(f"{args.arch} + {args.head}, batch {args.batch_size}, crop {args.crop}, {args.optimizer}, "
+          f"{run.precision(amp, DEVICE)}: a step takes "
           f"{1e3 * median.sum():.0f} ms, data read in this process\n"
           f"| part | ms, median of {rounds} | share |\n|---|---|---|")
     for part, t in zip(PARTS, median):
         print(f"| {part} | {1e3 * t:.1f} | {t / median.sum():.0%} |")
     if profile:
-        with torch.profiler.profile(activities=[torch.profiler.ProfilerActivity.CPU]) as found:
+        with torch.profiler.profile() as found:
             work(rounds + 1)
-        print(found.key_averages().table(sort_by="self_cpu_time_total", row_limit=15, max_name_column_width=45))
+        by = f"self_{DEVICE.type}_time_total"
+        print(found.key_averages().table(sort_by=by, row_limit=15, max_name_column_width=45))
 
 
 # ---- beside a plain loop
@@ -140,7 +145,7 @@ def plain_step(net, opt, amp, x, y):
     opt.step()
 
 
-def beside_timm(arch, crop, batch, recipe, rounds):
+def beside_timm(arch, crop, batch, recipe, rounds, compiles):
     net, opt = network(arch, "linear", recipe)
     frozen = recipe == "frozen"
     plain = Plain(arch, crop, net, frozen).to(DEVICE)
@@ -151,9 +156,11 @@ def beside_timm(arch, crop, batch, recipe, rounds):
     steps = {"ours": partial(step, net, opt, parse_loss("ce"), amp, x, y),
              "timm": partial(plain_step, plain, plain_opt, amp, x, y)}
     work = gflop(steps["ours"])  # and warms up
+    if compiles:
+        steps["ours, compiled"] = partial(step, torch.compile(net), opt, parse_loss("ce"), amp, x, y)
     for _ in range(2):
-        steps["ours"]()
-        steps["timm"]()
+        for once in steps.values():
+            once()
     times = {name: [] for name in steps}
     for _ in range(rounds):
         for name, once in steps.items():
@@ -166,7 +173,7 @@ def beside_timm(arch, crop, batch, recipe, rounds):
           f"{work:.3g} GFLOP a step\n| | ms a step, best of {rounds} | images/s | TFLOP/s |\n|---|---|---|---|")
     for name, found in times.items():
         best = min(found)
-        rate = f"{work / best / 1e3:.2f}" if name == "ours" else ""
+        rate = "" if name == "timm" else f"{work / best / 1e3:.2f}"
         print(f"| {name} | {1e3 * best:.1f} | {batch / best:.1f} | {rate} |")
     print(f"ours / timm: {ratios.median():.2f}, rounds {ratios.min():.2f} to {ratios.max():.2f}")
     if DEVICE.type == "cuda":
@@ -194,13 +201,14 @@ def main(argv=None):
     which = p.add_mutually_exclusive_group()
     which.add_argument("--frozen", dest="recipe", action="store_const", const="frozen", default="frozen")
     which.add_argument("--tuned", dest="recipe", action="store_const", const="tuned")
+    p.add_argument("--compile", action="store_true", help="a row for train_seg.py --compile")
     p.add_argument("--rounds", type=int, default=7)
     p.add_argument("--profile", action="store_true", help="the default's operators that take longest")
     p.add_argument("--cpu", action="store_true", help="although there is a GPU")
     args = p.parse_args(argv)
-    _, _, DEVICE = run.start(0, "cpu" if args.cpu or not args.arch else "auto")
+    _, _, DEVICE = run.start(0, "cpu" if args.cpu else "auto")
     if args.arch:
-        beside_timm(args.arch, args.crop, args.batch_size, args.recipe, args.rounds)
+        beside_timm(args.arch, args.crop, args.batch_size, args.recipe, args.rounds, args.compile)
     else:
         parts(args.rounds, args.profile)
 

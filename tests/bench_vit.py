@@ -2,7 +2,7 @@
 
     python tests/bench_vit.py                            DINOv3 S at 512, DINOv2 B at 518, on the CPU
     python tests/bench_vit.py --batch 8 --profile        and where ours spends its time, by operator
-    python tests/bench_vit.py --backbone                 the ViT alone, beside timm and transformers; GPU too
+    python tests/bench_vit.py --backbone                 the ViT alone, beside timm and transformers, on a GPU if there is
 
 Ratios within one run, in turns, the minimum of some rounds: a busy machine slows all of them. What is not installed
 (pip install openvino onnxruntime) is left out. --cpu counts processor seconds, for a machine shared with others.
@@ -158,10 +158,9 @@ def main(args):
     clock = time.process_time if args.cpu else time.perf_counter
     print(f"torch {torch.__version__}, {torch.backends.cpu.get_cpu_capability()}, {args.threads} threads, "
           f"batch {args.batch}, minimum of {args.rounds} rounds, {'processor' if args.cpu else 'wall'} seconds")
-    devices = ["cpu"]
-    if args.backbone and torch.cuda.is_available():
-        devices.append("cuda")
-    for device in devices:
+    # What compiles and the other programs are for CPUs.
+    on_gpu = args.backbone and not args.cpu and torch.cuda.is_available()
+    for device in ["cuda" if on_gpu else "cpu"]:
         for name in args.models:
             x = torch.randn(args.batch, 3, side_of(name), side_of(name), device=device)
             for mode in args.modes:
