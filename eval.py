@@ -30,7 +30,7 @@ import numpy as np
 import torch
 
 from data import boundary, metrics, plots, public, samplers
-from data.common import BadInput, Written, nfc, read_json
+from data.common import BadInput, Written, nfc, plural, read_json
 from data.compare import check_earlier, compare, pack_matrices, read_scored, scene_table
 from data.curate.masks import before_review
 from data.datasets import scenes_of
@@ -403,7 +403,7 @@ def main(args):
         folder = Path(args.masks)
     K, names = len(d.names), d.splits[args.split]
     digest = d.about()["splits"][args.split]
-    say(f"{len(names)} {args.split} images of {d.root}")
+    say(f"{plural(len(names), f'{args.split} image')} of {d.root}")
     if args.run and not args.masks:
         for one in runs:
             for split in own_splits(one, digest):

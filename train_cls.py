@@ -31,7 +31,7 @@ from data import augment, metrics, plots
 from data.common import BadInput, escaped, json_lines, minutes, without_nan, write
 from data.datasets import NORMS
 from data.samplers import StepSampler
-from data.scenes import Scenes, augment_scenes, prepare
+from data.scenes import FRACTIONS, Scenes, augment_scenes, prepare
 from models import checkpoint, nets, run
 from models.classify import CNNS, fit_linear
 from models.muon import OPTIMIZERS, optimizer
@@ -53,7 +53,7 @@ def parse_args(argv=None):
     data.add_argument("--classes", nargs="+", metavar="NAME",
                       help="the classes to take, in this order (all of train)")
     data.add_argument("--split-file", help="JSON {split: [names]}, such as a run's split.json")
-    data.add_argument("--fractions", type=SHARE, nargs=3, default=[0.6, 0.2, 0.2],
+    data.add_argument("--fractions", type=SHARE, nargs=3, default=list(FRACTIONS),
                       metavar=("TRAIN", "VAL", "TEST"),
                       help="shares of every class, where nothing else gives splits")
     data.add_argument("--split-seed", type=WHOLE, default=0, help="of that draw")
@@ -479,6 +479,7 @@ def main(args):
         spec = dict(name="vit", features=args.features, classes=K, backbone=backbone)
     if args.mode == "knn":
         bank = len(d.rows["train"])
+        args.k = sorted({min(k, bank) for k in args.k})  # a larger one would be all
         spec |= dict(bank=bank, k=max(args.k), temperature=args.temperature)
     net = nets.make_classifier(spec, state, info)
     if probing:
@@ -494,7 +495,7 @@ def main(args):
     if args.features == "mean":
         line = "nothing to learn"
     say(f"model   {title}, {line}")
-    say(f"        {args.mode}, {nets.size_line(net)}, input {size} x {size}, normalisation {norm}, "
+    say(f"        {args.mode}, {nets.size_line(net, scratch)}, input {size} x {size}, normalisation {norm}, "
         + run.precision(amp, device))
     if not scratch and info["norm"] not in (None, norm):
         say(f"        WARNING --norm {norm}, but these weights were trained with {info['norm']}")

@@ -162,7 +162,9 @@ def parse_args(argv=None):
     if args.alpha == 0:
         # "above 0" is no value of --alpha: it completes the message.
         run.only_with(p, args, "alpha", "above 0", "teacher", "map", "within", "temperature")
-    elif not args.teacher:
+    elif args.alpha == 1:
+        run.only_with(p, args, "alpha", "below 1", "loss", "class_weights", "label_smoothing")
+    if args.alpha and not args.teacher:
         p.error("--teacher is missing; name the run folder of a trained network, or type --alpha 0")
     run.only_with(p, args, "sampler", "weighted", "difficulty")
     if args.sampler == "weighted" and not args.difficulty:
@@ -292,22 +294,23 @@ def main(args):
     # What was not typed is the recipe's: models/recipes.py has one for training from scratch, one
     # for a frozen backbone and one for a tuned one.
     recipe = recipes.name_of(args.weights, frozen)
-    pixels = d.pixels("train")
+    sizes = d.sizes_of("train")
     crops = args.accum * world  # of a step, times the batch size
-    chosen = recipes.fill(recipe, vars(args), pixels, net.backbone.patch if vit else None, crops,
+    chosen = recipes.fill(recipe, vars(args), sizes, net.backbone.patch if vit else None, crops,
                           quick=args.quick or d.kind == "demo")
     for flag, value in chosen.items():
         setattr(args, flag, value)
     if vit:
         net.dropout.p = args.dropout
-    args.steps = end_step(args.steps, args.eval_every, args.restarts, args.lookahead)
+    asked = args.steps
+    args.steps = end_step(asked, args.eval_every, args.restarts, args.lookahead)
     net = run.synchronise_norms(net, device).to(device).train()
     amp = args.amp == "bf16"
     if args.amp == "auto":  # on a CPU only under a frozen backbone
         amp = run.fast_bf16(device) and (frozen or device.type == "cuda")
     say(f"model   {nets.name_of(spec)}, {info['line']}")
-    say(f"        {nets.size_line(net)}, normalisation {norm}, {run.precision(amp, device)}")
-    say(recipes.text(recipe, vars(args), pixels, crops))
+    say(f"        {nets.size_line(net, scratch)}, normalisation {norm}, {run.precision(amp, device)}")
+    say(recipes.text(recipe, vars(args), sizes, crops))
     if not scratch and info["norm"] not in (None, norm):
         say(f"        WARNING --norm {norm}, but these weights were trained with {info['norm']}")
     bn_frozen = nets.freeze_bn(net) if args.batch_size == 1 else False
@@ -370,7 +373,8 @@ def main(args):
     look = Lookahead(params, args.lookahead) if args.lookahead else None
     if args.restarts:
         ends = cycle_ends(*args.restarts, args.steps)
-        say(f"        warm restarts: {args.steps} steps, cycles end at {', '.join(map(str, ends))}")
+        say(f"        warm restarts: {args.steps} of {asked} steps, cycles end at "
+            f"{', '.join(map(str, ends))}")
 
     # ---- start or resume
     facts = run.facts(device, world)

@@ -213,9 +213,9 @@ def main(args):
     # What was not typed is the recipe's: models/recipes.py has one for training from scratch, one
     # for a frozen backbone and one for a tuned one.
     recipe = recipes.name_of(args.weights, frozen)
-    pixels = d.pixels("train")
+    sizes = d.sizes_of("train")
     crops = args.accum * world  # of a step, times the batch size
-    chosen = recipes.fill(recipe, vars(args), pixels, net.backbone.patch if vit else None, crops,
+    chosen = recipes.fill(recipe, vars(args), sizes, net.backbone.patch if vit else None, crops,
                           quick=args.quick or d.kind == "demo")
     for flag, value in chosen.items():
         setattr(args, flag, value)
@@ -228,8 +228,8 @@ def main(args):
     if args.amp == "auto":  # on a CPU only under a frozen backbone
         amp = run.fast_bf16(device) and (frozen or device.type == "cuda")
     say(f"model   {nets.name_of(spec)}, {info['line']}")
-    say(f"        {nets.size_line(net)}, normalisation {norm}, {run.precision(amp, device)}")
-    say(recipes.text(recipe, vars(args), pixels, crops))
+    say(f"        {nets.size_line(net, scratch)}, normalisation {norm}, {run.precision(amp, device)}")
+    say(recipes.text(recipe, vars(args), sizes, crops))
     if not scratch and info["norm"] not in (None, norm):
         say(f"        WARNING --norm {norm}, but these weights were trained with {info['norm']}")
     bn_frozen = nets.freeze_bn(net) if args.batch_size == 1 else False

@@ -85,6 +85,8 @@ def replace(path: str | Path, save: Callable[[str], None]) -> None:
         if isinstance(e, NotWritten) or not isinstance(e, (OSError, RuntimeError)):
             raise
         why = getattr(e, "strerror", None) or str(e)[:100]
+        if "PytorchStreamWriter" in why or "inline_container" in why:
+            why = "torch could not finish it"
         raise NotWritten(f"{path}: cannot be written ({why}); is the disk full or read-only?") from None
 
 
@@ -416,6 +418,11 @@ def json_lines(rows: list[dict]) -> str:
 
 
 # ---- what a user types, and what a terminal shows
+
+def plural(n: int, word: str) -> str:
+    """1 image, 2 images."""
+    return f"{n} {word}" if n == 1 else f"{n} {word}s"
+
 
 def number(text: str, kind: type = float) -> int | float:
     """A finite number as people write it, else ValueError.

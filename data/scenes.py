@@ -32,6 +32,7 @@ from .raster import kinds_of, open_raster
 # How folders may call the three splits.
 SPLITS = {"train": "train", "training": "train", "val": "val", "valid": "val", "validation": "val",
           "test": "test", "testing": "test"}
+FRACTIONS = 0.6, 0.2, 0.2  # of every class for train, val and test, where nothing else divides
 LARGEST = 224  # side to which images of other than one small square size are brought, unless told
 
 
@@ -332,7 +333,7 @@ class Scenes:
     """
 
     def __init__(self, root: str | Path, classes: list[str] | None = None,
-                 split_file: str | Path | None = None, fractions: list[float] = (0.6, 0.2, 0.2),
+                 split_file: str | Path | None = None, fractions: list[float] = FRACTIONS,
                  split_seed: int = 0, scene: str | None = None, per_class: int | None = None,
                  seed: int = 0, resume: str | None = None, skip_bad: bool = False,
                  bands: list[int] | None = None, input_range: list | str | None = None,
@@ -364,6 +365,11 @@ class Scenes:
             split_file = f"{resume}/split.json"
         if split_file:
             given = read_split_file(split_file, {n: (self.base / n, None) for n in found})
+        if given.get("train") and given.get("val") and not resume:
+            drawn = {"--fractions": tuple(fractions) != FRACTIONS, "--split-seed": split_seed != 0}
+            for flag in [flag for flag, typed in drawn.items() if typed]:
+                raise BadInput(f"{flag}: nothing is drawn, {split_file or self.base} has train and val; "
+                               "leave it out")
         shares = dict(zip(("train", "val", "test"), fractions))
         some = None if resume else per_class
 
@@ -409,6 +415,10 @@ class Scenes:
         self.names = classes or sorted({scenes[n] for n in self.splits["train"]})
         self.notes += [f"WARNING {line}"
                        for line in check_classes(self.splits, scenes, self.names)]
+        sizes = Counter(scenes[n] for n in self.splits["train"])
+        less = [f"{sizes[c]} of {c}" for c in self.names if sizes[c] < (some or 0)]
+        if less:
+            self.notes.append(f"WARNING --per-class {some}: train has only {', '.join(less)}")
         self.reports = "test" if self.splits.get("test") else "val"
 
         number = {name: i for i, name in enumerate(self.names)}

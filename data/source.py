@@ -176,10 +176,6 @@ class Source:
         """(H, W) of every image of a split that training opened, or of its box."""
         return [self.size(*pair) for pair in self.files(split).values()]
 
-    def pixels(self, split: str) -> int:
-        """Of all images of a split that training opened, or of their boxes."""
-        return sum(H * W for H, W in self.sizes_of(split))
-
     def part(self, split: str, norm: str, augment=None, seed: int = 0,
              names: list[str] | None = None) -> SegDataset:
         """The images of a split, or those of `names`, normalised; augment(image, mask, rng) sees uint8 arrays."""

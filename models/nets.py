@@ -226,11 +226,13 @@ def name_of(spec: dict) -> str:
     return f"{name} + {spec['head']}" if "head" in spec else name
 
 
-def size_line(net: nn.Module) -> str:
-    """'0.21 M of 86.80 M parameters train'."""
+def size_line(net: nn.Module, scratch: bool) -> str:
+    """'0.21 M of 86.80 M parameters train'. scratch: they began as random numbers."""
     sizes = [(p.numel(), p.requires_grad) for p in net.parameters()]
     training = sum(n for n, trains in sizes if trains)
-    return f"{training / 1e6:.2f} M of {sum(n for n, _ in sizes) / 1e6:.2f} M parameters train"
+    total = sum(n for n, _ in sizes)
+    rest = ", THE OTHERS STAY RANDOM" if scratch and training < total else ""
+    return f"{training / 1e6:.2f} M of {total / 1e6:.2f} M parameters train{rest}"
 
 
 def unfreeze(net: nn.Module, blocks: str) -> bool:

@@ -1,7 +1,7 @@
 """What a training run does where its flags do not say: one recipe for each situation.
 
     typed = dict(steps=None, crop=None, lr=3e-4, ...)           None: not typed
-    chosen = fill("frozen", typed, pixels=2_600_000_000, patch=16)
+    chosen = fill("frozen", typed, sizes=[(1024, 1024)] * 2522, patch=16)
     chosen["steps"], chosen["lr"], ...                          40000, 3e-4, ...
 
 Steps, crops and batches are what published figures were reached with: DINOv3's evaluations
@@ -9,6 +9,9 @@ Steps, crops and batches are what published figures were reached with: DINOv3's 
 lightly-train for tuned ones. Muon in place of AdamW is ours (tests/bench_heads.py).
 """
 import math
+import statistics
+
+from data.common import BadInput
 
 # optimizer: of models/muon.py. lr: learning rate of the head. backbone_lr: of the backbone's last
 # block. layer_decay: factor on it for each block below. dropout: of the channels that a head reads.
@@ -58,14 +61,16 @@ def ema_of(weights: str, unfreeze: str, typed: float | None) -> float:
     return recipe["ema"] if typed is None else typed
 
 
-def fill(recipe: str, typed: dict, pixels: int, patch: int | None, crops: int = 1,
+def fill(recipe: str, typed: dict, sizes: list[tuple[int, int]], patch: int | None, crops: int = 1,
          quick: bool = False) -> dict:
     """A value for each of FLAGS: as typed, else the recipe's. typed: {flag: value, or None if not typed}.
 
-    pixels: of all training images. patch: of a ViT, None for a CNN. crops: times the batch size
-    that a step takes, over processes and micro-batches.
+    sizes: (H, W) of the training images. patch: of a ViT, None for a CNN. crops: times the batch
+    size that a step takes, over processes and micro-batches. What cannot act is a BadInput.
     """
     chosen = RECIPES[recipe].copy()
+    # More than an image has would be padding.
+    chosen["crop"] = min(chosen["crop"], side_of(sizes))
     if patch is None:
         chosen |= CNN[recipe]
     else:  # whole patches
@@ -77,7 +82,7 @@ def fill(recipe: str, typed: dict, pixels: int, patch: int | None, crops: int = 
         chosen["backbone_lr"] = chosen["lr"]
 
     if typed["steps"] is None:
-        most = round(PASSES / passes(1, chosen, pixels, crops))
+        most = round(PASSES / passes(1, chosen, sizes, crops))
         chosen["steps"] = min(chosen["steps"], max(QUICK["steps"], most))
     if typed["warmup"] is None:
         steps = chosen["steps"]
@@ -86,20 +91,42 @@ def fill(recipe: str, typed: dict, pixels: int, patch: int | None, crops: int = 
         chosen["warmup"] = min(rise, steps // 2)
     if "eval_every" not in chosen:
         chosen["eval_every"] = max(360, chosen["steps"] // 20)
+    if not typed.get("resume"):
+        check(chosen["steps"], chosen["warmup"], chosen["eval_every"], typed.get("patience"))
     return chosen
 
 
-def passes(steps: int, chosen: dict, pixels: int, crops: int = 1) -> float:
-    """How many times over its images, by pixels, a run of so many steps goes."""
+def check(steps: int, warmup: int, eval_every: int, patience: int | None) -> None:
+    """BadInput where a run would end before its flags have acted."""
+    if warmup > steps:
+        raise BadInput(f"--warmup {warmup}: the run has {steps} steps, and its rate would never be "
+                       f"reached; type --warmup {steps // 2}, or more --steps")
+    if patience and patience * eval_every >= steps:
+        raise BadInput(f"--patience {patience}: of {steps} steps, with a validation every {eval_every}, "
+                       "it could save none; type a smaller --eval-every, or leave it out")
+
+
+def side_of(sizes: list[tuple[int, int]]) -> int:
+    """The shorter side of images (H, W), their median."""
+    return statistics.median_low(map(min, sizes))
+
+
+def passes(steps: int, chosen: dict, sizes: list[tuple[int, int]], crops: int = 1) -> float:
+    """How many times over the pixels of its images a run of so many steps goes."""
+    pixels = sum(H * W for H, W in sizes)
     return steps * crops * chosen["batch_size"] * chosen["crop"] ** 2 / pixels
 
 
-def text(recipe: str, chosen: dict, pixels: int, crops: int = 1) -> str:
-    """Two lines that say what a run will do."""
-    times = passes(chosen["steps"], chosen, pixels, crops)
+def text(recipe: str, chosen: dict, sizes: list[tuple[int, int]], crops: int = 1) -> str:
+    """Lines that say what a run will do."""
+    times = passes(chosen["steps"], chosen, sizes, crops)
     low, high = chosen["scale"]
+    small = ""
+    if chosen["crop"] >= 2 * side_of(sizes):
+        small = (f"\n        WARNING --crop {chosen['crop']}: images have {side_of(sizes)} rows or columns; "
+                 "most of a crop is padding")
     return (f"recipe  {recipe}: {chosen['steps']} steps of {crops * chosen['batch_size']} crops of "
-            f"{chosen['crop']} at scale {low:g}-{high:g}, {times:.0f} times over the images\n"
+            f"{chosen['crop']} at scale {low:g}-{high:g}, {times:.0f} times the pixels of all images\n"
             f"        {chosen['optimizer']}, lr {chosen['lr']:g}, backbone {chosen['backbone_lr']:g}, "
             f"layer decay {chosen['layer_decay']:g}, weight decay {chosen['weight_decay']:g}, "
-            f"warm-up {chosen['warmup']} steps, dropout {chosen['dropout']:g}, EMA {chosen['ema']:g}")
+            f"warm-up {chosen['warmup']} steps, dropout {chosen['dropout']:g}, EMA {chosen['ema']:g}{small}")

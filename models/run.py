@@ -279,8 +279,9 @@ def parse(parser: Parser, argv: list[str] | None = None, movable: tuple[str, ...
     check_saved(Path(args.resume))
     stored = load_state(Path(args.resume) / "last.pt").get("args")
     if not isinstance(stored, dict) or stored.keys() != vars(args).keys():
-        raise BadInput(f"{args.resume}/last.pt: of another script, or of an earlier version of "
-                       "this one; go on with the code that began it, or start a new run")
+        began = command_of(Path(args.resume), "an unknown command")
+        raise BadInput(f"{args.resume}/last.pt: of another script, or of an earlier version of this "
+                       f"one; go on with the code that began it ({began}), or start a new run")
     # last.pt comes from a file, and its flags go past argparse's checks.
     for action in parser._actions:
         value = stored.get(action.dest)
@@ -344,11 +345,15 @@ def check_saved(out: Path) -> None:
         return
     if not (out / ".lock").exists() or not is_free(out):
         return  # no run's folder; whoever reads its last.pt says so
-    command = "its command without --resume"
-    if (out / "protocol.json").exists():
-        command = read_json(out / "protocol.json").get("command", command)
     raise BadInput(f"{out}: was ended before its first last.pt, so there is nothing to resume; "
-                   f"start it again: {command}")
+                   f"start it again: {command_of(out, 'its command without --resume')}")
+
+
+def command_of(out: Path, unknown: str) -> str:
+    """The command that began a run, as its protocol.json has it; else `unknown`."""
+    if not (out / "protocol.json").exists():
+        return unknown
+    return read_json(out / "protocol.json").get("command", unknown)
 
 
 # ---- errors
@@ -376,7 +381,7 @@ def one_line_errors(lower: str = "--batch-size"):
         print(f"error: {escaped(line.rstrip())}", file=sys.stderr)
         sys.exit(2)
     except KeyboardInterrupt:
-        print("interrupted", file=sys.stderr)
+        print(f"interrupted{go_on()}", file=sys.stderr)
         sys.exit(130)
 
 

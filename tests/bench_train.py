@@ -4,7 +4,7 @@
     python tests/bench_train.py --arch dinov3_vitl16 --crop 512 --batch-size 16 --frozen
     python tests/bench_train.py --arch dinov3_vits16 --crop 224 --batch-size 2 --tuned --cpu
 
-On a GPU if there is one. In turns, on a CPU its own time; the plain loop has the same linear head, AdamW and cross-entropy.
+On a GPU if there is one. In turns, on a CPU its own time; the plain loop has the same linear head and AdamW.
 """
 import argparse
 import copy
@@ -85,7 +85,7 @@ def network(arch, head, recipe):
 def parts(rounds, profile):
     args = train_seg.parse_args([])
     data = Source(cache=args.cache)
-    vars(args).update(recipes.fill("scratch", vars(args), data.pixels("train"), 16, quick=True))
+    vars(args).update(recipes.fill("scratch", vars(args), data.sizes_of("train"), 16, quick=True))
     rare = rare_classes(data.count(None)[:, :-1])
     train = data.part("train", "imagenet", partial(train_seg.transform, args=args, rare=rare), 0)
     net, opt = network(args.arch, args.head, "scratch")

@@ -2,7 +2,7 @@
 
     python tests/bench_vit.py                            DINOv3 S at 512, DINOv2 B at 518, on the CPU
     python tests/bench_vit.py --batch 8 --profile        and where ours spends its time, by operator
-    python tests/bench_vit.py --backbone                 the ViT alone, beside timm and transformers, on a GPU if there is
+    python tests/bench_vit.py --backbone                 the ViT alone, beside timm and transformers; on a GPU, if any
 
 Ratios within one run, in turns, the minimum of some rounds: a busy machine slows all of them. What is not installed
 (pip install openvino onnxruntime) is left out. --cpu counts processor seconds, for a machine shared with others.
@@ -21,6 +21,7 @@ import torch
 sys.path.insert(0, str(Path(__file__).parents[1]))
 from models import export, nets
 from models.compiled import compiled
+from models.run import tune_cpu
 from models.vit import PRESETS, ViT
 
 MODES = ("fp32", "bf16")
@@ -155,6 +156,7 @@ def by_operator(run):
 @torch.inference_mode()
 def main(args):
     torch.set_num_threads(args.threads)
+    tune_cpu()  # as the scripts do
     clock = time.process_time if args.cpu else time.perf_counter
     print(f"torch {torch.__version__}, {torch.backends.cpu.get_cpu_capability()}, {args.threads} threads, "
           f"batch {args.batch}, minimum of {args.rounds} rounds, {'processor' if args.cpu else 'wall'} seconds")

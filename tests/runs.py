@@ -25,7 +25,7 @@ from models.vit import PRESETS
 
 FOLDER = ["--dataset", "folder", "--workers", 0]
 TINY = [*FOLDER, "--steps", 6, "--eval-every", 2, "--log-every", 1, "--batch-size", 4,
-        "--crop", 32, "--warmup", 2, "--arch", "nano16"]
+        "--crop", 32, "--warmup", 1, "--arch", "nano16"]
 SEGMENTATION_FILES = {
     ".lock", "best.safetensors", "confusion.png", "curves.png", "last.pt", "log.jsonl",
     "files.json", "protocol.json", "results.json", "samples.png", "split.json"}

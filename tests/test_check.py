@@ -131,6 +131,14 @@ def held_out(root):
     edit(root, splits={"train": "*/[0-3]"}, select=0.5, scene="[01]|[23]")
 
 
+def held_out_by_image(root):
+    edit(root, splits={"train": "*/[0-3]"}, select=0.5)
+
+
+def names_of_a_draft(root):
+    edit(root, classes=[dict(name="id_0", id=0), dict(name="water", id=1), dict(name="class_2", id=2)])
+
+
 def held_out_of_one_scene(root):
     edit(root, splits={"train": "*/[0-3]"}, select=0.2, scene="images")
 
@@ -224,9 +232,9 @@ def wrong_glob(root):
     (deep_image, 2, "error: {root}/images/1.png: uint16 pixels (0..18909); expected 8 bit"),
     (alpha_image, 2, "error: {root}/images/1.png: 4 bands (RGBA), and alpha is more than 0 and 255; a mask with soft"),
     (transparent_images, 0, f"ignored of all pixels    {'25.00%':>14} {'0.00%':>14}"),  # as in training
-    (grey_image, 0, "note: 1 images of mode L are read as RGB, first images/1"),
+    (grey_image, 0, "note: 1 image read as RGB: mode L, first images/1"),
     (damaged_exif, 0, "6 images, 0 complaints"),
-    (turned_image, 0, "warning: 1 images have an EXIF orientation, first images/1: some programs turn such pictures"),
+    (turned_image, 0, "warning: EXIF orientation in 1 image, first images/1: some programs turn such pictures"),
     (twin_in_other_split, 2, "error: images/1 (train), images/4 (val): identical images in different splits; leave"),
     (twin_in_same_split, 0, "note: images/1, images/2: 2 identical images"),
     (blank_images, 0, "6 images, 0 complaints"),
@@ -240,13 +248,15 @@ def wrong_glob(root):
     (no_val, 0, "warning: no val split: list whole scenes under \"val\" in dataset.json, or hold them out: \"select\""),
     (no_val, 0, "--dataset folder --root {root} --val-frac 0.2\n"),
     (held_out, 0, "--dataset folder --root {root}\n"),
+    (held_out_by_image, 0, "warning: a part of train is held out image by image, so neighbours may stand on both"),
+    (names_of_a_draft, 0, "note: classes are called id_0, class_2 as in a draft; name them in dataset.json before"),
     (held_out_of_one_scene, 2, "error: 0.2 of 1 scenes leaves train or val empty; change \"select\" or \"scene\" in"),
     (scene_of_none, 2, "error: \"scene\" in dataset.json is 'area', which does not match 'images/0'"),
     (scene_in_two_splits, 0, "warning: 1 of 1 scenes are in several splits, such as images/ in train, val: the"),
     (fifth_band, 2, "error: {root}/images/1.png: 3 bands (RGB), and --bands or \"bands\" in dataset.json asks for"),
     (range_of_bytes, 2, "images/1.png: 8 bits, for which --input-range 0 3000, or \"input_range\" in dataset.json"),
     (range_of_one, 2, "error: {root}/dataset.json: \"input_range\" is [7, 7]; expected the lower value, then"),
-    (no_val, 0, "note: 2 images are in no split, first images/4"),
+    (no_val, 0, "note: in no split: 2 images, first images/4"),
     (absent_in_val, 0, "warning: class 'water' is not in val: it cannot be scored there; move images"),
     (absent_in_val, 0, f"  its mIoU {'0.1111':>28} {'0.2500':>14}\n"),  # val: of the two classes that it has
     (absent_class, 0, "warning: class 'car' is in no mask: correct its id or colour, or delete it"),
@@ -265,7 +275,7 @@ def test_each_fault_has_its_line_and_exit_code(spoil, code, line, plain, capsys)
     got, out = run(capsys, plain)
     assert line.format(root=plain) in out and got == code
     again = f"\nCorrect the errors, then type: {check_command(plain)}\n"
-    assert out.endswith(again) == (code == 2 and "complaints" in out)
+    assert out.endswith(again) == (code == 2 and "complaint" in out)
 
 
 def test_bands_and_range_of_the_description_unless_flags_say_otherwise(plain, capsys):

@@ -61,7 +61,7 @@ def half_then(error):
     (half_then(OSError(errno.ENOSPC, "No space left")), OSError,
      "cannot be written .No space left"),
     (half_then(RuntimeError("PytorchStreamWriter failed")), OSError,
-     "a.json: cannot be written .Pytorch"),
+     "a.json: cannot be written .torch could not finish it.; is the disk full"),
     (half_then(ZeroDivisionError("mine")), ZeroDivisionError, "mine"),
     (half_then(KeyboardInterrupt()), KeyboardInterrupt, None)])
 def test_a_failure_in_the_middle_leaves_the_old_file_and_nothing_else(tmp_path, save, raised, said):

@@ -165,7 +165,7 @@ def test_the_draft_takes_official_lists_for_splits(tmp_path, rng, capsys):
     d, _, _, splits = described(tmp_path)
     assert d["splits"] == {"train": ["ImageSets/trn.txt"], "val": ["ImageSets/val.txt"]}
     assert [len(n) for n in splits.values()] == [3, 2]
-    assert "1 images are in no split, first JPEGImages/005_a" in run(capsys, tmp_path)[1]
+    assert "in no split: 1 image, first JPEGImages/005_a" in run(capsys, tmp_path)[1]
     write(tmp_path / "ImageSets/val.txt", "elsewhere\n")
     code, out = run(capsys, tmp_path, "--force")
     assert "not used for the splits" in out and "'elsewhere' is no image here" in out

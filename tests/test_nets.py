@@ -511,4 +511,7 @@ def test_a_network_is_named(spec, name):
 def test_sizes_are_counted():
     net = nn.Sequential(nn.Linear(1000, 300), nn.Linear(300, 100))
     net[0].requires_grad_(False)
-    assert nets.size_line(net) == "0.03 M of 0.33 M parameters train"
+    assert nets.size_line(net, scratch=False) == "0.03 M of 0.33 M parameters train"
+    assert nets.size_line(net, scratch=True).endswith("train, THE OTHERS STAY RANDOM")
+    net.requires_grad_(True)
+    assert nets.size_line(net, scratch=True).endswith("parameters train")

@@ -1,10 +1,11 @@
 """models/recipes.py: the published numbers, what was typed is kept, few images get few steps."""
 import pytest
 
+from data.common import BadInput
 from models import recipes
 from models.recipes import FLAGS, fill
 
-LOVEDA = 2522 * 1024 * 1024  # pixels of its training images
+LOVEDA = [(1024, 1024)] * 2522  # its training images
 NOTHING = dict.fromkeys(FLAGS)
 
 
@@ -24,10 +25,11 @@ def test_a_tuned_backbone_learns_slower_than_its_head():
 
 @pytest.mark.parametrize("name", ["frozen", "tuned"])
 def test_thirty_images_get_no_forty_thousand_steps(name):
-    few = fill(name, NOTHING, 30 * 2000 * 1000, 16)
+    thirty = [(2000, 1000)] * 30
+    few = fill(name, NOTHING, thirty, 16)
     assert few["steps"] == round(500 * 60e6 / (16 * 512 ** 2)) and few["warmup"] == few["steps"] // 25
-    assert fill(name, NOTHING, 30 * 2000 * 1000, 16, crops=4)["steps"] == round(500 * 60e6 / (64 * 512 ** 2))
-    assert fill(name, NOTHING, 256 * 256, 16)["steps"] == recipes.QUICK["steps"]  # one small image
+    assert fill(name, NOTHING, thirty, 16, crops=4)["steps"] == round(500 * 60e6 / (64 * 512 ** 2))
+    assert fill(name, NOTHING, [(256, 256)], 16)["steps"] == recipes.QUICK["steps"]  # one small image
 
 
 @pytest.mark.parametrize("name", recipes.RECIPES)
@@ -48,6 +50,25 @@ def test_from_scratch_all_learns_at_one_rate_and_quick_is_short():
     assert (quick["warmup"], quick["lr"]) == (50, 3e-3) and quick.items() >= recipes.QUICK.items()
     cnn = fill("tuned", NOTHING, LOVEDA, None)
     assert (cnn["optimizer"], cnn["lr"], cnn["backbone_lr"]) == ("adamw", 1e-3, 1e-4)
+
+
+@pytest.mark.parametrize("sizes, patch, crop", [
+    ([(256, 300)] * 9, 16, 256), ([(250, 300)] * 9, 14, 252), ([(600, 700), (256, 256), (300, 200)], None, 256)])
+def test_a_crop_is_no_larger_than_the_images_unless_it_was_typed(sizes, patch, crop):
+    chosen = fill("frozen", NOTHING, sizes, patch or 16) if patch else fill("tuned", NOTHING, sizes, patch)
+    assert chosen["crop"] == crop and "padding" not in recipes.text("frozen", chosen, sizes)
+    chosen = fill("tuned", NOTHING | dict(crop=512), sizes, patch)
+    assert chosen["crop"] == 512
+    assert "WARNING --crop 512: images have 2" in recipes.text("frozen", chosen, sizes)
+
+
+def test_what_would_act_behind_the_last_step_is_refused():
+    with pytest.raises(BadInput, match="--warmup 90: the run has 40 steps.* type --warmup 20"):
+        fill("scratch", NOTHING | dict(steps=40, warmup=90), LOVEDA, 16)
+    with pytest.raises(BadInput, match="--patience 4: of 40 steps, with a validation every 10, it could save none"):
+        fill("scratch", NOTHING | dict(steps=40, eval_every=10, patience=4), LOVEDA, 16)
+    fill("scratch", NOTHING | dict(steps=40, eval_every=10, patience=3, warmup=40), LOVEDA, 16)
+    fill("scratch", NOTHING | dict(steps=40, warmup=90, resume="runs/a"), LOVEDA, 16)  # begun before this check
 
 
 def test_the_situation():

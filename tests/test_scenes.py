@@ -276,12 +276,17 @@ def test_few_images_per_class_leave_val_and_test_alone(root, tmp_path):
     write(tmp_path / "run/split.json", whole.splits)
     again = Scenes(root, cache="off", per_class=2, resume=str(tmp_path / "run"))  # a run's own split
     assert again.splits == whole.splits
+    assert not any("--per-class" in note for note in part.notes)
+    many = Scenes(root, cache="off", per_class=20)
+    assert "WARNING --per-class 20: train has only " in "\n".join(many.notes)
 
 
 def test_a_split_file_counts_and_shares_do_otherwise(root, tmp_path):
     whole = Scenes(root, cache="off", split_seed=1).splits
     write(tmp_path / "split.json", whole)
     assert Scenes(root, cache="off", split_file=tmp_path / "split.json").splits == whole
+    for flag, how in (("--fractions", dict(fractions=[0.5, 0.3, 0.2])), ("--split-seed", dict(split_seed=3))):
+        assert f"{flag}: nothing is drawn" in refusal(root, split_file=tmp_path / "split.json", **how)
     assert Scenes(root, cache="off").splits != whole
     d = Scenes(root, cache="off", fractions=[0.8, 0.2, 0.0])
     assert set(d.splits) == {"train", "val"} and d.reports == "val" and len(d.splits["train"]) == 40

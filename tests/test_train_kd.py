@@ -131,9 +131,9 @@ def test_killed_stopped_and_resumed_with_everything_on(forks, tmp_path, stranger
              "--map", tmp_path / "map.json",
              "--focus", 0.7, "--sampler", "weighted", "--difficulty", tmp_path / "hard.json",
              "--replicate", tmp_path / "list.txt", "--lookahead", 2, "--restarts", 4, 2,
-             "--ema", 0.9]
+             "--ema", 0.9, "--warmup", 2]
     text = forks.run("train_kd", *flags, "--out", tmp_path / "a")
-    assert "warm restarts: 12 steps, cycles end at 4, 12" in text
+    assert "warm restarts: 12 of 14 steps, cycles end at 4, 12" in text
     assert "48 crops drawn with replacement, an image" in text
     assert "3 entries repeat training images: 9 instead of 6" in text
     before, after = text.split("step ", 1)
@@ -296,6 +296,8 @@ def test_what_is_wrong_with_sampling(forks, tmp_path, difficulty):
     (["--lookahead", 4, "--steps", 8, "--eval-every", 6],
      "the run ends at step 8 and is validated every 6"),
     (["--restarts", 40, 2, "--steps", 30], "--restarts 40 2 with --steps 30: no cycle would end"),
+    (["--alpha", 1, "--teacher", "a", "--loss", "lovasz"], "--loss goes with --alpha below 1, not 1.0"),
+    (["--warmup", 70], "--warmup 70: the run has 6 steps"),
     (["--cycle", 4, 2], "--cycle is gone: train_kd.py has --restarts STEPS MULT"),
     (["--mixup", 0.5], "--mixup is gone: train_seg.py and train_cls.py mix images"),
     (["--teacher-weights", "a"], "--teacher-weights is gone"),
@@ -311,7 +313,8 @@ def test_flags_that_do_not_go_together(forks, tmp_path, flags, said):
 def test_lookahead_goes_with_restarts_that_end_where_it_meets(forks, tmp_path):
     flags = ["--root", tiny_set(), *TINY, "--alpha", 0, "--restarts", 4, 1, "--lookahead", 4,
              "--eval-every", 4]
-    forks.run("train_kd", *flags, "--out", tmp_path / "a")  # of 6 steps 4 are left
+    text = forks.run("train_kd", *flags, "--out", tmp_path / "a")
+    assert "warm restarts: 4 of 6 steps" in text
     last = load_state(tmp_path / "a/last.pt")
     assert last["args"]["steps"] == last["state"]["step"] == 4
     assert read(tmp_path / "a/results.json")["steps"] == 4

@@ -141,7 +141,8 @@ def test_resume_refuses_what_would_make_it_another_run(run, forks, tmp_path):
         text = forks.run("train_seg", "--resume", run, *flags, ok=2)
         assert said in text and text.count("\n") == 1
     assert "nothing to resume" in forks.run("train_seg", "--resume", tmp_path / "none", ok=2)
-    assert "of another script" in forks.run("train_points", "--resume", run, ok=2)
+    text = forks.run("train_points", "--resume", run, ok=2)
+    assert "of another script" in text and "the code that began it (python train_seg.py --root" in text
     assert "of another script" in forks.run("train_cls", "--resume", run, ok=2)
     root = shutil.copytree(tiny_set(), tmp_path / "set")
     d = read(root / "dataset.json")

@@ -1,11 +1,12 @@
 """Hold a description against all files: every fault at once, and the shares of the classes."""
+import re
 from collections import defaultdict
 from pathlib import Path
 from shlex import quote
 
 import numpy as np
 
-from ..common import BadInput, even_sample
+from ..common import BadInput, even_sample, plural
 from ..datasets import (ONE_IMAGE, check_command, class_counts, hold_out, in_threads, match_pairs,
                         scenes_of, script_command, split_names, tiles_of, unknown_files,
                         unlabelled)
@@ -15,7 +16,7 @@ from ..ranges import percentile_range
 from .complaints import Complaints, attempt
 from .ground import check_ground
 from .images import Finding, check_images, inspect_pair
-from .proposal import no_train
+from .proposal import BY_IMAGE, no_train
 from .shares import check_absent, check_ignored, print_shares
 
 NO_VAL = ('no val split: list whole scenes under "val" in dataset.json, or hold them out: '
@@ -39,6 +40,11 @@ def check(root: Path, description: dict, limit: int | None, source: str, flags: 
     check_val(description, homes, complaints)
     if "scene" in description:
         check_scenes(description["scene"], homes, complaints)
+
+    drafted = [name for name in labels.names if re.fullmatch(r"(id|class)_\d+", name)]
+    if drafted:
+        complaints.note("names", f"classes are called {', '.join(drafted[:3])} as in a draft; name them in "
+                                 "dataset.json before you train: runs keep the names")
 
     # Then the files, each read once.
     reading = reading_of(description, tiles, homes, complaints)
@@ -177,7 +183,7 @@ def check_splits(root: Path, splits: dict, pairs: dict[str, tuple],
                                       "leave it in one of them")
     nowhere = [n for n, several in homes.items() if not several]
     if nowhere:
-        complaints.note("nowhere", f"{len(nowhere)} images are in no split, first {nowhere[0]}")
+        complaints.note("nowhere", f"in no split: {plural(len(nowhere), 'image')}, first {nowhere[0]}")
     if "train" not in splits:
         complaints.error("train", no_train(splits))
     return homes
@@ -196,6 +202,8 @@ def check_val(description: dict, homes: dict[str, list[str]], complaints: Compla
         held = attempt(hold_out, train, description["select"], description.get("scene"), 0)
         if isinstance(held, BadInput):
             complaints.error("select", held)
+        elif "scene" not in description:
+            complaints.warning("val", f"a part of train is held out {BY_IMAGE}")
 
 
 def check_scenes(scene: str, homes: dict[str, list[str]], complaints: Complaints) -> None:

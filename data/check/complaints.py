@@ -6,7 +6,7 @@
 from collections import Counter, defaultdict
 from collections.abc import Callable
 
-from ..common import BadInput, escaped
+from ..common import BadInput, escaped, plural
 
 LEVELS = ("note", "warning", "error")  # the worst stand next to the prompt
 SHOWN = 20  # lines of one kind: one fault must not hide the others
@@ -42,7 +42,8 @@ class Complaints:
             if len(lines) > SHOWN:
                 print(f"{level}: ... and {len(lines) - SHOWN} more like these")
         errors = f", {count['error']} of them errors" if count["error"] else ""
-        print(f"{images} images, {count['warning'] + count['error']} complaints{errors}")
+        found = plural(count["warning"] + count["error"], "complaint")
+        print(f"{plural(images, 'image')}, {found}{errors}")
         if errors:
             print(f"Correct the errors, then type: {again}")
             return 2

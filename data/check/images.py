@@ -10,7 +10,7 @@ from pathlib import Path
 import numpy as np
 from PIL import Image
 
-from ..common import IGNORE, BadInput
+from ..common import IGNORE, BadInput, plural
 from ..datasets import check_size, count_ids
 from ..io import Labels, read_valid, size_of
 from ..raster import open_raster
@@ -82,11 +82,11 @@ def check_images(findings: dict[str, Finding], homes: dict[str, list[str]],
             complaints.error(kind, line)
     for mode, names in modes.items():
         if mode not in ("RGB", None):
-            complaints.note("mode", f"{len(names)} images of mode {mode} are read as RGB, "
+            complaints.note("mode", f"{plural(len(names), 'image')} read as RGB: mode {mode}, "
                                     f"first {names[0]}")
     turned = [n for n, finding in findings.items() if finding.turned]
     if turned:
-        complaints.warning("turned", f"{len(turned)} images have an EXIF orientation, first "
+        complaints.warning("turned", f"EXIF orientation in {plural(len(turned), 'image')}, first "
                            f"{turned[0]}: some programs turn such pictures, others do not; if "
                            "masks do not lie on their images in a run's samples.png, turn the "
                            "pixels for good")

@@ -16,6 +16,8 @@ from .complaints import Complaints, attempt
 from .patterns import SPLIT
 
 SPLITS = {"train": "train", "trn": "train", "val": "val", "dev": "val", "test": "test"}
+BY_IMAGE = ('image by image, so neighbours may stand on both sides: list whole scenes under "val" in '
+            'dataset.json, or write "scene": REGEX, which finds the scene in a name')
 SELECT = 0.2  # the share of train held out where there is no val split
 # Where a name says its scene, the coarsest first: the folder; all before two trailing numbers, as
 # in "area1_x0_y512" and "sheet_3_12"; all before one.
@@ -117,7 +119,5 @@ def propose_hold_out(names: list[str], complaints: Complaints) -> dict:
             complaints.note("val", f"{share}, whole scenes by \"scene\": {len(size)} of them, such "
                                    f"as {min(size)!r}; correct it if a scene is something else")
             return {"select": SELECT, "scene": regex}
-    complaints.warning("val", f"{share}, image by image, so neighbours may stand on both sides: "
-                              'list whole scenes under "val" in dataset.json, or write "scene": '
-                              "REGEX, which finds the scene in a name")
+    complaints.warning("val", f"{share}, {BY_IMAGE}")
     return {"select": SELECT}

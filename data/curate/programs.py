@@ -74,8 +74,10 @@ def make_page(args) -> None:
     out.write("review.html", text)
     planted = sum(item["control"] for item in page["items"])
     regions = len(page["items"]) - planted
+    more = len(found["regions"]) - regions
+    rest = f" ({more} less suspect ones are left out: --limit)" if more else ""
     size = f"{len(text) / 1e6:.1f} MB"
-    print(f"wrote {out.folder}/review.html ({size}): {regions} regions, {planted} controls; "
+    print(f"wrote {out.folder}/review.html ({size}): {regions} regions{rest}, {planted} controls; "
           "open it in a browser, decide, save decisions.json, then type, with the path where the "
           f"browser has saved it: {curate_command('apply decisions.json --out NEWMASKS')}")
 
