@@ -292,6 +292,8 @@ def train(args, d, net, here, s):
     batch = args.batch_size * world
     steps = max(1, round(args.epochs * len(rows) / batch))
     warmup = min(args.warmup, steps // 5)  # few-shot runs are short
+    if warmup < args.warmup:
+        say(f"        warm-up {warmup} steps, a fifth of the run, instead of {args.warmup}")
 
     # Random numbers have no state to restore: each is drawn from the number of its step or sample.
     same = dict(world=world, weights=here.meta["weights"]["sha256"], amp=here.amp,
@@ -479,7 +481,9 @@ def main(args):
         spec = dict(name="vit", features=args.features, classes=K, backbone=backbone)
     if args.mode == "knn":
         bank = len(d.rows["train"])
-        args.k = sorted({min(k, bank) for k in args.k})  # a larger one would be all
+        if max(args.k) > bank:
+            say(f"        WARNING --k {max(args.k)}: train has {bank} images, so the largest is {bank}")
+        args.k = sorted({min(k, bank) for k in args.k})
         spec |= dict(bank=bank, k=max(args.k), temperature=args.temperature)
     net = nets.make_classifier(spec, state, info)
     if probing:

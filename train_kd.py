@@ -87,10 +87,10 @@ def parse_args(argv=None):
                       help="values that become 0 and 255: two numbers, six for three bands, or "
                            "percentiles of the training images such as p2-98")
     data.add_argument("--split-file", help="JSON {split: [names]}, such as a run's split.json")
-    data.add_argument("--val-frac", type=SHARE, help="part of train that chooses weights, if no val")
+    data.add_argument("--val-frac", type=between(0.001, 0.999), help="part of train that chooses weights, if no val")
     data.add_argument("--final", action="store_true", help="do not validate; keep the last weights")
     data.add_argument("--skip-bad", action="store_true", help="list bad images, leave them out")
-    data.add_argument("--crop", type=between(16, 2**15, int), help="side in pixels (recipe)")
+    data.add_argument("--crop", type=between(recipes.LEAST_CROP, 2**15, int), help="side in pixels (recipe)")
     data.add_argument("--scale", type=between(0.05, 20), nargs=2,
                       help="range of random scales (recipe)")
     data.add_argument("--color", type=SHARE, default=0.2, help="strength of colour changes")
@@ -170,6 +170,8 @@ def parse_args(argv=None):
     if args.sampler == "weighted" and not args.difficulty:
         p.error("--sampler weighted without --difficulty; make the file with python eval.py RUN "
                 "--split train --difficulty")
+    if args.restarts and args.schedule != "cosine" and not args.resume:
+        p.error("--restarts has cosines of its own; leave --schedule out")
     # Here what was typed, in main() what the recipe has chosen.
     end_step(args.steps, args.eval_every, args.restarts, args.lookahead)
     return args
@@ -179,12 +181,12 @@ def lr_at(step, args):
     # A pure function of the step: a resumed run has no scheduler to restore.
     rise = (step + 1) / max(1, args.warmup)
     done = max(0.0, (step - args.warmup) / max(1, args.steps - args.warmup))
-    if args.schedule == "cosine":
+    if args.restarts:
+        fall = warm_restarts(step, *args.restarts)
+    elif args.schedule == "cosine":
         fall = 0.5 * (1 + cos(pi * done))
     else:
         fall = (1 - done) ** 0.9  # as DeepLab was published
-    if args.restarts:
-        fall = warm_restarts(step, *args.restarts)
     return args.lr * min(rise, fall)
 
 
@@ -304,6 +306,8 @@ def main(args):
         net.dropout.p = args.dropout
     asked = args.steps
     args.steps = end_step(asked, args.eval_every, args.restarts, args.lookahead)
+    if not args.resume:
+        recipes.check_schedule(args.steps, args.warmup, args.eval_every)
     net = run.synchronise_norms(net, device).to(device).train()
     amp = args.amp == "bf16"
     if args.amp == "auto":  # on a CPU only under a frozen backbone

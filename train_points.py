@@ -77,10 +77,10 @@ def parse_args(argv=None):
                       help="values that become 0 and 255: two numbers, six for three bands, or "
                            "percentiles of the training images such as p2-98")
     data.add_argument("--split-file", help="JSON {split: [names]}, such as a run's split.json")
-    data.add_argument("--val-frac", type=SHARE, help="part of train that chooses weights, if no val")
+    data.add_argument("--val-frac", type=between(0.001, 0.999), help="part of train that chooses weights, if no val")
     data.add_argument("--final", action="store_true", help="do not validate; keep the last weights")
     data.add_argument("--skip-bad", action="store_true", help="list bad images, leave them out")
-    data.add_argument("--crop", type=between(16, 2**15, int), help="side in pixels (recipe)")
+    data.add_argument("--crop", type=between(recipes.LEAST_CROP, 2**15, int), help="side in pixels (recipe)")
     data.add_argument("--scale", type=between(0.05, 20), nargs=2,
                       help="range of random scales (recipe)")
     data.add_argument("--color", type=SHARE, default=0.2, help="strength of colour changes")

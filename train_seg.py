@@ -67,10 +67,10 @@ def parse_args(argv=None):
                       help="values that become 0 and 255: two numbers, six for three bands, or "
                            "percentiles of the training images such as p2-98")
     data.add_argument("--split-file", help="JSON {split: [names]}, such as a run's split.json")
-    data.add_argument("--val-frac", type=SHARE, help="part of train that chooses weights, if no val")
+    data.add_argument("--val-frac", type=between(0.001, 0.999), help="part of train that chooses weights, if no val")
     data.add_argument("--final", action="store_true", help="do not validate; keep the last weights")
     data.add_argument("--skip-bad", action="store_true", help="list bad images, leave them out")
-    data.add_argument("--crop", type=between(16, 2**15, int), help="side in pixels (recipe)")
+    data.add_argument("--crop", type=between(recipes.LEAST_CROP, 2**15, int), help="side in pixels (recipe)")
     data.add_argument("--scale", type=between(0.05, 20), nargs=2,
                       help="range of random scales (recipe)")
     data.add_argument("--color", type=SHARE, default=0.2, help="strength of colour changes")
@@ -368,9 +368,8 @@ def main(args):
         if args.patience and s.stale >= args.patience:
             say(f"stop: no better val mIoU in {s.stale} validations")
             break
-        # Streams of random numbers of their own, 1 and 2 being the order of images and the crops:
-        # 3 mixes images, alike on all ranks, or their numbers of targets, and so of collectives in
-        # dice, would differ; 4 is dropout's, another one on each rank.
+        # Streams of random numbers: 1 is the order of images, 2 the crops, 3 mixes images, 4 is
+        # dropout. All ranks mix alike, for dice sums over ranks once per target; dropout differs.
         step = s.step
         rng = np.random.default_rng((3, args.seed, step))
         run.seed_torch(4, args.seed, step, rank)

@@ -366,10 +366,9 @@ class Scenes:
         if split_file:
             given = read_split_file(split_file, {n: (self.base / n, None) for n in found})
         if given.get("train") and given.get("val") and not resume:
-            drawn = {"--fractions": tuple(fractions) != FRACTIONS, "--split-seed": split_seed != 0}
-            for flag in [flag for flag, typed in drawn.items() if typed]:
-                raise BadInput(f"{flag}: nothing is drawn, {split_file or self.base} has train and val; "
-                               "leave it out")
+            if tuple(fractions) != FRACTIONS or split_seed:
+                raise BadInput(f"--fractions, --split-seed: nothing is drawn, {split_file or self.base} has "
+                               "train and val; leave them out")
         shares = dict(zip(("train", "val", "test"), fractions))
         some = None if resume else per_class
 
@@ -415,10 +414,11 @@ class Scenes:
         self.names = classes or sorted({scenes[n] for n in self.splits["train"]})
         self.notes += [f"WARNING {line}"
                        for line in check_classes(self.splits, scenes, self.names)]
-        sizes = Counter(scenes[n] for n in self.splits["train"])
-        less = [f"{sizes[c]} of {c}" for c in self.names if sizes[c] < (some or 0)]
-        if less:
-            self.notes.append(f"WARNING --per-class {some}: train has only {', '.join(less)}")
+        if some:
+            sizes = Counter(scenes[n] for n in self.splits["train"])
+            scarce = [f"{sizes[c]} of {c}" for c in self.names if sizes[c] < some]
+            if scarce:
+                self.notes.append(f"WARNING --per-class {some}: train has only {', '.join(scarce)}")
         self.reports = "test" if self.splits.get("test") else "val"
 
         number = {name: i for i, name in enumerate(self.names)}

@@ -49,8 +49,8 @@ def orthogonal(x: Tensor, iterations: int = 5) -> Tensor:
 class Muon(torch.optim.Optimizer):
     """Muon for matrices (is_matrix), AdamW for biases, norms, tokens and narrow matrices.
 
-    groups: as nets.param_groups() makes them, whose "layers" says where matrices may be. Those of
-    a loaded backbone ("trained") are AdamW's, too.
+    groups: as nets.param_groups() makes them; one without "layers" has norms, biases and tokens.
+    Matrices of a loaded backbone ("trained") are AdamW's, too.
     """
 
     def __init__(self, groups: list[dict], lr: float):
@@ -77,24 +77,22 @@ class Muon(torch.optim.Optimizer):
                 self.muon(same, group)
 
     def muon(self, params: list[Tensor], group: dict) -> None:
-        """Moves matrices of one size, all at once: a GPU would wait for the next product of a small one."""
+        """Moves matrices of one size all at once: one by one they are too small for a GPU."""
         for p in params:
             if not self.state[p]:
                 self.state[p]["exp_avg"] = torch.zeros_like(p)
+            self.state[p]["exp_avg"].lerp_(p.grad, 1 - MOMENTUM)
         gradients = torch.stack([p.grad.flatten(1) for p in params])
-        averages = [self.state[p]["exp_avg"] for p in params]
-        for p, average in zip(params, averages):
-            average.lerp_(p.grad, 1 - MOMENTUM)
-        averages = torch.stack([average.flatten(1) for average in averages])
+        averages = torch.stack([self.state[p]["exp_avg"].flatten(1) for p in params])
         # Nesterov's momentum: the average as it would be after one more such gradient.
-        changes = orthogonal(gradients.lerp_(averages, MOMENTUM))
+        changes = orthogonal(gradients.lerp(averages, MOMENTUM))
         # An orthogonal (A, B) has a root mean square of 1 / sqrt(max(A, B)).
         rate = group["lr"] * RMS * max(changes.shape[1:]) ** 0.5
         for p, change in zip(params, changes):
             p.mul_(1 - group["lr"] * group["weight_decay"]).sub_(change.view_as(p), alpha=rate)
 
     def adam(self, params: list[Tensor], group: dict) -> None:
-        """Moves what is no such matrix; its state has the names and types of torch.optim.AdamW's."""
+        """Moves all others as torch.optim.AdamW does, with its names and types of state."""
         for p in params:
             if not self.state[p]:
                 self.state[p].update(step=torch.zeros((), device=p.device),

@@ -41,6 +41,8 @@ CNN = {
 # The demo's, and --quick: minutes on a CPU, to see that all fits together.
 QUICK = dict(steps=500, batch_size=8, eval_every=250)
 
+LEAST_CROP = 16  # the smallest side of a crop
+
 # As many pixels as the training images have are one pass over them. More passes than this add
 # little, so thirty images get no 40,000 steps.
 PASSES = 500
@@ -66,11 +68,12 @@ def fill(recipe: str, typed: dict, sizes: list[tuple[int, int]], patch: int | No
     """A value for each of FLAGS: as typed, else the recipe's. typed: {flag: value, or None if not typed}.
 
     sizes: (H, W) of the training images. patch: of a ViT, None for a CNN. crops: times the batch
-    size that a step takes, over processes and micro-batches. What cannot act is a BadInput.
+    size that a step takes, over processes and micro-batches. BadInput where warm-up or patience
+    would outlast the run.
     """
     chosen = RECIPES[recipe].copy()
-    # More than an image has would be padding.
-    chosen["crop"] = min(chosen["crop"], side_of(sizes))
+    # At scale 1, more than an image has would be padding.
+    chosen["crop"] = min(chosen["crop"], max(LEAST_CROP, side_of(sizes)))
     if patch is None:
         chosen |= CNN[recipe]
     else:  # whole patches
@@ -91,19 +94,20 @@ def fill(recipe: str, typed: dict, sizes: list[tuple[int, int]], patch: int | No
         chosen["warmup"] = min(rise, steps // 2)
     if "eval_every" not in chosen:
         chosen["eval_every"] = max(360, chosen["steps"] // 20)
-    if not typed.get("resume"):
-        check(chosen["steps"], chosen["warmup"], chosen["eval_every"], typed.get("patience"))
+    if not typed.get("resume"):  # A run that was begun before there was this check goes on.
+        check_schedule(chosen["steps"], chosen["warmup"], chosen["eval_every"], typed.get("patience"))
     return chosen
 
 
-def check(steps: int, warmup: int, eval_every: int, patience: int | None) -> None:
-    """BadInput where a run would end before its flags have acted."""
+def check_schedule(steps: int, warmup: int, eval_every: int, patience: int | None = None) -> None:
+    """BadInput where a run would end before its rate has risen, or before --patience could end it."""
     if warmup > steps:
         raise BadInput(f"--warmup {warmup}: the run has {steps} steps, and its rate would never be "
                        f"reached; type --warmup {steps // 2}, or more --steps")
-    if patience and patience * eval_every >= steps:
+    # The first validation is always a gain.
+    if patience and (patience + 1) * eval_every >= steps:
         raise BadInput(f"--patience {patience}: of {steps} steps, with a validation every {eval_every}, "
-                       "it could save none; type a smaller --eval-every, or leave it out")
+                       "it could save none; type a smaller --eval-every, or leave --patience out")
 
 
 def side_of(sizes: list[tuple[int, int]]) -> int:
@@ -121,12 +125,12 @@ def text(recipe: str, chosen: dict, sizes: list[tuple[int, int]], crops: int = 1
     """Lines that say what a run will do."""
     times = passes(chosen["steps"], chosen, sizes, crops)
     low, high = chosen["scale"]
-    small = ""
-    if chosen["crop"] >= 2 * side_of(sizes):
-        small = (f"\n        WARNING --crop {chosen['crop']}: images have {side_of(sizes)} rows or columns; "
-                 "most of a crop is padding")
+    side, warning = side_of(sizes), ""
+    if chosen["crop"] ** 2 > 2 * side ** 2:
+        warning = (f"\n        WARNING --crop {chosen['crop']}: images have {side} rows or columns; at "
+                   "scale 1 most of a crop is padding")
     return (f"recipe  {recipe}: {chosen['steps']} steps of {crops * chosen['batch_size']} crops of "
             f"{chosen['crop']} at scale {low:g}-{high:g}, {times:.0f} times the pixels of all images\n"
             f"        {chosen['optimizer']}, lr {chosen['lr']:g}, backbone {chosen['backbone_lr']:g}, "
             f"layer decay {chosen['layer_decay']:g}, weight decay {chosen['weight_decay']:g}, "
-            f"warm-up {chosen['warmup']} steps, dropout {chosen['dropout']:g}, EMA {chosen['ema']:g}{small}")
+            f"warm-up {chosen['warmup']} steps, dropout {chosen['dropout']:g}, EMA {chosen['ema']:g}{warning}")

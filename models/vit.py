@@ -5,8 +5,11 @@
 
 x (B, 3, H, W) is normalised and of any size; a map is (B, C, h, w), the cls token (B, C).
 Weights: models/weights.py. Nothing here is random in train(): no RoPE jitter, no dropout, so
-train() equals eval(). Sources: facebookresearch/dinov2 and dinov3 (hubconf presets,
-vision_transformer.py, rope_position_encoding.py).
+train() equals eval().
+
+On a CPU without AMX torch.set_float32_matmul_precision("medium"), which models/run.py's start()
+calls, keeps fp32 and takes .6 of the time (tests/bench_vit.py). Sources: facebookresearch/dinov2
+and dinov3 (hubconf presets, vision_transformer.py, rope_position_encoding.py).
 """
 import math
 
@@ -133,7 +136,7 @@ def attend(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
         return scores.softmax(-1) @ v
 
     # Without AMX a CPU's sdpa runs bf16 no faster than fp32. One head at a time the (N, N) scores
-    # stay in cache (tests/bench_vit.py).
+    # stay in cache (tests/bench_vit.py). Not in training, where all of them would be kept.
     if cpu and q.dtype == torch.bfloat16 and not q.requires_grad and not AMX:
         heads = zip((q * scale).flatten(0, 1), k.flatten(0, 1), v.flatten(0, 1))
         mixed = [(qi @ ki.T).softmax(-1) @ vi for qi, ki, vi in heads]

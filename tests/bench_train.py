@@ -4,7 +4,8 @@
     python tests/bench_train.py --arch dinov3_vitl16 --crop 512 --batch-size 16 --frozen
     python tests/bench_train.py --arch dinov3_vits16 --crop 224 --batch-size 2 --tuned --cpu
 
-On a GPU if there is one. In turns, on a CPU its own time; the plain loop has the same linear head and AdamW.
+On a GPU if there is one; on a CPU the process's own time counts. The two loops take turns. With 8 classes a linear head
+is no matrix for Muon, so AdamW moves all of ours, too.
 """
 import argparse
 import copy
@@ -196,7 +197,7 @@ def main(argv=None):
     global DEVICE
     p = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     p.add_argument("--arch", choices=ARCHS, help="beside timm's, in place of the parts of the default")
-    p.add_argument("--crop", type=int, default=512)
+    p.add_argument("--crop", type=int, default=512, help="with --arch, like the four below")
     p.add_argument("--batch-size", type=int, default=16)
     which = p.add_mutually_exclusive_group()
     which.add_argument("--frozen", dest="recipe", action="store_const", const="frozen", default="frozen")
@@ -206,6 +207,8 @@ def main(argv=None):
     p.add_argument("--profile", action="store_true", help="the default's operators that take longest")
     p.add_argument("--cpu", action="store_true", help="although there is a GPU")
     args = p.parse_args(argv)
+    if args.compile and not args.arch or args.profile and args.arch:
+        p.error("--compile goes with --arch, --profile without")
     _, _, DEVICE = run.start(0, "cpu" if args.cpu else "auto")
     if args.arch:
         beside_timm(args.arch, args.crop, args.batch_size, args.recipe, args.rounds, args.compile)

@@ -136,7 +136,7 @@ def held_out_by_image(root):
 
 
 def names_of_a_draft(root):
-    edit(root, classes=[dict(name="id_0", id=0), dict(name="water", id=1), dict(name="class_2", id=2)])
+    edit(root, classes=[dict(name="id_0", id=0), dict(name="class_9", id=1), dict(name="class_3", id=2)])
 
 
 def held_out_of_one_scene(root):
@@ -249,7 +249,7 @@ def wrong_glob(root):
     (no_val, 0, "--dataset folder --root {root} --val-frac 0.2\n"),
     (held_out, 0, "--dataset folder --root {root}\n"),
     (held_out_by_image, 0, "warning: a part of train is held out image by image, so neighbours may stand on both"),
-    (names_of_a_draft, 0, "note: classes are called id_0, class_2 as in a draft; name them in dataset.json before"),
+    (names_of_a_draft, 0, "note: classes are called id_0, class_3 as in a draft; name them in dataset.json before"),
     (held_out_of_one_scene, 2, "error: 0.2 of 1 scenes leaves train or val empty; change \"select\" or \"scene\" in"),
     (scene_of_none, 2, "error: \"scene\" in dataset.json is 'area', which does not match 'images/0'"),
     (scene_in_two_splits, 0, "warning: 1 of 1 scenes are in several splits, such as images/ in train, val: the"),
@@ -308,7 +308,7 @@ def test_all_faults_are_listed_at_once_and_the_same_fault_at_most_twenty_times(t
     code, out = run(capsys, tmp_path)
     assert code == 2 and out.count("unknown ids 9") == 20 and "error: ... and 5 more like these" in out
     assert "images/1.png: damaged" in out and "images/0.png: no mask" in out
-    assert "\n30 images, 28 complaints, 27 of them errors\n" in out  # 25 unknown, truncated, no mask; no val split
+    assert "\n30 images, 28 complaints, 27 errors among them\n" in out  # 25 unknown, truncated, no mask; no val split
 
 
 def test_no_class_is_called_absent_while_masks_could_not_be_counted(plain, capsys):

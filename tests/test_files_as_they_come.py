@@ -73,7 +73,8 @@ def test_16_bits_and_four_bands_from_draft_to_prediction(tmp_path, capsys, forks
     d = read(root / "dataset.json")
     assert d["bands"] == [3, 2, 1] and d["ignore"] == [255] and [c["id"] for c in d["classes"]] == [1, 2]
     code, lines = check(capsys, shlex.split(lines[-1].partition("then: ")[2]))
-    assert code == 0 and not any(line.startswith(("error", "note")) for line in lines)
+    told = [line for line in lines if line.startswith(("error", "note"))]
+    assert code == 0 and len(told) == 1 and "classes are called id_1, id_2 as in a draft" in told[0]
 
     # The printed command trains; only shorter.
     flags = command(lines[-1], "train_seg.py")

@@ -34,6 +34,10 @@ def params():
     return [torch.nn.Parameter(torch.randn(shape, generator=g)) for shape in [(32, 48), (64, 16), (40,), (8, 64)]]
 
 
+def same_size():
+    return [*params()[:1], *(torch.nn.Parameter(torch.randn(shape)) for shape in [(32, 48), (32, 12, 2, 2)])]
+
+
 def groups(layers, others):
     return [dict(params=layers, trained=False, layers=True, weight_decay=0.05),
             dict(params=others, trained=False, layers=False, weight_decay=0.0)]
@@ -51,6 +55,25 @@ def test_it_is_torchs_muon_on_matrices_and_torchs_adamw_on_the_rest():
     steps(torch.optim.AdamW(rest, lr=0.01, betas=(0.9, 0.999)), q)
     torch.testing.assert_close(bias, q[2])
     torch.testing.assert_close(narrow, q[3])
+
+
+def test_matrices_of_one_size_move_each_by_its_own_gradient():
+    torch.manual_seed(4)
+    together = same_size()
+    alone = [torch.nn.Parameter(p.detach().clone()) for p in together]
+    steps(Muon(groups(together, []), lr=0.01), together)
+    # The same gradients, an optimiser for each.
+    several = [Muon(groups([p], []), lr=0.01) for p in alone]
+
+    class All:
+        def step(self):
+            for opt in several:
+                opt.step()
+
+    steps(All(), alone)
+    for p, q in zip(together, alone):
+        torch.testing.assert_close(p, q, rtol=1e-4, atol=1e-5)
+    assert (together[0] - params()[0]).abs().mean() > 3e-3
 
 
 def test_a_convolution_is_the_matrix_of_its_outputs():

@@ -55,19 +55,25 @@ def test_from_scratch_all_learns_at_one_rate_and_quick_is_short():
 @pytest.mark.parametrize("sizes, patch, crop", [
     ([(256, 300)] * 9, 16, 256), ([(250, 300)] * 9, 14, 252), ([(600, 700), (256, 256), (300, 200)], None, 256)])
 def test_a_crop_is_no_larger_than_the_images_unless_it_was_typed(sizes, patch, crop):
-    chosen = fill("frozen", NOTHING, sizes, patch or 16) if patch else fill("tuned", NOTHING, sizes, patch)
-    assert chosen["crop"] == crop and "padding" not in recipes.text("frozen", chosen, sizes)
-    chosen = fill("tuned", NOTHING | dict(crop=512), sizes, patch)
-    assert chosen["crop"] == 512
-    assert "WARNING --crop 512: images have 2" in recipes.text("frozen", chosen, sizes)
+    chosen = fill("tuned", NOTHING, sizes, patch)
+    assert chosen["crop"] == crop and "padding" not in recipes.text("tuned", chosen, sizes)
+    for typed, warned in ((512, True), (350, False)):  # of 250 or 256 squared, a half is 354 or 362
+        chosen = fill("tuned", NOTHING | dict(crop=typed), sizes, patch)
+        text = recipes.text("tuned", chosen, sizes)
+        assert chosen["crop"] == typed
+        assert (f"WARNING --crop {typed}: images have {min(sizes[-1 if len(sizes) > 3 else 1])} rows" in text) == warned
+
+
+def test_a_crop_is_at_least_what_can_be_typed():
+    assert fill("tuned", NOTHING, [(12, 12)], None)["crop"] == fill("scratch", NOTHING, [(8, 8)], 8)["crop"] == 16
 
 
 def test_what_would_act_behind_the_last_step_is_refused():
     with pytest.raises(BadInput, match="--warmup 90: the run has 40 steps.* type --warmup 20"):
         fill("scratch", NOTHING | dict(steps=40, warmup=90), LOVEDA, 16)
-    with pytest.raises(BadInput, match="--patience 4: of 40 steps, with a validation every 10, it could save none"):
-        fill("scratch", NOTHING | dict(steps=40, eval_every=10, patience=4), LOVEDA, 16)
-    fill("scratch", NOTHING | dict(steps=40, eval_every=10, patience=3, warmup=40), LOVEDA, 16)
+    with pytest.raises(BadInput, match="--patience 4: of 40 steps, with a validation every 8, it could save none"):
+        fill("scratch", NOTHING | dict(steps=40, eval_every=8, patience=4), LOVEDA, 16)
+    fill("scratch", NOTHING | dict(steps=41, eval_every=8, patience=4, warmup=41), LOVEDA, 16)
     fill("scratch", NOTHING | dict(steps=40, warmup=90, resume="runs/a"), LOVEDA, 16)  # begun before this check
 
 

@@ -108,7 +108,8 @@ def test_frozen_features_are_computed_once_and_feed_both_probes(root, run, forks
     text = forks.run("train_cls", *flags, "--out", tmp_path / "a")
     assert "images/s on cpu" in text and "rate 0.1" in text
     text = forks.run("train_cls", *flags, "--out", tmp_path / "b", "--mode", "knn", "--k", 1, 5, 500)
-    assert "from the cache" in text and "k 5" in text and "k 500" not in text  # 500 of fewer images are all
+    assert "from the cache" in text and "k 5" in text and "k 500" not in text
+    assert "WARNING --k 500: train has 30 images, so the largest is 30" in text
     text = forks.run("train_cls", *flags, "--out", tmp_path / "d", "--mode", "knn",
                      "--per-class", 2, "--split-seed", 5)
     assert "from the cache" in text and "6 train" in text

@@ -51,9 +51,8 @@ def test_the_log_holds_every_step_and_every_validation(run):
     assert list(scores) == [2, 4, 6]
     best = load_state(run / "last.pt")["state"]["best"]
     assert max(scores.values()) == best == load_weights(run)[1]["val_miou"]
-    rates = list(logged(run, "lr").values())  # warmed up over two steps, then a cosine over four
-    assert rates == pytest.approx([1.5e-3, 3e-3, 3e-3, 3e-3 * 0.5 * (1 + 2 ** -0.5), 1.5e-3,
-                                   3e-3 * 0.5 * (1 - 2 ** -0.5)])
+    rates = list(logged(run, "lr").values())  # warmed up in one step, then a cosine over five
+    assert rates == pytest.approx([3e-3, *(1.5e-3 * (1 + np.cos(np.pi * np.arange(5) / 5)))])
 
 
 def test_same_command_same_bytes_whatever_the_workers(run, forks, tmp_path):
@@ -129,7 +128,7 @@ def test_more_steps_go_on_and_it_is_said(run, forks, tmp_path):
     assert load_state(tmp_path / "a/last.pt")["args"]["steps"] == 9
     first, more = (list(logged(out, "loss").values()) for out in (run, tmp_path / "a"))
     assert more[:6] == first
-    done = (np.arange(6, 9) - 2) / 7  # of the longer schedule, behind two steps of warm-up
+    done = (np.arange(6, 9) - 1) / 8  # of the longer schedule, behind one step of warm-up
     rates = list(logged(tmp_path / "a", "lr").values())[6:]
     assert rates == pytest.approx(list(3e-3 * 0.5 * (1 + np.cos(np.pi * done))))
 

@@ -42,7 +42,7 @@ def flags():
     """A short run on a frozen ViT; crops of 30 are padded to three patches of 14."""
     weights = vit_file(0, "dinov2_views.pth")
     return ["--root", tiny_set(), *FOLDER, "--weights", weights, "--norm", "imagenet", "--crop", 30, "--steps", 8,
-            "--eval-every", 4, "--log-every", 1, "--batch-size", 3, "--warmup", 2, "--views", 2]
+            "--eval-every", 4, "--log-every", 1, "--batch-size", 3, "--warmup", 1, "--views", 2]
 
 
 @pytest.fixture(scope="module")

@@ -1,5 +1,4 @@
 """Hold a description against all files: every fault at once, and the shares of the classes."""
-import re
 from collections import defaultdict
 from pathlib import Path
 from shlex import quote
@@ -18,6 +17,7 @@ from .ground import check_ground
 from .images import Finding, check_images, inspect_pair
 from .proposal import BY_IMAGE, no_train
 from .shares import check_absent, check_ignored, print_shares
+from .values import drafted_names
 
 NO_VAL = ('no val split: list whole scenes under "val" in dataset.json, or hold them out: '
           '"select": 0.2 and "scene": REGEX in dataset.json (or --val-frac 0.2 for one run)')
@@ -37,14 +37,11 @@ def check(root: Path, description: dict, limit: int | None, source: str, flags: 
     description = description | {"splits": splits}
     tiles = tiles_of(pairs, description["tiles"]) if "tiles" in description else pairs
     homes = check_splits(root, splits, tiles, complaints)
-    check_val(description, homes, complaints)
+    check_val(description, homes, source, complaints)
     if "scene" in description:
         check_scenes(description["scene"], homes, complaints)
 
-    drafted = [name for name in labels.names if re.fullmatch(r"(id|class)_\d+", name)]
-    if drafted:
-        complaints.note("names", f"classes are called {', '.join(drafted[:3])} as in a draft; name them in "
-                                 "dataset.json before you train: runs keep the names")
+    check_names(description["classes"], complaints)
 
     # Then the files, each read once.
     reading = reading_of(description, tiles, homes, complaints)
@@ -83,6 +80,14 @@ def next_commands(root: Path, description: dict, source: str, flags: list[str],
     if "val" not in description["splits"] and "select" not in description:
         train.append("--final" if few else "--val-frac 0.2")
     return " ".join([*again, *flags]), " ".join(train)
+
+
+def check_names(classes: list[dict], complaints: Complaints) -> None:
+    """Classes that are called as a draft calls them: a run keeps the names."""
+    drafted = [c["name"] for i, c in enumerate(classes, 1) if c["name"] in drafted_names(i, c)]
+    if drafted:
+        complaints.note("names", f"classes are called {', '.join(drafted[:3])} as in a draft; name them in "
+                                 "dataset.json before you train: runs keep the names")
 
 
 def read_files(pairs: dict, labels: Labels, reading: dict, limit: int | None,
@@ -189,7 +194,8 @@ def check_splits(root: Path, splits: dict, pairs: dict[str, tuple],
     return homes
 
 
-def check_val(description: dict, homes: dict[str, list[str]], complaints: Complaints) -> None:
+def check_val(description: dict, homes: dict[str, list[str]], source: str,
+              complaints: Complaints) -> None:
     """There is a val split, or one can be held out of train, as load_splits would."""
     train = names_in("train", homes)
     if "select" not in description:
@@ -202,7 +208,7 @@ def check_val(description: dict, homes: dict[str, list[str]], complaints: Compla
         held = attempt(hold_out, train, description["select"], description.get("scene"), 0)
         if isinstance(held, BadInput):
             complaints.error("select", held)
-        elif "scene" not in description:
+        elif "scene" not in description and source == "folder":
             complaints.warning("val", f"a part of train is held out {BY_IMAGE}")
 
 

@@ -41,7 +41,7 @@ class Complaints:
                 print(f"{level}: {escaped(str(line))}")
             if len(lines) > SHOWN:
                 print(f"{level}: ... and {len(lines) - SHOWN} more like these")
-        errors = f", {count['error']} of them errors" if count["error"] else ""
+        errors = f", {plural(count['error'], 'error')} among them" if count["error"] else ""
         found = plural(count["warning"] + count["error"], "complaint")
         print(f"{plural(images, 'image')}, {found}{errors}")
         if errors:

@@ -151,6 +151,11 @@ def values_table(root: Path, values: Values) -> list[str]:
     return lines
 
 
+def drafted_names(number: int, c: dict) -> tuple[str, str]:
+    """What draft_classes() calls the class of this number, from 1: by its id, or by its colour's rank."""
+    return f"id_{c.get('id')}", f"class_{number}"
+
+
 def draft_classes(values: Values, complaints: Complaints) -> dict:
     """"classes", ids in rising order and colours by falling share, "ignore", "threshold" if soft."""
     if not values.pixels:
