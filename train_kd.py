@@ -43,7 +43,7 @@ from models.lookahead import Lookahead, cycle_ends, end_step, warm_restarts
 from models.losses import LOSSES, class_weights, kl, parse_loss, translate, uses, weighted_sum
 from models.muon import OPTIMIZERS, optimizer
 from models.nets import as_tuple
-from models.run import COUNT, RATE, SHARE, WHOLE, between
+from models.run import COUNT, PART, RATE, SHARE, WHOLE, between
 from models.vit import PRESETS
 from models.weights import sha256
 
@@ -87,10 +87,11 @@ def parse_args(argv=None):
                       help="values that become 0 and 255: two numbers, six for three bands, or "
                            "percentiles of the training images such as p2-98")
     data.add_argument("--split-file", help="JSON {split: [names]}, such as a run's split.json")
-    data.add_argument("--val-frac", type=between(0.001, 0.999), help="part of train that chooses weights, if no val")
+    data.add_argument("--val-frac", type=PART, help="part of train that chooses weights, if no val")
     data.add_argument("--final", action="store_true", help="do not validate; keep the last weights")
     data.add_argument("--skip-bad", action="store_true", help="list bad images, leave them out")
-    data.add_argument("--crop", type=between(recipes.LEAST_CROP, 2**15, int), help="side in pixels (recipe)")
+    data.add_argument("--crop", type=between(recipes.LEAST_CROP, 2**15, int),
+                      help="side in pixels (recipe)")
     data.add_argument("--scale", type=between(0.05, 20), nargs=2,
                       help="range of random scales (recipe)")
     data.add_argument("--color", type=SHARE, default=0.2, help="strength of colour changes")
@@ -313,7 +314,8 @@ def main(args):
     if args.amp == "auto":  # on a CPU only under a frozen backbone
         amp = run.fast_bf16(device) and (frozen or device.type == "cuda")
     say(f"model   {nets.name_of(spec)}, {info['line']}")
-    say(f"        {nets.size_line(net, scratch)}, normalisation {norm}, {run.precision(amp, device)}")
+    say(f"        {nets.size_line(net, scratch)}, normalisation {norm}, "
+        f"{run.precision(amp, device)}")
     say(recipes.text(recipe, vars(args), sizes, crops))
     if not scratch and info["norm"] not in (None, norm):
         say(f"        WARNING --norm {norm}, but these weights were trained with {info['norm']}")

@@ -78,28 +78,47 @@ class Muon(torch.optim.Optimizer):
 
     def muon(self, params: list[Tensor], group: dict) -> None:
         """Moves matrices of one size all at once: one by one they are too small for a GPU."""
+        gradients, averages = [], []
         for p in params:
-            if not self.state[p]:
-                self.state[p]["exp_avg"] = torch.zeros_like(p)
-            self.state[p]["exp_avg"].lerp_(p.grad, 1 - MOMENTUM)
-        gradients = torch.stack([p.grad.flatten(1) for p in params])
-        averages = torch.stack([self.state[p]["exp_avg"].flatten(1) for p in params])
+            state = self.state[p]
+            if not state:
+                state["exp_avg"] = torch.zeros_like(p)
+            state["exp_avg"].lerp_(p.grad, 1 - MOMENTUM)
+            gradients.append(p.grad.flatten(1))
+            averages.append(state["exp_avg"].flatten(1))
         # Nesterov's momentum: the average as it would be after one more such gradient.
-        changes = orthogonal(gradients.lerp(averages, MOMENTUM))
+        x = torch.stack(gradients)
+        x = x.lerp(torch.stack(averages), MOMENTUM)
+        x = orthogonal(x)
         # An orthogonal (A, B) has a root mean square of 1 / sqrt(max(A, B)).
-        rate = group["lr"] * RMS * max(changes.shape[1:]) ** 0.5
-        for p, change in zip(params, changes):
-            p.mul_(1 - group["lr"] * group["weight_decay"]).sub_(change.view_as(p), alpha=rate)
+        size = RMS * max(x.shape[1:]) ** 0.5
+        for p, change in zip(params, x):
+            p.mul_(1 - group["lr"] * group["weight_decay"])
+            p.sub_(change.view_as(p), alpha=group["lr"] * size)
 
     def adam(self, params: list[Tensor], group: dict) -> None:
         """Moves all others as torch.optim.AdamW does, with its names and types of state."""
+        states = []
         for p in params:
-            if not self.state[p]:
-                self.state[p].update(step=torch.zeros((), device=p.device),
-                                     exp_avg=torch.zeros_like(p), exp_avg_sq=torch.zeros_like(p))
-        states = [self.state[p] for p in params]
-        averages, squares, steps = ([state[name] for state in states]
-                                    for name in ("exp_avg", "exp_avg_sq", "step"))
-        adamw(params, [p.grad for p in params], averages, squares, [], steps, fused=True,
-              amsgrad=False, maximize=False, beta1=BETAS[0], beta2=BETAS[1], eps=1e-8, lr=group["lr"],
-              weight_decay=group["weight_decay"])
+            state = self.state[p]
+            if not state:
+                state["step"] = torch.zeros((), device=p.device)
+                state["exp_avg"] = torch.zeros_like(p)
+                state["exp_avg_sq"] = torch.zeros_like(p)
+            states.append(state)
+        adamw(
+            params,
+            [p.grad for p in params],
+            exp_avgs=[state["exp_avg"] for state in states],
+            exp_avg_sqs=[state["exp_avg_sq"] for state in states],
+            max_exp_avg_sqs=[],
+            state_steps=[state["step"] for state in states],
+            fused=True,
+            amsgrad=False,
+            maximize=False,
+            beta1=BETAS[0],
+            beta2=BETAS[1],
+            eps=1e-8,
+            lr=group["lr"],
+            weight_decay=group["weight_decay"],
+        )

@@ -169,6 +169,7 @@ def between(low: float, high: float, kind: type = float) -> Callable[[str], floa
 COUNT = between(1, 2**31, int)
 WHOLE = between(0, 2**31, int)
 SHARE = between(0, 1)
+PART = between(0.001, 0.999)
 RATE = between(0, 10)
 bands = flags.bands
 

@@ -298,6 +298,8 @@ def test_what_is_wrong_with_sampling(forks, tmp_path, difficulty):
     (["--restarts", 40, 2, "--steps", 30], "--restarts 40 2 with --steps 30: no cycle would end"),
     (["--alpha", 1, "--teacher", "a", "--loss", "lovasz"], "--loss goes with --alpha below 1, not 1.0"),
     (["--warmup", 70], "--warmup 70: the run has 6 steps"),
+    (["--warmup", 5, "--restarts", 4, 2], "--warmup 5: the run has 4 steps"),
+    (["--restarts", 4, 2, "--schedule", "poly"], "--restarts has cosines of its own; leave --schedule out"),
     (["--cycle", 4, 2], "--cycle is gone: train_kd.py has --restarts STEPS MULT"),
     (["--mixup", 0.5], "--mixup is gone: train_seg.py and train_cls.py mix images"),
     (["--teacher-weights", "a"], "--teacher-weights is gone"),

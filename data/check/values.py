@@ -153,7 +153,9 @@ def values_table(root: Path, values: Values) -> list[str]:
 
 def drafted_names(number: int, c: dict) -> tuple[str, str]:
     """What draft_classes() calls the class of this number, from 1: by its id, or by its colour's rank."""
-    return f"id_{c.get('id')}", f"class_{number}"
+    by_id = f"id_{c.get('id')}"
+    by_color = f"class_{number}"
+    return by_id, by_color
 
 
 def draft_classes(values: Values, complaints: Complaints) -> dict:
