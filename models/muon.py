@@ -60,6 +60,13 @@ class Muon(torch.optim.Optimizer):
             if group["layers"] and not group["trained"]:
                 self.matrices.update(p for p in group["params"] if is_matrix(p))
 
+    def load_state_dict(self, state_dict: dict) -> None:
+        """As torch's, but numbers of steps go to the GPU, too: torch leaves them where the file was read."""
+        super().load_state_dict(state_dict)
+        for p, state in self.state.items():
+            if "step" in state:
+                state["step"] = state["step"].to(p.device)
+
     @torch.no_grad()
     def step(self) -> None:
         """One step down the gradients of the parameters that have one."""

@@ -19,6 +19,7 @@ from data.scenes import augment_scenes, prepare
 from models import nets, run
 from models.lookahead import Lookahead
 from models.losses import ce, kl, parse_loss, translate, weighted_sum
+from models.muon import Muon
 from train_points import sure_pixels
 
 DEVICE = torch.device("cuda")
@@ -157,6 +158,14 @@ def test_a_step_on_masks_waits_for_nothing(fake):
     terms = parse_loss("ce+focal+dice+lovasz+boundary")
     loss = weighted_sum(terms, logits, y, weights, 0.1, count=count, total=run.over_ranks)
     assert step(net, loss).is_cuda
+
+
+def test_muons_state_follows_its_parameters_to_the_gpu(fake):
+    p = nn.Parameter(torch.zeros(4, device=DEVICE))
+    opt = Muon([dict(params=[p], trained=False, layers=False, weight_decay=0.0)], 1e-3)
+    moments = dict(step=torch.tensor(3.0), exp_avg=torch.zeros(4), exp_avg_sq=torch.zeros(4))
+    opt.load_state_dict(dict(opt.state_dict(), state={0: moments}))
+    assert {name: t.device.type for name, t in opt.state[p].items()} == dict.fromkeys(moments, "cuda")
 
 
 def test_distillation_waits_for_nothing(fake):
