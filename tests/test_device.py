@@ -132,7 +132,7 @@ def step(net, loss):
     assert loss.requires_grad and loss.device.type == "cuda"
     for p in params:  # torch's backward asks for a real GPU
         p.grad = torch.zeros_like(p)
-    opt = torch.optim.AdamW(nets.param_groups(net, 1e-3, 1e-4, 0.9, 0.05), lr=1e-3, fused=True)
+    opt = Muon(nets.param_groups(net, 1e-3, 1e-4, 0.9, 0.05), lr=1e-3)
     look, ema = Lookahead(params, 1), run.Ema(net, 0.9)
     norm = torch.nn.utils.clip_grad_norm_(params, 1.0)
     opt.step()
