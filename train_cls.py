@@ -32,7 +32,7 @@ from data.common import BadInput, escaped, json_lines, minutes, without_nan, wri
 from data.datasets import NORMS
 from data.samplers import StepSampler
 from data.scenes import FRACTIONS, Scenes, augment_scenes, prepare
-from models import checkpoint, nets, run
+from models import checkpoint, nets, recipes, run
 from models.classify import CNNS, fit_linear
 from models.muon import OPTIMIZERS, optimizer
 from models.run import COUNT, RATE, SHARE, WHOLE, between
@@ -110,7 +110,8 @@ def parse_args(argv=None):
     opt.add_argument("--layer-decay", type=RATE, default=1.0,
                      help="factor on the rate per block below the last")
     opt.add_argument("--weight-decay", type=RATE, default=0.05, help="of layers")
-    opt.add_argument("--warmup", type=WHOLE, default=50, help="steps of rising rate")
+    opt.add_argument("--warmup", type=WHOLE,
+                     help="steps of rising rate (50, at most a fifth of all)")
     opt.add_argument("--schedule", default="cosine", choices=["cosine", "poly"], help="of the rate")
     opt.add_argument("--label-smoothing", type=between(0, 0.9),
                      help="of the cross-entropy (0; CNN from scratch 0.1)")
@@ -160,6 +161,11 @@ def parse_args(argv=None):
         p.error("--save head needs a frozen backbone; type --weights FILE with --mode linear or "
                 "knn, or leave --save out")
     return args
+
+
+def steps_of(args, d, world):
+    # of the whole run; each process takes its share of the training images
+    return max(1, round(args.epochs * len(d.rows["train"]) / (args.batch_size * world)))
 
 
 def lr_at(step, args, steps, warmup):
@@ -290,10 +296,10 @@ def train(args, d, net, here, s):
     model = run.parallel(net, device)  # the same network, whose gradients are averaged over ranks
     rows, labels = d.rows["train"], d.y["train"]
     batch = args.batch_size * world
-    steps = max(1, round(args.epochs * len(rows) / batch))
-    warmup = min(args.warmup, steps // 5)  # few-shot runs are short
-    if warmup < args.warmup:
-        say(f"        warm-up {warmup} steps, a fifth of the run, instead of {args.warmup}")
+    steps = steps_of(args, d, world)
+    warmup = args.warmup
+    if warmup is None:
+        warmup = min(50, steps // 5)  # few-shot runs are short
 
     # Random numbers have no state to restore: each is drawn from the number of its step or sample.
     same = dict(world=world, weights=here.meta["weights"]["sha256"], amp=here.amp,
@@ -309,7 +315,7 @@ def train(args, d, net, here, s):
         checkpoint.restore_optimizer(opt, last["opt"])
         this_command = s.command
         checkpoint.take_up(s, last["state"])
-        say(f"resume  {out} at step {s.step} of {steps}, best val accuracy {s.best:.4f}"
+        say(f"resume  {out} at step {s.step} of {steps}, best val {run.score('accuracy', s.best)}"
             + run.device_change(last, device))
         if args.epochs > last["args"]["epochs"]:
             s.command += f" && {this_command}"
@@ -503,6 +509,9 @@ def main(args):
         + run.precision(amp, device))
     if not scratch and info["norm"] not in (None, norm):
         say(f"        WARNING --norm {norm}, but these weights were trained with {info['norm']}")
+
+    if args.warmup and not (probing or args.resume):
+        recipes.check_schedule(steps_of(args, d, world), args.warmup, args.eval_every)
 
     # ---- run folder
     out = run.claim(out, args.out, args.resume)

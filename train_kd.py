@@ -106,7 +106,7 @@ def parse_args(argv=None):
                        help="vit with a --head, or a whole network")
     model.add_argument("--weights", default="none", help="DINO (or CNN) file, folder or URL")
     model.add_argument("--arch", default="nano16", choices=sorted(PRESETS),
-                       help="backbone without --weights")
+                       help="backbone without --weights; of the small ones the best at equal time")
     model.add_argument("--head", default="fpn", choices=sorted(HEADS), help="decoder of a vit")
     model.add_argument("--dropout", type=between(0, 0.9),
                        help="of the channels that the head reads (recipe)")
@@ -167,6 +167,12 @@ def parse_args(argv=None):
         run.only_with(p, args, "alpha", "below 1", "loss", "class_weights", "label_smoothing")
     if args.alpha and not args.teacher:
         p.error("--teacher is missing; name the run folder of a trained network, or type --alpha 0")
+    for name in ("teacher", "map", "replicate"):
+        file = getattr(args, name) or ""
+        is_word = file in ("", "names", "measured") or file.endswith("%")
+        # A run that goes on has what it needs of them.
+        if not is_word and not args.resume and not os.path.exists(file):
+            p.error(f"--{name} {file}: no such file or folder")
     run.only_with(p, args, "sampler", "weighted", "difficulty")
     if args.sampler == "weighted" and not args.difficulty:
         p.error("--sampler weighted without --difficulty; make the file with python eval.py RUN "
@@ -308,7 +314,9 @@ def main(args):
     asked = args.steps
     args.steps = end_step(asked, args.eval_every, args.restarts, args.lookahead)
     if not args.resume:
-        recipes.check_schedule(args.steps, args.warmup, args.eval_every)
+        # The first cycle is the shortest.
+        cycle = args.restarts[0] if args.restarts else args.steps
+        recipes.check_schedule(cycle, args.warmup, args.eval_every)
     net = run.synchronise_norms(net, device).to(device).train()
     amp = args.amp == "bf16"
     if args.amp == "auto":  # on a CPU only under a frozen backbone
@@ -403,7 +411,7 @@ def main(args):
         if look:
             look.load(last["slow"])
         checkpoint.take_up(s, last["state"])
-        say(f"resume  {out} at step {s.step} of {args.steps}, best val mIoU {s.best:.4f}"
+        say(f"resume  {out} at step {s.step} of {args.steps}, best val {run.score('mIoU', s.best)}"
             + run.device_change(last, device))
         if args.steps > last["args"]["steps"]:
             s.command += f" && {facts['command']}"

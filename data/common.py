@@ -311,7 +311,7 @@ def read_json(path: str | Path, shape: type = dict, expected: str = "{...}"):
     try:
         found = parse_json(text)
     except (ValueError, RecursionError) as e:
-        raise BadInput(f"{path}: not valid JSON ({e})") from None
+        raise BadInput(f"{path}: not valid JSON ({e}); expected {expected}") from None
     if not fits(found, shape):
         raise BadInput(f"{path}: holds {SHORT.repr(found)}; expected JSON {expected}")
     return found

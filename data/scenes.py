@@ -9,6 +9,7 @@ EuroSAT's 2750/ is found below any parent. A scene's name is its path below the 
 """
 import hashlib
 import os
+import shlex
 from collections import Counter, defaultdict
 from concurrent.futures import ThreadPoolExecutor
 from functools import partial
@@ -22,7 +23,7 @@ from torch import Tensor
 
 from .cache import Cache
 from .common import BadInput, as_bytes, as_text, nfc
-from .datasets import read_split_file, search_all, uncached
+from .datasets import read_split_file, script_command, search_all, uncached
 from .files import check_folder, folders, images_in, not_used
 from .fingerprint import fingerprint, prints_of_run
 from .io import in_range, read_image, stored_colours
@@ -56,6 +57,9 @@ def find_scenes(root: str | Path) -> tuple[Path, dict[str, str], dict[str, list[
                                            list[str]]:
     """-> base, {name: class}, {split: names} if folders give splits, notes on files left out, empty classes."""
     base = base_of(root)
+    if (Path(root) / "dataset.json").exists():
+        raise BadInput(f"{root}: its dataset.json describes images and masks; type "
+                       f"{script_command('train_seg.py')} --root {shlex.quote(str(root))}")
     tops = folders(base)
     known = [top for top in tops if top.name.lower() in SPLITS]
     official = len(known) == len(tops)
@@ -76,6 +80,8 @@ def find_scenes(root: str | Path) -> tuple[Path, dict[str, str], dict[str, list[
             splits.setdefault(SPLITS[place.parts[0].lower()], []).append(place.as_posix())
     notes = [not_used(others)] if others else []
     if not scenes:
+        if loose:
+            notes.append(f"{len(loose)} images lie in it: is it a class, and --root {base.parent}?")
         raise BadInput("; ".join([f"{base}: no images in sub-folders", *notes, "expected "
                                   f"{base}/CLASS/NAME.jpg, or {base}/train/CLASS/..."]))
     if loose:

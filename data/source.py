@@ -154,6 +154,7 @@ class Source:
         lines += [f"        {line}" for line in self.notes]
         lines += [f"        WARNING {line}" for line in self.warnings]
         for why in dict.fromkeys(self.left_out.values()):
+            why = why.partition("; --skip-bad of training")[0]  # which was typed
             lines.append(f"        left out: {escaped(why)}")
         return "\n".join(lines)
 

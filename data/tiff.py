@@ -1054,7 +1054,7 @@ class TiffWriter:
         self.height, self.width, self.bands = shape
         self.dtype = np.dtype(dtype)
         self.levels = levels_of(self.height, self.width, self.bands)
-        self.fields = page_fields(self.bands, self.dtype, palette, nodata)
+        self.fields = page_fields(self.bands, self.dtype, palette, nodata, bands)
         self.first_fields = georef.tags() if georef else {}
         if info or bands:
             self.first_fields[Tag.GDALMetadata] = ascii_field(metadata_xml(info or {}, bands))
@@ -1288,23 +1288,27 @@ def levels_of(height: int, width: int, bands: int) -> list[Level]:
 
 
 def page_fields(bands: int, dtype: np.dtype, palette: np.ndarray | None,
-                nodata: int | None) -> dict[Tag, np.ndarray]:
+                nodata: int | None, names: list[str]) -> dict[Tag, np.ndarray]:
     """The tags that the image and its overviews have in common."""
+    photometric = BLACK_IS_ZERO if palette is None else PALETTE
+    colours = 1  # bands of colours; the others are extra
+    if bands == 3 and dtype == np.uint8 and not names:
+        photometric, colours = RGB, 3  # Programs would show the first band alone.
     fields = {
         Tag.BitsPerSample: np.uint16([8 * dtype.itemsize] * bands),
         Tag.Compression: np.uint16([DEFLATE]),
-        Tag.PhotometricInterpretation: np.uint16([BLACK_IS_ZERO if palette is None else PALETTE]),
+        Tag.PhotometricInterpretation: np.uint16([photometric]),
         Tag.SamplesPerPixel: np.uint16([bands]),
         Tag.PlanarConfiguration: np.uint16([PLANAR if bands > 1 else 1]),
         Tag.TileWidth: np.uint16([TILE]),
         Tag.TileLength: np.uint16([TILE]),
         Tag.SampleFormat: np.uint16([1] * bands)}
-    if bands > 1:
-        fields[Tag.ExtraSamples] = np.uint16([0] * (bands - 1))  # 0: neither colours nor alpha
+    if bands > colours:
+        fields[Tag.ExtraSamples] = np.uint16([0] * (bands - colours))  # 0: no alpha
     if palette is not None:
-        colours = np.zeros((256, 3), np.uint16)
-        colours[:len(palette)] = palette
-        fields[Tag.ColorMap] = 257 * colours.T.ravel()
+        table = np.zeros((256, 3), np.uint16)
+        table[:len(palette)] = palette
+        fields[Tag.ColorMap] = 257 * table.T.ravel()
     if nodata is not None:
         fields[Tag.GDALNoData] = ascii_field(str(nodata))
     return fields

@@ -187,7 +187,7 @@ def load_state(path: str | Path) -> State:
     """What save_state was given, on the CPU; tensors and plain Python values, nothing is executed."""
     if not Path(path).exists():
         raise BadWeights(f"{path}: no such file, so there is nothing to resume; start without "
-                         "--resume")
+                         "--resume, into another --out")
     try:
         check_file(path)
         return State(path, torch.load(path, map_location="cpu", weights_only=True))

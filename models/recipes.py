@@ -101,9 +101,9 @@ def fill(recipe: str, typed: dict, sizes: list[tuple[int, int]], patch: int | No
 
 def check_schedule(steps: int, warmup: int, eval_every: int, patience: int | None = None) -> None:
     """BadInput where a run would end before its rate has risen, or before --patience could end it."""
-    if warmup > steps:
-        raise BadInput(f"--warmup {warmup}: the run has {steps} steps, and its rate would never be "
-                       f"reached; type --warmup {steps // 2}, or more --steps")
+    if warmup >= max(steps, 2):
+        raise BadInput(f"--warmup {warmup}: in {steps} steps the rate would rise and not fall; type "
+                       f"--warmup {steps // 2}, or train longer")
     # The first validation is always a gain.
     if patience and (patience + 1) * eval_every >= steps:
         raise BadInput(f"--patience {patience}: of {steps} steps, with a validation every {eval_every}, "
@@ -124,13 +124,14 @@ def passes(steps: int, chosen: dict, sizes: list[tuple[int, int]], crops: int = 
 def text(recipe: str, chosen: dict, sizes: list[tuple[int, int]], crops: int = 1) -> str:
     """Lines that say what a run will do."""
     times = passes(chosen["steps"], chosen, sizes, crops)
+    views = f", {chosen['views']} fixed ones of each image" if chosen.get("views") else ""
     low, high = chosen["scale"]
     side, warning = side_of(sizes), ""
     if chosen["crop"] ** 2 > 2 * side ** 2:
         warning = (f"\n        WARNING --crop {chosen['crop']}: images have {side} rows or columns; at "
                    "scale 1 most of a crop is padding")
     return (f"recipe  {recipe}: {chosen['steps']} steps of {crops * chosen['batch_size']} crops of "
-            f"{chosen['crop']} at scale {low:g}-{high:g}, {times:.0f} times the pixels of all images\n"
+            f"{chosen['crop']} at scale {low:g}-{high:g}{views}, {times:.0f} times the pixels of all images\n"
             f"        {chosen['optimizer']}, lr {chosen['lr']:g}, backbone {chosen['backbone_lr']:g}, "
             f"layer decay {chosen['layer_decay']:g}, weight decay {chosen['weight_decay']:g}, "
             f"warm-up {chosen['warmup']} steps, dropout {chosen['dropout']:g}, EMA {chosen['ema']:g}{warning}")

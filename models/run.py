@@ -897,6 +897,11 @@ def device_change(last: dict, device: torch.device) -> str:
     return f"; on {device.type} after {was}: no longer bit for bit"
 
 
+def score(name: str, best: float) -> str:
+    """"mIoU 0.8123", or that there was no validation yet, for which a run remembers -1."""
+    return f"{name} {best:.4f}" if best >= 0 else f"{name} not known yet"
+
+
 def check_same(out: Path, last: dict, same: dict) -> None:
     """BadInput unless last.pt holds under each key what `same` holds, such as sha256 of weights."""
     advice = dict(world="start it with as many: torchrun --nproc_per_node={was}, or plain python "

@@ -451,3 +451,11 @@ def test_a_link_to_no_file_is_not_replaced_by_a_draft(plain, capsys):
     assert code == 2 and "dataset.json: a link to no file; bring the file back, or remove the link" in out
     (plain / "kept.json").rename(plain / "gone.json")
     assert (plain / "dataset.json").is_symlink() and run(capsys, plain)[0] == 0  # as the message says
+
+
+def test_ctrl_c_is_quiet(plain, capsys, monkeypatch):
+    def stop(*args):
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr("data.check.__main__.check", stop)
+    assert run(capsys, plain)[0] == 130

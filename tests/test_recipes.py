@@ -69,11 +69,13 @@ def test_a_crop_is_at_least_what_can_be_typed():
 
 
 def test_what_would_act_behind_the_last_step_is_refused():
-    with pytest.raises(BadInput, match="--warmup 90: the run has 40 steps.* type --warmup 20"):
+    with pytest.raises(BadInput, match="--warmup 90: in 40 steps the rate would .* type --warmup 20"):
         fill("scratch", NOTHING | dict(steps=40, warmup=90), LOVEDA, 16)
     with pytest.raises(BadInput, match="--patience 4: of 40 steps, with a validation every 8, it could save none"):
         fill("scratch", NOTHING | dict(steps=40, eval_every=8, patience=4), LOVEDA, 16)
-    fill("scratch", NOTHING | dict(steps=41, eval_every=8, patience=4, warmup=41), LOVEDA, 16)
+    fill("scratch", NOTHING | dict(steps=41, eval_every=8, patience=4, warmup=40), LOVEDA, 16)
+    with pytest.raises(BadInput, match="--warmup 41"):
+        fill("scratch", NOTHING | dict(steps=41, warmup=41), LOVEDA, 16)
     fill("scratch", NOTHING | dict(steps=40, warmup=90, resume="runs/a"), LOVEDA, 16)  # begun before this check
 
 

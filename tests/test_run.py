@@ -355,6 +355,10 @@ def test_scripts_print_any_writing_from_their_first_line_on(monkeypatch):
     assert stream.buffer.getvalue() == b"\\u6c34\n"
 
 
+def test_a_run_without_a_validation_has_no_score():
+    assert run.score("mIoU", 0.5) == "mIoU 0.5000" and run.score("mIoU", -1.0) == "mIoU not known yet"
+
+
 def test_ctrl_c_is_quiet_and_faults_of_the_code_are_not(capsys):
     with pytest.raises(SystemExit) as e, run.one_line_errors():
         raise KeyboardInterrupt

@@ -53,6 +53,9 @@ def test_replication_is_repeated_entries():
     assert within_3_sigma(np.bincount(draws), [2, 1, 6])
     with pytest.raises(BadInput, match="'d' is to be repeated but is no training image"):
         replicated(["a", "b"], ["d"])
+    for listed, said in (([], "no training image is so full"), (["b", "a"], "repeats all training images alike")):
+        with pytest.raises(BadInput, match=said):
+            replicated(["a", "b"], listed)
 
 
 def test_hard_classes_and_the_reports_weights():

@@ -84,6 +84,15 @@ def test_folders_that_are_no_classes_are_refused(tmp_path):
         find_scenes(tmp_path / "none")
     with pytest.raises(BadInput, match="no images in sub-folders"):
         find_scenes(tmp_path)
+    (tmp_path / "set").mkdir()
+    (tmp_path / "set/dataset.json").write_text("{}")
+    with pytest.raises(BadInput, match="describes images and masks; type python train_seg.py --root"):
+        find_scenes(tmp_path / "set")
+    shutil.rmtree(tmp_path / "set")
+    make_scenes(tmp_path / "A", (1, 1, 1))
+    with pytest.raises(BadInput, match="images lie in it: is it a class, and --root .*/A\\?"):
+        find_scenes(next((tmp_path / "A").rglob("*.*")).parent)
+    shutil.rmtree(tmp_path / "A")
     for name in ("train", "val", "field"):
         make_scenes(tmp_path / name, (1, 1, 1))
     with pytest.raises(BadInput, match="field: beside train/; move it away"):

@@ -108,7 +108,7 @@ def test_frozen_features_are_computed_once_and_feed_both_probes(root, run, forks
     text = forks.run("train_cls", *flags, "--out", tmp_path / "a")
     assert "images/s on cpu" in text and "rate 0.1" in text
     text = forks.run("train_cls", *flags, "--out", tmp_path / "b", "--mode", "knn", "--k", 1, 5, 500)
-    assert "from the cache" in text and "k 5" in text and "k 500" not in text
+    assert "from the cache" in text and "k 5" in text and "\nk 500" not in text
     assert "WARNING --k 500: train has 30 images, so the largest is 30" in text
     text = forks.run("train_cls", *flags, "--out", tmp_path / "d", "--mode", "knn",
                      "--per-class", 2, "--split-seed", 5)
@@ -262,6 +262,7 @@ def test_bad_files_are_named_and_may_be_skipped(tmp_path, forks):
     (["--root", "ROOT", "--split-file", "LOG"], "log.jsonl: not valid JSON"),
     (["--root", "ROOT", "--mode", "cnn", "--weights", "RUN"], "--cnn resnet18"),
     (["--root", "ROOT", "--mode", "cnn", "--cnn", "resnet18", "--weights", "RUN"], "is missing"),
+    (["--root", "ROOT", "--mode", "cnn", "--warmup", 700], "--warmup 700: in 1 steps"),
     (["--root", "ROOT", "--batch-size", 1], "expected a whole number from 2")])
 def test_what_cannot_work_says_what_to_type(root, run, forks, tmp_path, flags, said):
     places = {"EMPTY": tmp_path, "ROOT": root, "RUN": run, "LOG": run / "log.jsonl"}

@@ -85,6 +85,9 @@ def main(argv=None) -> int:
     except (BadInput, OSError) as e:
         print(f"error: {escaped(str(e))}", file=sys.stderr)
         return 2
+    except KeyboardInterrupt:
+        print("interrupted", file=sys.stderr)
+        return 130
 
 
 if __name__ == "__main__":

@@ -195,6 +195,9 @@ def main(argv=None) -> int:
     except (BadInput, OSError) as e:
         print(f"error: {escaped(str(e))}", file=sys.stderr)
         return 2
+    except KeyboardInterrupt:
+        print("interrupted", file=sys.stderr)
+        return 130
     return 0
 
 
