@@ -93,7 +93,8 @@ def parse_args(argv=None):
                        help="vit with a --head, or a whole network")
     model.add_argument("--weights", default="none", help="DINO (or CNN) file, folder or URL")
     model.add_argument("--arch", default="nano16", choices=sorted(PRESETS),
-                       help="backbone without --weights; of the small ones the best at equal time")
+                       help="backbone without --weights; the default is the best small one at "
+                            "equal time")
     model.add_argument("--head", default="fpn", choices=sorted(HEADS), help="decoder of a vit")
     model.add_argument("--dropout", type=between(0, 0.9),
                        help="of the channels that the head reads (recipe)")
