@@ -32,13 +32,14 @@ from data.common import BadInput, escaped, json_lines, minutes, without_nan, wri
 from data.datasets import NORMS
 from data.samplers import StepSampler
 from data.scenes import FRACTIONS, Scenes, augment_scenes, prepare
-from models import checkpoint, nets, recipes, run
+from models import checkpoint, nets, run
 from models.classify import CNNS, fit_linear
 from models.muon import OPTIMIZERS, optimizer
 from models.run import COUNT, RATE, SHARE, WHOLE, between
 from models.vit import PRESETS
 
 CLIP = 1.0  # limit of the gradient's norm
+WARMUP = 50  # steps of rising rate; fewer in a run of less than five times as many
 CARDS = 16  # pictures in each part of samples.png
 
 # Flags that may differ on resume: paths, speed and printing, nothing that changes the result.
@@ -110,8 +111,8 @@ def parse_args(argv=None):
     opt.add_argument("--layer-decay", type=RATE, default=1.0,
                      help="factor on the rate per block below the last")
     opt.add_argument("--weight-decay", type=RATE, default=0.05, help="of layers")
-    opt.add_argument("--warmup", type=WHOLE,
-                     help="steps of rising rate (50, at most a fifth of all)")
+    opt.add_argument("--warmup", type=WHOLE, default=WARMUP,
+                     help="steps of rising rate, at most a fifth of all")
     opt.add_argument("--schedule", default="cosine", choices=["cosine", "poly"], help="of the rate")
     opt.add_argument("--label-smoothing", type=between(0, 0.9),
                      help="of the cross-entropy (0; CNN from scratch 0.1)")
@@ -297,9 +298,7 @@ def train(args, d, net, here, s):
     rows, labels = d.rows["train"], d.y["train"]
     batch = args.batch_size * world
     steps = steps_of(args, d, world)
-    warmup = args.warmup
-    if warmup is None:
-        warmup = min(50, steps // 5)  # few-shot runs are short
+    warmup = min(args.warmup, steps // 5)  # few-shot runs are short
 
     # Random numbers have no state to restore: each is drawn from the number of its step or sample.
     same = dict(world=world, weights=here.meta["weights"]["sha256"], amp=here.amp,
@@ -510,8 +509,10 @@ def main(args):
     if not scratch and info["norm"] not in (None, norm):
         say(f"        WARNING --norm {norm}, but these weights were trained with {info['norm']}")
 
-    if args.warmup and not (probing or args.resume):
-        recipes.check_schedule(steps_of(args, d, world), args.warmup, args.eval_every)
+    most = steps_of(args, d, world) // 5
+    if args.warmup > max(most, WARMUP) and not (probing or args.resume):
+        raise BadInput(f"--warmup {args.warmup}: at most a fifth of the steps; type --warmup {most}, or "
+                       "more --epochs")
 
     # ---- run folder
     out = run.claim(out, args.out, args.resume)

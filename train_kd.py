@@ -43,7 +43,7 @@ from models.lookahead import Lookahead, cycle_ends, end_step, warm_restarts
 from models.losses import LOSSES, class_weights, kl, parse_loss, translate, uses, weighted_sum
 from models.muon import OPTIMIZERS, optimizer
 from models.nets import as_tuple
-from models.run import COUNT, PART, RATE, SHARE, WHOLE, between
+from models.run import COUNT, RATE, SHARE, WHOLE, between
 from models.vit import PRESETS
 from models.weights import sha256
 
@@ -87,7 +87,7 @@ def parse_args(argv=None):
                       help="values that become 0 and 255: two numbers, six for three bands, or "
                            "percentiles of the training images such as p2-98")
     data.add_argument("--split-file", help="JSON {split: [names]}, such as a run's split.json")
-    data.add_argument("--val-frac", type=PART, help="part of train that chooses weights, if no val")
+    data.add_argument("--val-frac", type=SHARE, help="part of train that chooses weights, if no val")
     data.add_argument("--final", action="store_true", help="do not validate; keep the last weights")
     data.add_argument("--skip-bad", action="store_true", help="list bad images, leave them out")
     data.add_argument("--crop", type=between(recipes.LEAST_CROP, 2**15, int),
@@ -106,8 +106,7 @@ def parse_args(argv=None):
                        help="vit with a --head, or a whole network")
     model.add_argument("--weights", default="none", help="DINO (or CNN) file, folder or URL")
     model.add_argument("--arch", default="nano16", choices=sorted(PRESETS),
-                       help="backbone without --weights; the default is the best small one at "
-                            "equal time")
+                       help="backbone without --weights; no small one was better at equal time")
     model.add_argument("--head", default="fpn", choices=sorted(HEADS), help="decoder of a vit")
     model.add_argument("--dropout", type=between(0, 0.9),
                        help="of the channels that the head reads (recipe)")
@@ -170,7 +169,7 @@ def parse_args(argv=None):
         p.error("--teacher is missing; name the run folder of a trained network, or type --alpha 0")
     for name in ("teacher", "map", "replicate"):
         file = getattr(args, name) or ""
-        is_word = file in ("", "names", "measured") or file.endswith("%")
+        is_word = file in ("", "names", "measured") or name == "replicate" and file.endswith("%")
         # A run that goes on has what it needs of them.
         if not is_word and not args.resume and not os.path.exists(file):
             p.error(f"--{name} {file}: no such file or folder")
@@ -308,16 +307,18 @@ def main(args):
     crops = args.accum * world  # of a step, times the batch size
     chosen = recipes.fill(recipe, vars(args), sizes, net.backbone.patch if vit else None, crops,
                           quick=args.quick or d.kind == "demo")
+    warmup = args.warmup
     for flag, value in chosen.items():
         setattr(args, flag, value)
     if vit:
         net.dropout.p = args.dropout
     asked = args.steps
     args.steps = end_step(asked, args.eval_every, args.restarts, args.lookahead)
-    if not args.resume:
-        # The first cycle is the shortest.
-        cycle = args.restarts[0] if args.restarts else args.steps
-        recipes.check_schedule(cycle, args.warmup, args.eval_every)
+    if args.restarts and warmup is None:  # The first cycle, which is the shortest, reaches its rate.
+        args.warmup = min(args.warmup, args.restarts[0] // 2)
+    elif args.restarts and not args.resume:
+        recipes.check_schedule(args.restarts[0], args.warmup, args.eval_every,
+                               longer="a longer first cycle of --restarts")
     net = run.synchronise_norms(net, device).to(device).train()
     amp = args.amp == "bf16"
     if args.amp == "auto":  # on a CPU only under a frozen backbone

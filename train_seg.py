@@ -41,7 +41,7 @@ from models.infer import evaluate, examples, rehearse
 from models.losses import LOSSES, class_weights, parse_loss, uses, weighted_sum
 from models.muon import OPTIMIZERS, optimizer
 from models.nets import as_tuple
-from models.run import COUNT, PART, RATE, SHARE, WHOLE, between
+from models.run import COUNT, RATE, SHARE, WHOLE, between
 from models.vit import PRESETS
 
 AUX = 0.4  # weight of an auxiliary head's cross-entropy, as UNetFormer was published
@@ -67,7 +67,7 @@ def parse_args(argv=None):
                       help="values that become 0 and 255: two numbers, six for three bands, or "
                            "percentiles of the training images such as p2-98")
     data.add_argument("--split-file", help="JSON {split: [names]}, such as a run's split.json")
-    data.add_argument("--val-frac", type=PART, help="part of train that chooses weights, if no val")
+    data.add_argument("--val-frac", type=SHARE, help="part of train that chooses weights, if no val")
     data.add_argument("--final", action="store_true", help="do not validate; keep the last weights")
     data.add_argument("--skip-bad", action="store_true", help="list bad images, leave them out")
     data.add_argument("--crop", type=between(recipes.LEAST_CROP, 2**15, int),
@@ -93,8 +93,7 @@ def parse_args(argv=None):
                        help="vit with a --head, or a whole network")
     model.add_argument("--weights", default="none", help="DINO (or CNN) file, folder or URL")
     model.add_argument("--arch", default="nano16", choices=sorted(PRESETS),
-                       help="backbone without --weights; the default is the best small one at "
-                            "equal time")
+                       help="backbone without --weights; no small one was better at equal time")
     model.add_argument("--head", default="fpn", choices=sorted(HEADS), help="decoder of a vit")
     model.add_argument("--dropout", type=between(0, 0.9),
                        help="of the channels that the head reads (recipe)")

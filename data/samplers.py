@@ -10,6 +10,7 @@
 Weights and lists go by image, never by file copies: whatever is drawn again is the same entry of
 the training list.
 """
+from collections import Counter
 from collections.abc import Iterator, Sequence
 from pathlib import Path
 
@@ -141,8 +142,7 @@ def rich(counts: np.ndarray, classes: Sequence[int], share: float) -> np.ndarray
 def replicated(names: Sequence[str], listed: Sequence[str]) -> np.ndarray:
     """Training names, names to repeat -> indices 0..n-1, then those of the repeated.
 
-    A name that is listed twice is repeated twice. BadInput where all would be drawn as often as
-    before.
+    A name that is listed twice is repeated twice.
     """
     # Every image once, so that a pass leaves none out, then the listed ones.
     index = {name: i for i, name in enumerate(names)}
@@ -152,14 +152,17 @@ def replicated(names: Sequence[str], listed: Sequence[str]) -> np.ndarray:
             raise BadInput(f"{name!r} is to be repeated but is no training image; "
                            f"names look like {names[0]!r}")
         repeated.append(index[name])
-    often = np.bincount(repeated, minlength=len(names))
-    if not repeated:
-        raise BadInput("--replicate: no training image is so full of a rare class, or none is listed; "
-                       "type a lower share")
-    if (often == often[0]).all():
+    return np.array([*range(len(names)), *repeated])
+
+
+def check_repeated(names: Sequence[str], listed: Sequence[str]) -> None:
+    """BadInput where repeating these of the names would change nothing."""
+    if not listed:
+        raise BadInput("--replicate: no training image is so full of a rare class; type a lower share")
+    often = Counter(listed)
+    if len({often[name] for name in names}) == 1:
         raise BadInput("--replicate: repeats all training images alike, which changes nothing; type a "
                        "higher share, or list fewer")
-    return np.array([*range(len(names)), *repeated])
 
 
 # ---- what users give

@@ -22,7 +22,7 @@ from PIL import Image
 from torch import Tensor
 
 from .cache import Cache
-from .common import BadInput, as_bytes, as_text, nfc
+from .common import BadInput, as_bytes, as_text, nfc, plural, read_text
 from .datasets import read_split_file, script_command, search_all, uncached
 from .files import check_folder, folders, images_in, not_used
 from .fingerprint import fingerprint, prints_of_run
@@ -57,7 +57,8 @@ def find_scenes(root: str | Path) -> tuple[Path, dict[str, str], dict[str, list[
                                            list[str]]:
     """-> base, {name: class}, {split: names} if folders give splits, notes on files left out, empty classes."""
     base = base_of(root)
-    if (Path(root) / "dataset.json").exists():
+    description = Path(root) / "dataset.json"
+    if description.exists() and '"masks"' in read_text(description):
         raise BadInput(f"{root}: its dataset.json describes images and masks; type "
                        f"{script_command('train_seg.py')} --root {shlex.quote(str(root))}")
     tops = folders(base)
@@ -80,8 +81,9 @@ def find_scenes(root: str | Path) -> tuple[Path, dict[str, str], dict[str, list[
             splits.setdefault(SPLITS[place.parts[0].lower()], []).append(place.as_posix())
     notes = [not_used(others)] if others else []
     if not scenes:
-        if loose:
-            notes.append(f"{len(loose)} images lie in it: is it a class, and --root {base.parent}?")
+        if loose and base.name != "2750" and all(file.parent == base for file in loose):
+            parent = shlex.quote(str(base.parent))
+            notes.append(f"{plural(len(loose), 'image')} in it: is it a class, and --root {parent}?")
         raise BadInput("; ".join([f"{base}: no images in sub-folders", *notes, "expected "
                                   f"{base}/CLASS/NAME.jpg, or {base}/train/CLASS/..."]))
     if loose:
@@ -372,9 +374,10 @@ class Scenes:
         if split_file:
             given = read_split_file(split_file, {n: (self.base / n, None) for n in found})
         if given.get("train") and given.get("val") and not resume:
-            if tuple(fractions) != FRACTIONS or split_seed:
-                raise BadInput(f"--fractions, --split-seed: nothing is drawn, {split_file or self.base} has "
-                               "train and val; leave them out")
+            flag = "--fractions" if tuple(fractions) != FRACTIONS else "--split-seed" if split_seed else None
+            if flag:
+                raise BadInput(f"{flag}: nothing is drawn, {split_file or self.base} has train and val; "
+                               "leave it out")
         shares = dict(zip(("train", "val", "test"), fractions))
         some = None if resume else per_class
 

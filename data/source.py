@@ -20,7 +20,7 @@ from .fingerprint import fingerprint, path_in, prints_of_run
 from .io import Labels, read_valid
 from .ranges import percentile_range, range_of_run
 from .raster import check_kind, kinds_in
-from .samplers import rich, share_of
+from .samplers import check_repeated, rich, share_of
 
 
 class Source:
@@ -53,6 +53,8 @@ class Source:
                            "leave it out")
         if final and val_frac:
             raise BadInput("--final holds nothing out, --val-frac does; leave one of them out")
+        if val_frac == 0 and not resume:
+            raise BadInput("--val-frac 0 holds nothing out; type --final in its place")
         if resume:
             split_file, val_frac = f"{resume}/split.json", None
         if self.kind == "demo":
@@ -208,9 +210,17 @@ class Source:
         share = share_of(wanted)
         if resume or share is None:
             file = Path(resume) / "replicated.txt" if resume else Path(wanted)
-            return read_list(file, self.files("train"))
-        counts = self.count_as_read("train")
-        return [names[i] for i in rich(counts, rare_classes(counts), share)]
+            listed = read_list(file, self.files("train"))
+        else:
+            counts = self.count_as_read("train")
+            rare = rare_classes(counts)
+            if not rare:
+                raise BadInput("--replicate: no class is rare in the training images; leave it out, or name "
+                               "a file that lists some")
+            listed = [names[i] for i in rich(counts, rare, share)]
+        if not resume:  # A run that was begun before there was this check goes on.
+            check_repeated(names, listed)
+        return listed
 
     def count_as_read(self, split: str) -> np.ndarray:
         """(N, K) pixels per image as training reads it: tiles one by one, transparent pixels left out."""

@@ -11,7 +11,7 @@ lightly-train for tuned ones. Muon in place of AdamW is ours (tests/bench_heads.
 import math
 import statistics
 
-from data.common import BadInput
+from data.common import BadInput, plural
 
 # optimizer: of models/muon.py. lr: learning rate of the head. backbone_lr: of the backbone's last
 # block. layer_decay: factor on it for each block below. dropout: of the channels that a head reads.
@@ -99,15 +99,16 @@ def fill(recipe: str, typed: dict, sizes: list[tuple[int, int]], patch: int | No
     return chosen
 
 
-def check_schedule(steps: int, warmup: int, eval_every: int, patience: int | None = None) -> None:
+def check_schedule(steps: int, warmup: int, eval_every: int, patience: int | None = None,
+                   longer: str = "more --steps") -> None:
     """BadInput where a run would end before its rate has risen, or before --patience could end it."""
     if warmup >= max(steps, 2):
-        raise BadInput(f"--warmup {warmup}: in {steps} steps the rate would rise and not fall; type "
-                       f"--warmup {steps // 2}, or train longer")
+        raise BadInput(f"--warmup {warmup}: in {plural(steps, 'step')} the rate would rise and not fall; "
+                       f"type --warmup {steps // 2}, or {longer}")
     # The first validation is always a gain.
     if patience and (patience + 1) * eval_every >= steps:
         raise BadInput(f"--patience {patience}: of {steps} steps, with a validation every {eval_every}, "
-                       "it could save none; type a smaller --eval-every, or leave --patience out")
+                       "it could save none; type a smaller one of the two, or leave --patience out")
 
 
 def side_of(sizes: list[tuple[int, int]]) -> int:
@@ -126,9 +127,10 @@ def text(recipe: str, chosen: dict, sizes: list[tuple[int, int]], crops: int = 1
     times = passes(chosen["steps"], chosen, sizes, crops)
     views = f", {chosen['views']} fixed ones of each image" if chosen.get("views") else ""
     low, high = chosen["scale"]
-    side, warning = side_of(sizes), ""
-    if chosen["crop"] ** 2 > 2 * side ** 2:
-        warning = (f"\n        WARNING --crop {chosen['crop']}: images have {side} rows or columns; at "
+    crop, warning = chosen["crop"], ""
+    filled = statistics.median(min(H, crop) * min(W, crop) for H, W in sizes)
+    if filled < crop ** 2 / 2:
+        warning = (f"\n        WARNING --crop {crop}: images have {side_of(sizes)} rows or columns; at "
                    "scale 1 most of a crop is padding")
     return (f"recipe  {recipe}: {chosen['steps']} steps of {crops * chosen['batch_size']} crops of "
             f"{chosen['crop']} at scale {low:g}-{high:g}{views}, {times:.0f} times the pixels of all images\n"

@@ -169,7 +169,6 @@ def between(low: float, high: float, kind: type = float) -> Callable[[str], floa
 COUNT = between(1, 2**31, int)
 WHOLE = between(0, 2**31, int)
 SHARE = between(0, 1)
-PART = between(0.001, 0.999)
 RATE = between(0, 10)
 bands = flags.bands
 
@@ -898,8 +897,8 @@ def device_change(last: dict, device: torch.device) -> str:
 
 
 def score(name: str, best: float) -> str:
-    """"mIoU 0.8123", or that there was no validation yet, for which a run remembers -1."""
-    return f"{name} {best:.4f}" if best >= 0 else f"{name} not known yet"
+    """"mIoU 0.8123", or that there was no validation, for which a run remembers -1."""
+    return f"{name} {best:.4f}" if best >= 0 else f"{name}: none so far"
 
 
 def check_same(out: Path, last: dict, same: dict) -> None:

@@ -207,8 +207,10 @@ def main(argv=None):
     p.add_argument("--profile", action="store_true", help="the default's operators that take longest")
     p.add_argument("--cpu", action="store_true", help="although there is a GPU")
     args = p.parse_args(argv)
-    if args.compile and not args.arch or args.profile and args.arch:
-        p.error("--compile goes with --arch, --profile without")
+    if args.compile and not args.arch:
+        p.error("--compile goes with --arch")
+    if args.profile and args.arch:
+        p.error("--profile is of the default, without --arch")
     _, _, DEVICE = run.start(0, "cpu" if args.cpu else "auto")
     if args.arch:
         beside_timm(args.arch, args.crop, args.batch_size, args.recipe, args.rounds, args.compile)

@@ -136,7 +136,7 @@ def held_out_by_image(root):
 
 
 def names_of_a_draft(root):
-    edit(root, classes=[dict(name="id_0", id=0), dict(name="class_9", id=1), dict(name="class_3", id=2)])
+    edit(root, classes=[dict(name="id_0", id=0), dict(name="class_9", id=1), dict(name="id_2", id=2)])
 
 
 def held_out_of_one_scene(root):
@@ -249,7 +249,7 @@ def wrong_glob(root):
     (no_val, 0, "--dataset folder --root {root} --val-frac 0.2\n"),
     (held_out, 0, "--dataset folder --root {root}\n"),
     (held_out_by_image, 0, "warning: a part of train is held out image by image, so neighbours may stand on both"),
-    (names_of_a_draft, 0, "note: classes are called id_0, class_3 as in a draft; name them in dataset.json before"),
+    (names_of_a_draft, 0, "note: classes are called id_0, id_2 as in a draft; name them in dataset.json before"),
     (held_out_of_one_scene, 2, "error: 0.2 of 1 scenes leaves train or val empty; change \"select\" or \"scene\" in"),
     (scene_of_none, 2, "error: \"scene\" in dataset.json is 'area', which does not match 'images/0'"),
     (scene_in_two_splits, 0, "warning: 1 of 1 scenes are in several splits, such as images/ in train, val: the"),

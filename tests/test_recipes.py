@@ -52,16 +52,19 @@ def test_from_scratch_all_learns_at_one_rate_and_quick_is_short():
     assert (cnn["optimizer"], cnn["lr"], cnn["backbone_lr"]) == ("adamw", 1e-3, 1e-4)
 
 
-@pytest.mark.parametrize("sizes, patch, crop", [
-    ([(256, 300)] * 9, 16, 256), ([(250, 300)] * 9, 14, 252), ([(600, 700), (256, 256), (300, 200)], None, 256)])
-def test_a_crop_is_no_larger_than_the_images_unless_it_was_typed(sizes, patch, crop):
+@pytest.mark.parametrize("sizes, patch, side, crop", [
+    ([(256, 256)] * 9, 16, 256, 256), ([(250, 256)] * 9, 14, 250, 252),
+    ([(600, 700), (256, 256), (300, 200)], None, 256, 256)])
+def test_a_crop_is_no_larger_than_the_images_unless_it_was_typed(sizes, patch, side, crop):
     chosen = fill("tuned", NOTHING, sizes, patch)
     assert chosen["crop"] == crop and "padding" not in recipes.text("tuned", chosen, sizes)
     for typed, warned in ((512, True), (350, False)):  # of 250 or 256 squared, a half is 354 or 362
         chosen = fill("tuned", NOTHING | dict(crop=typed), sizes, patch)
         text = recipes.text("tuned", chosen, sizes)
         assert chosen["crop"] == typed
-        assert (f"WARNING --crop {typed}: images have {min(sizes[-1 if len(sizes) > 3 else 1])} rows" in text) == warned
+        assert (f"WARNING --crop {typed}: images have {side} rows" in text) == warned
+    long = [(256, 1024)]
+    assert "WARNING" not in recipes.text("tuned", fill("tuned", NOTHING | dict(crop=400), long, patch), long)
 
 
 def test_a_crop_is_at_least_what_can_be_typed():

@@ -356,7 +356,7 @@ def test_scripts_print_any_writing_from_their_first_line_on(monkeypatch):
 
 
 def test_a_run_without_a_validation_has_no_score():
-    assert run.score("mIoU", 0.5) == "mIoU 0.5000" and run.score("mIoU", -1.0) == "mIoU not known yet"
+    assert run.score("mIoU", 0.5) == "mIoU 0.5000" and run.score("mIoU", -1.0) == "mIoU: none so far"
 
 
 def test_ctrl_c_is_quiet_and_faults_of_the_code_are_not(capsys):

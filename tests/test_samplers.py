@@ -6,7 +6,8 @@ import pytest
 
 from data import crops
 from data.common import IGNORE, BadInput
-from data.samplers import StepSampler, balanced_weights, difficulty_weights, hard_classes, replicated, rich
+from data.samplers import (
+    StepSampler, balanced_weights, check_repeated, difficulty_weights, hard_classes, replicated, rich)
 
 
 def drawn(sampler):
@@ -55,7 +56,8 @@ def test_replication_is_repeated_entries():
         replicated(["a", "b"], ["d"])
     for listed, said in (([], "no training image is so full"), (["b", "a"], "repeats all training images alike")):
         with pytest.raises(BadInput, match=said):
-            replicated(["a", "b"], listed)
+            check_repeated(["a", "b"], listed)
+    check_repeated(["a", "b"], ["a"])
 
 
 def test_hard_classes_and_the_reports_weights():

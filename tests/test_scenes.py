@@ -85,12 +85,12 @@ def test_folders_that_are_no_classes_are_refused(tmp_path):
     with pytest.raises(BadInput, match="no images in sub-folders"):
         find_scenes(tmp_path)
     (tmp_path / "set").mkdir()
-    (tmp_path / "set/dataset.json").write_text("{}")
+    (tmp_path / "set/dataset.json").write_text('{"masks": "m/*"}')
     with pytest.raises(BadInput, match="describes images and masks; type python train_seg.py --root"):
         find_scenes(tmp_path / "set")
     shutil.rmtree(tmp_path / "set")
     make_scenes(tmp_path / "A", (1, 1, 1))
-    with pytest.raises(BadInput, match="images lie in it: is it a class, and --root .*/A\\?"):
+    with pytest.raises(BadInput, match="1 image in it: is it a class, and --root .*/A\\?"):
         find_scenes(next((tmp_path / "A").rglob("*.*")).parent)
     shutil.rmtree(tmp_path / "A")
     for name in ("train", "val", "field"):
@@ -294,8 +294,8 @@ def test_a_split_file_counts_and_shares_do_otherwise(root, tmp_path):
     whole = Scenes(root, cache="off", split_seed=1).splits
     write(tmp_path / "split.json", whole)
     assert Scenes(root, cache="off", split_file=tmp_path / "split.json").splits == whole
-    for how in (dict(fractions=[0.5, 0.3, 0.2]), dict(split_seed=3)):
-        assert "--fractions, --split-seed: nothing is drawn" in refusal(root, split_file=tmp_path / "split.json", **how)
+    for flag, how in (("--fractions", dict(fractions=[0.5, 0.3, 0.2])), ("--split-seed", dict(split_seed=3))):
+        assert f"{flag}: nothing is drawn" in refusal(root, split_file=tmp_path / "split.json", **how)
     assert Scenes(root, cache="off").splits != whole
     d = Scenes(root, cache="off", fractions=[0.8, 0.2, 0.0])
     assert set(d.splits) == {"train", "val"} and d.reports == "val" and len(d.splits["train"]) == 40

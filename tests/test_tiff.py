@@ -988,3 +988,16 @@ def test_a_file_that_was_cut_short_is_known_by_its_header(tmp_path, how):
     Tiff(path).check_whole()
     path.write_bytes(path.read_bytes()[:-20])
     assert "truncated TIFF: 1 of" in refusal(Tiff(path).check_whole)
+
+
+def test_three_bands_of_bytes_are_colours_unless_they_have_names(tmp_path):
+    from rasterio.enums import ColorInterp
+    pixels = np.random.default_rng(0).integers(0, 255, (600, 600, 3), np.uint8)
+    colours = (ColorInterp.red, ColorInterp.green, ColorInterp.blue)
+    for name, how, rgb in (("a", {}, True), ("b", dict(bands=["x", "y", "z"]), False), ("c", {}, False)):
+        write_tiff(tmp_path / f"{name}.tif", pixels.astype(np.uint16) if name == "c" else pixels, **how)
+        for level in ({}, dict(overview_level=0)):
+            with rasterio.open(tmp_path / f"{name}.tif", **level) as f:
+                assert (f.colorinterp == colours) == rgb
+        with rasterio.open(tmp_path / f"{name}.tif") as f:
+            assert np.array_equal(f.read().transpose(1, 2, 0), pixels)

@@ -262,7 +262,7 @@ def test_bad_files_are_named_and_may_be_skipped(tmp_path, forks):
     (["--root", "ROOT", "--split-file", "LOG"], "log.jsonl: not valid JSON"),
     (["--root", "ROOT", "--mode", "cnn", "--weights", "RUN"], "--cnn resnet18"),
     (["--root", "ROOT", "--mode", "cnn", "--cnn", "resnet18", "--weights", "RUN"], "is missing"),
-    (["--root", "ROOT", "--mode", "cnn", "--warmup", 700], "--warmup 700: in 1 steps"),
+    (["--root", "ROOT", "--mode", "cnn", "--warmup", 700], "--warmup 700: at most a fifth of the steps"),
     (["--root", "ROOT", "--batch-size", 1], "expected a whole number from 2")])
 def test_what_cannot_work_says_what_to_type(root, run, forks, tmp_path, flags, said):
     places = {"EMPTY": tmp_path, "ROOT": root, "RUN": run, "LOG": run / "log.jsonl"}

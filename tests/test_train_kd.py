@@ -319,6 +319,9 @@ def test_lookahead_goes_with_restarts_that_end_where_it_meets(forks, tmp_path):
              "--eval-every", 4]
     text = forks.run("train_kd", *flags, "--out", tmp_path / "a")
     assert "warm restarts: 4 of 6 steps" in text
+    at = flags.index("--warmup")
+    text = forks.run("train_kd", *flags[:at], *flags[at + 2:], "--out", tmp_path / "own")
+    assert "warm-up 2 steps" in text  # half of the first cycle
     last = load_state(tmp_path / "a/last.pt")
     assert last["args"]["steps"] == last["state"]["step"] == 4
     assert read(tmp_path / "a/results.json")["steps"] == 4

@@ -333,6 +333,7 @@ def test_five_in_a_row_end_the_run_and_name_the_images(forks, tmp_path):
     (["--unfreeze", "few"], "--unfreeze: few: expected a number of blocks, or all"),
     (["--scale", "2", "1"], "expected the lower number first"),
     (["--split-file", "none.json"], "none.json"),
+    (["--val-frac", "0"], "--val-frac 0 holds nothing out; type --final"),
     (["--val-frac", "0.5"], "a data set that has a val"),
     (["--weights", "none.pth"], "none.pth: no such file or folder"),
     (["--out", ""], "--out is empty")])

@@ -17,7 +17,7 @@ from .ground import check_ground
 from .images import Finding, check_images, inspect_pair
 from .proposal import BY_IMAGE, no_train
 from .shares import check_absent, check_ignored, print_shares
-from .values import drafted_names
+from .values import is_drafted
 
 NO_VAL = ('no val split: list whole scenes under "val" in dataset.json, or hold them out: '
           '"select": 0.2 and "scene": REGEX in dataset.json (or --val-frac 0.2 for one run)')
@@ -84,7 +84,7 @@ def next_commands(root: Path, description: dict, source: str, flags: list[str],
 
 def check_names(classes: list[dict], complaints: Complaints) -> None:
     """Classes that are called as a draft calls them: a run keeps the names."""
-    drafted = [c["name"] for i, c in enumerate(classes, 1) if c["name"] in drafted_names(i, c)]
+    drafted = [c["name"] for c in classes if is_drafted(c)]
     if drafted:
         complaints.note("names", f"classes are called {', '.join(drafted[:3])} as in a draft; name them in "
                                  "dataset.json before you train: runs keep the names")

@@ -4,6 +4,7 @@
     values = count_values(scans, complaints)
     described = draft_classes(values, complaints)    {"classes": [...], "ignore": [...]}
 """
+import re
 from collections import Counter, defaultdict
 from pathlib import Path
 from typing import NamedTuple
@@ -151,11 +152,11 @@ def values_table(root: Path, values: Values) -> list[str]:
     return lines
 
 
-def drafted_names(number: int, c: dict) -> tuple[str, str]:
-    """What draft_classes() calls the class of this number, from 1: by its id, or by its colour's rank."""
-    by_id = f"id_{c.get('id')}"
-    by_color = f"class_{number}"
-    return by_id, by_color
+def is_drafted(c: dict) -> bool:
+    """Has this class the name that draft_classes() gave it, by its id or its colour's rank?"""
+    if "id" in c:
+        return c["name"] == f"id_{c['id']}"
+    return bool(re.fullmatch(r"class_\d+", c["name"]))
 
 
 def draft_classes(values: Values, complaints: Complaints) -> dict:
