@@ -167,11 +167,14 @@ def parse_args(argv=None):
         run.only_with(p, args, "alpha", "below 1", "loss", "class_weights", "label_smoothing")
     if args.alpha and not args.teacher:
         p.error("--teacher is missing; name the run folder of a trained network, or type --alpha 0")
-    for name in ("teacher", "map", "replicate"):
-        file = getattr(args, name) or ""
-        is_word = file in ("", "names", "measured") or name == "replicate" and file.endswith("%")
+    files = {"teacher": args.teacher}
+    if args.map not in ("names", "measured"):
+        files["map"] = args.map
+    if args.replicate and not args.replicate.endswith("%"):
+        files["replicate"] = args.replicate
+    for name, file in files.items():
         # A run that goes on has what it needs of them.
-        if not is_word and not args.resume and not os.path.exists(file):
+        if file and not args.resume and not os.path.exists(file):
             p.error(f"--{name} {file}: no such file or folder")
     run.only_with(p, args, "sampler", "weighted", "difficulty")
     if args.sampler == "weighted" and not args.difficulty:
@@ -307,14 +310,14 @@ def main(args):
     crops = args.accum * world  # of a step, times the batch size
     chosen = recipes.fill(recipe, vars(args), sizes, net.backbone.patch if vit else None, crops,
                           quick=args.quick or d.kind == "demo")
-    warmup = args.warmup
+    typed_warmup = args.warmup
     for flag, value in chosen.items():
         setattr(args, flag, value)
     if vit:
         net.dropout.p = args.dropout
     asked = args.steps
     args.steps = end_step(asked, args.eval_every, args.restarts, args.lookahead)
-    if args.restarts and warmup is None:  # The first cycle, which is the shortest, reaches its rate.
+    if args.restarts and typed_warmup is None:  # The first cycle, which is the shortest, reaches its rate.
         args.warmup = min(args.warmup, args.restarts[0] // 2)
     elif args.restarts and not args.resume:
         recipes.check_schedule(args.restarts[0], args.warmup, args.eval_every,

@@ -271,12 +271,17 @@ def find_pairs(root: str | Path, description: dict, need_masks: bool = True) -> 
     return pairs
 
 
+def without_mask(image: Path, description: dict) -> str:
+    """The beginning of a message: that this image has no mask."""
+    return f"{image}: no mask for it by {description['masks']!r}"
+
+
 def check_masks(pairs: dict[str, tuple], description: dict) -> None:
     """BadInput unless every image has a mask."""
     # A missing mask is never taken for an empty one: it would be scored as background.
     lonely = [image for image, mask, *_ in pairs.values() if mask is None]
     if lonely:
-        raise BadInput(f"{lonely[0]}: no mask for it by {description['masks']!r} ({len(lonely)} of "
+        raise BadInput(f"{without_mask(lonely[0], description)} ({len(lonely)} of "
                        f'{len(pairs)} images without); correct "masks" in dataset.json or move the '
                        "images away; --skip-bad of training leaves them out")
 

@@ -374,10 +374,11 @@ class Scenes:
         if split_file:
             given = read_split_file(split_file, {n: (self.base / n, None) for n in found})
         if given.get("train") and given.get("val") and not resume:
-            flag = "--fractions" if tuple(fractions) != FRACTIONS else "--split-seed" if split_seed else None
-            if flag:
-                raise BadInput(f"{flag}: nothing is drawn, {split_file or self.base} has train and val; "
-                               "leave it out")
+            drawn = {"--fractions": tuple(fractions) != FRACTIONS, "--split-seed": split_seed != 0}
+            for flag, typed in drawn.items():
+                if typed:
+                    raise BadInput(f"{flag}: nothing is drawn, {split_file or self.base} has train and "
+                                   "val; leave it out")
         shares = dict(zip(("train", "val", "test"), fractions))
         some = None if resume else per_class
 

@@ -14,7 +14,7 @@ from .cache import Cache
 from .common import BadInput, as_bytes, escaped, progress
 from .datasets import (
     SegDataset, check_headers, check_masks, check_size, class_counts, count_ids, find_pairs,
-    in_threads, load_splits, read_description, read_list, unknown_files)
+    in_threads, load_splits, read_description, read_list, unknown_files, without_mask)
 from .files import not_used
 from .fingerprint import fingerprint, path_in, prints_of_run
 from .io import Labels, read_valid
@@ -135,7 +135,7 @@ class Source:
                 if mask:
                     check_size(mask, self.labels.load(mask).shape, pixels.shape[:2])
                 elif need_masks:
-                    check_masks({"": pair}, self.description)
+                    return without_mask(image, self.description)
             except BadInput as e:
                 return str(e)
             return None
@@ -156,7 +156,6 @@ class Source:
         lines += [f"        {line}" for line in self.notes]
         lines += [f"        WARNING {line}" for line in self.warnings]
         for why in dict.fromkeys(self.left_out.values()):
-            why = why.partition("; --skip-bad of training")[0]  # which was typed
             lines.append(f"        left out: {escaped(why)}")
         return "\n".join(lines)
 

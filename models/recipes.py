@@ -133,7 +133,7 @@ def text(recipe: str, chosen: dict, sizes: list[tuple[int, int]], crops: int = 1
         warning = (f"\n        WARNING --crop {crop}: images have {side_of(sizes)} rows or columns; at "
                    "scale 1 most of a crop is padding")
     return (f"recipe  {recipe}: {chosen['steps']} steps of {crops * chosen['batch_size']} crops of "
-            f"{chosen['crop']} at scale {low:g}-{high:g}{views}, {times:.0f} times the pixels of all images\n"
+            f"{crop} at scale {low:g}-{high:g}{views}, {times:.0f} times the pixels of all images\n"
             f"        {chosen['optimizer']}, lr {chosen['lr']:g}, backbone {chosen['backbone_lr']:g}, "
             f"layer decay {chosen['layer_decay']:g}, weight decay {chosen['weight_decay']:g}, "
             f"warm-up {chosen['warmup']} steps, dropout {chosen['dropout']:g}, EMA {chosen['ema']:g}{warning}")

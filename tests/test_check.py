@@ -10,6 +10,7 @@ from PIL import Image, TiffImagePlugin, TiffTags
 
 from data import common
 from data.check.__main__ import main
+from data.check.values import is_drafted
 from data.common import write
 from data.curate.__main__ import main as curate
 from data.datasets import check_command, find_pairs, read_description, script_command
@@ -451,6 +452,12 @@ def test_a_link_to_no_file_is_not_replaced_by_a_draft(plain, capsys):
     assert code == 2 and "dataset.json: a link to no file; bring the file back, or remove the link" in out
     (plain / "kept.json").rename(plain / "gone.json")
     assert (plain / "dataset.json").is_symlink() and run(capsys, plain)[0] == 0  # as the message says
+
+
+def test_a_drafted_name_is_by_the_id_or_else_by_the_colours_rank():
+    red = dict(color="#FF0000")
+    assert is_drafted(dict(red, name="class_2")) and is_drafted(dict(name="id_7", id=7))
+    assert not is_drafted(dict(red, name="class_2", id=2)) and not is_drafted(dict(name="id_7", id=8))
 
 
 def test_ctrl_c_is_quiet(plain, capsys, monkeypatch):

@@ -7,6 +7,7 @@ import re
 import shutil
 import signal
 import time
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
@@ -53,6 +54,12 @@ def test_the_log_holds_every_step_and_every_validation(run):
     assert max(scores.values()) == best == load_weights(run)[1]["val_miou"]
     rates = list(logged(run, "lr").values())  # warmed up in one step, then a cosine over five
     assert rates == pytest.approx([3e-3, *(1.5e-3 * (1 + np.cos(np.pi * np.arange(5) / 5)))])
+
+
+def test_the_rate_rises_over_two_steps_and_falls_over_four():
+    args = SimpleNamespace(lr=3e-3, warmup=2, steps=6, schedule="cosine")
+    assert [train_seg.lr_at(step, args) for step in range(6)] == pytest.approx([
+        1.5e-3, 3e-3, 3e-3, 3e-3 * 0.5 * (1 + 2 ** -0.5), 1.5e-3, 3e-3 * 0.5 * (1 - 2 ** -0.5)])
 
 
 def test_same_command_same_bytes_whatever_the_workers(run, forks, tmp_path):

@@ -17,8 +17,8 @@ if not __package__:  # started as `python /path/to/data/check`: let "data" be fo
 
 from data.check.checks import check
 from data.check.draft import draft
-from data.check.flags import Parser, bands, count
-from data.common import MAX_PIXELS, PIXELS_VARIABLE, BadInput, escaped, print_anything
+from data.check.flags import Parser, bands, count, exit_code
+from data.common import MAX_PIXELS, PIXELS_VARIABLE, BadInput, print_anything
 from data.datasets import read_description
 from data.files import check_folder
 from data.public import SETS, describe
@@ -62,32 +62,29 @@ def parse_args(argv=None):
     return args
 
 
+def draft_or_check(args) -> int:
+    """The exit code: 2 if something must be corrected first."""
+    typed = {"bands": args.bands, "input_range": args.input_range}
+    typed = {key: value for key, value in typed.items() if value}
+    check_folder(args.root)
+    if args.dataset != "folder":
+        description = describe(args.dataset, args.root, args.variant)
+    elif args.force or not os.path.lexists(args.root / "dataset.json"):
+        return draft(args.root, args.limit, args.masks, typed)
+    elif args.masks:
+        raise BadInput(f"--masks {args.masks}: for a draft, and {args.root}/dataset.json is "
+                       "there; type --force to write it anew")
+    else:
+        description = read_description(args.root)
+    # What the commands to type next must repeat; dataset.json holds the rest.
+    flags = reading_flags(args.bands, args.input_range)
+    return check(args.root, description | typed, args.limit, args.dataset, flags)
+
+
 def main(argv=None) -> int:
     """The exit code: 2 if something must be corrected first."""
     print_anything()
-    args = parse_args(argv)
-    typed = {"bands": args.bands, "input_range": args.input_range}
-    typed = {key: value for key, value in typed.items() if value}
-    try:
-        check_folder(args.root)
-        if args.dataset != "folder":
-            description = describe(args.dataset, args.root, args.variant)
-        elif args.force or not os.path.lexists(args.root / "dataset.json"):
-            return draft(args.root, args.limit, args.masks, typed)
-        elif args.masks:
-            raise BadInput(f"--masks {args.masks}: for a draft, and {args.root}/dataset.json is "
-                           "there; type --force to write it anew")
-        else:
-            description = read_description(args.root)
-        # What the commands to type next must repeat; dataset.json holds the rest.
-        flags = reading_flags(args.bands, args.input_range)
-        return check(args.root, description | typed, args.limit, args.dataset, flags)
-    except (BadInput, OSError) as e:
-        print(f"error: {escaped(str(e))}", file=sys.stderr)
-        return 2
-    except KeyboardInterrupt:
-        print("interrupted", file=sys.stderr)
-        return 130
+    return exit_code(draft_or_check, parse_args(argv))
 
 
 if __name__ == "__main__":

@@ -8,7 +8,7 @@ import numpy as np
 from ..common import BadInput, even_sample, plural
 from ..datasets import (ONE_IMAGE, check_command, class_counts, hold_out, in_threads, match_pairs,
                         scenes_of, script_command, split_names, tiles_of, unknown_files,
-                        unlabelled)
+                        unlabelled, without_mask)
 from ..files import not_used
 from ..io import Labels
 from ..ranges import percentile_range
@@ -150,7 +150,7 @@ def check_pairs(root: Path, description: dict, complaints: Complaints) -> tuple[
         complaints.warning("known", description["warning"])
     for image, mask in pairs.values():
         if mask is None:
-            complaints.error("no mask", f"{image}: no mask for it by {description['masks']!r}; "
+            complaints.error("no mask", f"{without_mask(image, description)}; "
                                         "correct \"masks\" in dataset.json or move the image away")
     for mask in orphans:
         complaints.warning("no image", f"{mask}: no image for it by {description['images']!r}; "

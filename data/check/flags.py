@@ -5,6 +5,7 @@
 """
 import argparse
 import sys
+from collections.abc import Callable
 
 from ..common import BadInput, check_words, escaped, number
 from ..ranges import band_numbers
@@ -27,6 +28,18 @@ class Parser(argparse.ArgumentParser):
             check_words(words, self._option_string_actions)
         except BadInput as e:
             self.error(str(e))
+
+
+def exit_code(work: Callable, *args) -> int:
+    """What work() returns, 0 for nothing; behind a line on stderr 2 for a BadInput, 130 for Ctrl-C."""
+    try:
+        return work(*args) or 0
+    except (BadInput, OSError) as e:
+        print(f"error: {escaped(str(e))}", file=sys.stderr)
+        return 2
+    except KeyboardInterrupt:
+        print("interrupted", file=sys.stderr)
+        return 130
 
 
 def count(text: str) -> int:

@@ -24,8 +24,8 @@ from pathlib import Path
 if not __package__:  # started by its path: let "data" be found, not this folder
     sys.path[0] = str(Path(__file__).resolve().parents[2])
 
-from data.check.flags import Parser, count, whole
-from data.common import BadInput, escaped, number, print_anything
+from data.check.flags import Parser, count, exit_code, whole
+from data.common import number, print_anything
 from data.curate import programs
 from data.public import SETS
 
@@ -190,15 +190,7 @@ def main(argv=None) -> int:
     """The exit code: 2 if something must be corrected first."""
     print_anything()
     args = parse_args(argv)
-    try:
-        args.act(args)
-    except (BadInput, OSError) as e:
-        print(f"error: {escaped(str(e))}", file=sys.stderr)
-        return 2
-    except KeyboardInterrupt:
-        print("interrupted", file=sys.stderr)
-        return 130
-    return 0
+    return exit_code(args.act, args)
 
 
 if __name__ == "__main__":
